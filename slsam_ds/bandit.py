@@ -1,0 +1,347 @@
+"""Which arms a step activates: the EXP3.M bandit, and simpler selectors for comparison.
+
+Ranks never talk here: a sample is a pure function of (state, seed, step), so equal states give equal samples. State is
+plain Python float64 and `math` throughout: torch's vectorised exp and sum may round differently from one CPU to the
+next, and one differing ulp would in time become a different sample. Torch only carries the results out.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slsam_ds.config import SLSAMConfig
+
+Numbers = Sequence[float] | Tensor
+
+
+class Selector(Protocol):
+    """Chooses k of `num_arms` arms for each step, and may learn from what the step saw."""
+
+    num_arms: int
+    k: int
+
+    def probabilities(self) -> Tensor:
+        """Inclusion probability of every arm in the next sample. Shape (num_arms,), float64, each ≤ 1, sum k."""
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        """Exactly k distinct arms, ascending, for `step` (from 1). Changes nothing: ask as often as you like."""
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        """See the raw gradient norms of the arms that were active; comes before `update`."""
+
+    def update(self, active: Sequence[int], rewards: Numbers, probabilities: Numbers | None = None) -> None:
+        """Learn from rewards in [0, 1], one per active arm, in the order of `active`.
+
+        `probabilities`, in (0, 1] and likewise one per active arm, say how likely each was to be active where that was
+        not this selector's doing: a forced sample counts as probability 1.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, as JSON-serialisable values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, bit for bit; ValueError where it was saved by another kind, num_arms or k."""
+
+
+class _FixedCount:
+    """k of `num_arms` arms, checked; unless overridden, nothing is learned and all arms are included equally often."""
+
+    kind: str
+
+    def __init__(self, num_arms: int, k: int) -> None:
+        if num_arms < 1:
+            raise ValueError(f"num_arms={num_arms}: there must be at least 1 arm to choose from")
+        if not 1 <= k <= num_arms:
+            raise ValueError(f"k={k}: choose from 1 to num_arms={num_arms} active arms per step")
+        self.num_arms = num_arms
+        self.k = k
+
+    def probabilities(self) -> Tensor:
+        return torch.full((self.num_arms,), self.k / self.num_arms, dtype=torch.float64)
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        pass
+
+    def update(self, active: Sequence[int], rewards: Numbers, probabilities: Numbers | None = None) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "num_arms": self.num_arms, "k": self.k}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for key, expected in _FixedCount.state_dict(self).items():
+            if state.get(key) != expected:
+                raise ValueError(
+                    f"the saved selector has {key}={state.get(key)!r}, this one {key}={expected!r}: "
+                    "resume with the settings of the saved run"
+                )
+
+
+class Exp3M(_FixedCount):
+    """EXP3.M: an adversarial bandit that plays k arms at once, with EXP3.S sharing to follow a drifting target.
+
+    Args:
+        num_arms: Number of arms L.
+        k: Arms per step, from 1 to L.
+        gamma: Exploration in (0, 1]: every arm keeps inclusion probability ≥ k·gamma/L.
+        seed: Seed of the samples.
+        share: Part α in [0, 1) of the total weight spread over all arms at each update.
+
+    Raises:
+        ValueError: An argument outside its range, in one sentence.
+
+    Reference: Uchiya, Nakamura, Kudo 2010, algorithm EXP3.M; Auer et al. 2002, algorithm EXP3.S (sharing).
+    """
+
+    kind = "exp3m"
+
+    def __init__(self, num_arms: int, k: int, gamma: float = 0.1, seed: int = 0, *, share: float = 0.001) -> None:
+        super().__init__(num_arms, k)
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma={gamma}: choose exploration in (0, 1]")
+        if not 0 <= share < 1:
+            raise ValueError(f"share={share}: choose sharing in [0, 1)")
+        self.gamma = gamma
+        self.seed = seed
+        self.share = share
+        self._log_weights = [0.0] * num_arms
+
+    def probabilities(self) -> Tensor:
+        """p_i = k[(1-γ) w'_i/Σw' + γ/L], where w' caps the weights so that p_i ≤ 1. Shape (L,), float64, sum k."""
+        return torch.tensor(self._marginals()[0], dtype=torch.float64)
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        return _dependent_rounding(self._marginals()[0], self.k, _generator(self.seed, step))
+
+    def update(self, active: Sequence[int], rewards: Numbers, probabilities: Numbers | None = None) -> None:
+        """w_i ← w_i exp(kγ r̂_i/L) + (eα/L) Σ_j w_j, with r̂_i = r_i/p_i for active arms below the cap and 0 elsewhere.
+
+        Raises:
+            ValueError: Arms, rewards or probabilities outside their ranges, in one sentence; nothing was learned.
+        """
+        marginals, capped = self._marginals()
+        chances = [marginals[arm] for arm in active if 0 <= arm < self.num_arms]
+        if len(set(active)) != len(active) or len(chances) != len(active):
+            raise ValueError(f"active={list(active)}: give distinct arms from 0 to {self.num_arms - 1}")
+        if probabilities is not None:
+            chances = _numbers("probabilities", probabilities, active)
+            if not all(0 < chance <= 1 for chance in chances):
+                raise ValueError(f"probabilities={chances}: give numbers in (0, 1]")
+        gains = _numbers("rewards", rewards, active)
+        if not all(0 <= gain <= 1 for gain in gains):
+            raise ValueError(f"rewards={gains}: give finite numbers in [0, 1]")
+
+        log_weights = list(self._log_weights)
+        for arm, gain, chance in zip(active, gains, chances, strict=True):
+            if arm not in capped:
+                log_weights[arm] += self.k * self.gamma * gain / chance / self.num_arms
+        if self.share > 0:
+            log_total = _log_suffix_sums(sorted(self._log_weights, reverse=True))[0]
+            log_shared = 1 + math.log(self.share) - math.log(self.num_arms) + log_total
+            log_weights = [_log_add(log_weight, log_shared) for log_weight in log_weights]
+        # Only ratios of weights matter. With the largest at log 0 and at most 1 gained per step (p_i ≥ kγ/L), a million
+        # steps stay far inside float64; the weights themselves would overflow after some hundreds.
+        highest = max(log_weights)
+        self._log_weights = [log_weight - highest for log_weight in log_weights]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "log_weights": list(self._log_weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._log_weights = _numbers("log_weights", state["log_weights"], range(self.num_arms))
+
+    def _marginals(self) -> tuple[list[float], frozenset[int]]:
+        """Inclusion probabilities of all arms, and the arms held at 1 by the cap.
+
+        Every arm gets kγ/L; the rest of k is handed out in proportion to the weights, and no arm takes more than up to
+        1. That is the paper's threshold α, solved exactly: going down from the heaviest arm, an arm is capped as long
+        as its part of what is left would fill the room it has, 1 - kγ/L.
+        """
+        if self.k == self.num_arms:
+            return [1.0] * self.num_arms, frozenset(range(self.num_arms))
+        base = self.k * self.gamma / self.num_arms
+        room = 1 - base
+        order = sorted(range(self.num_arms), key=self._log_weights.__getitem__, reverse=True)
+        # Sums over the arms not yet capped, in logs: next to a capped giant they would underflow to 0.
+        log_sums = _log_suffix_sums([self._log_weights[arm] for arm in order])
+        for num_capped, arm in enumerate(order):
+            left = max(0.0, self.k * (1 - self.gamma) - num_capped * room)
+            if num_capped == self.k or left * math.exp(self._log_weights[arm] - log_sums[num_capped]) < room:
+                break
+        marginals = [1.0] * self.num_arms
+        for arm in order[num_capped:]:
+            marginals[arm] = base + left * math.exp(self._log_weights[arm] - log_sums[num_capped])
+        return marginals, frozenset(order[:num_capped])
+
+
+class Uniform(_FixedCount):
+    """Every set of k arms is equally likely (LISA's choice)."""
+
+    kind = "uniform"
+
+    def __init__(self, num_arms: int, k: int, seed: int = 0) -> None:
+        super().__init__(num_arms, k)
+        self.seed = seed
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        return tuple(sorted(_shuffled(self.num_arms, _generator(self.seed, step))[: self.k]))
+
+
+class Cyclic(_FixedCount):
+    """The next k arms in turn: step 1 takes 0..k-1. Probabilities are the long-run shares, k/L."""
+
+    kind = "cyclic"
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        start = (step - 1) * self.k
+        return tuple(sorted((start + offset) % self.num_arms for offset in range(self.k)))
+
+
+class AllArms(_FixedCount):
+    """Every arm, at every step."""
+
+    kind = "all"
+
+    def __init__(self, num_arms: int) -> None:
+        super().__init__(num_arms, num_arms)
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        return tuple(range(self.num_arms))
+
+
+class TopK(_FixedCount):
+    """The k arms whose gradient norm was largest when last seen; arms never seen come first, lowest index first."""
+
+    kind = "top_k"
+
+    def __init__(self, num_arms: int, k: int) -> None:
+        super().__init__(num_arms, k)
+        self._norms: list[float | None] = [None] * num_arms
+
+    def probabilities(self) -> Tensor:
+        """1 for the arms of the next sample, 0 for the others. Shape (L,), float64."""
+        chosen = self.sample(1)
+        return torch.tensor([float(arm in chosen) for arm in range(self.num_arms)], dtype=torch.float64)
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        ranks = [-math.inf if norm is None else -norm for norm in self._norms]
+        return tuple(sorted(sorted(range(self.num_arms), key=ranks.__getitem__)[: self.k]))
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        for arm, norm in norms.items():
+            if not (0 <= arm < self.num_arms and 0 <= norm < math.inf):
+                raise ValueError(f"norms={dict(norms)}: give finite norms ≥ 0 of arms from 0 to {self.num_arms - 1}")
+        for arm, norm in norms.items():
+            self._norms[arm] = float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "norms": list(self._norms)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._norms = list(state["norms"])
+
+
+def make_selector(config: SLSAMConfig, num_arms: int, *, total_steps: int | None = None) -> Selector:
+    """The selector that the configuration asks for.
+
+    Args:
+        config: Names the selector, how many arms it activates, and its knobs.
+        num_arms: Number of arms.
+        total_steps: Length T of the run; only `gamma="auto"` needs it.
+
+    Raises:
+        ValueError: `gamma="auto"` without a run length, or a number out of range.
+    """
+    k = config.num_active(num_arms)
+    match config.selector:
+        case "exp3m":
+            gamma = _tuned_gamma(num_arms, k, total_steps) if config.gamma == "auto" else config.gamma
+            return Exp3M(num_arms, k, gamma, config.seed, share=config.share)
+        case "uniform":
+            return Uniform(num_arms, k, config.seed)
+        case "cyclic":
+            return Cyclic(num_arms, k)
+        case "all":
+            return AllArms(num_arms)
+        case "top_k":
+            return TopK(num_arms, k)
+
+
+def _tuned_gamma(num_arms: int, k: int, total_steps: int | None) -> float:
+    """min(1, sqrt(L ln(L/k) / ((e-1) k T))): Uchiya et al. 2010, for rewards of at most 1."""
+    if total_steps is None or total_steps < 1:
+        raise ValueError(
+            f'slsam.gamma="auto" with total_steps={total_steps}: tell the number of steps of the run (at least 1), '
+            "or choose gamma in (0, 1]"
+        )
+    if k == num_arms:
+        return 1.0  # nothing to explore, and the formula gives 0, which is no gamma
+    return min(1.0, math.sqrt(num_arms * math.log(num_arms / k) / ((math.e - 1) * k * total_steps)))
+
+
+def _generator(seed: int, step: int) -> random.Random:
+    """A fresh generator keyed by (seed, step): no state to save, to broadcast or to leave out of step."""
+    key = hashlib.blake2b(f"slsam selection {seed} {step}".encode(), digest_size=16).digest()
+    return random.Random(int.from_bytes(key, "big"))
+
+
+def _shuffled(num_arms: int, generator: random.Random) -> list[int]:
+    # Python promises the sequence of random() across its versions, not that of shuffle() and sample().
+    keys = [generator.random() for _ in range(num_arms)]
+    return sorted(range(num_arms), key=keys.__getitem__)
+
+
+def _dependent_rounding(marginals: Sequence[float], k: int, generator: random.Random) -> tuple[int, ...]:
+    """Round probabilities that sum to k to exactly k arms, keeping every marginal.
+
+    One undecided arm is carried along; each newcomer meets it, and one of the two is decided so that neither's
+    expectation changes: rejected where their total fits into one arm, chosen where it does not. The walk decides one
+    arm per step, whatever rounding errors do, and the last undecided arm (0 or 1 up to rounding) fills the count.
+
+    Reference: Gandhi, Khuller, Parthasarathy, Srinivasan 2006 (DepRound).
+    """
+    chosen: list[int] = []
+    carried, mass = -1, 0.0
+    # In a fixed order neighbours would almost never be chosen together.
+    for arm in _shuffled(len(marginals), generator):
+        total, draw = mass + marginals[arm], generator.random()
+        if total <= 1:
+            carried = carried if draw * total < mass else arm
+            mass = total
+        else:
+            winner = carried if draw * (2 - total) < 1 - marginals[arm] else arm
+            carried = arm if winner == carried else carried
+            chosen.append(winner)
+            mass = total - 1
+    if len(chosen) < k:
+        chosen.append(carried)
+    assert len(chosen) == k, f"probabilities {marginals} do not sum to {k}"
+    return tuple(sorted(chosen))
+
+
+def _log_suffix_sums(descending: Sequence[float]) -> list[float]:
+    """log Σ_{j≥i} exp(x_j) for each i, summed from the small end."""
+    sums, running = [0.0] * len(descending), -math.inf
+    for index in reversed(range(len(descending))):
+        running = _log_add(descending[index], running)
+        sums[index] = running
+    return sums
+
+
+def _log_add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b)), where at least one is finite."""
+    return max(a, b) + math.log1p(math.exp(min(a, b) - max(a, b)))
+
+
+def _numbers(name: str, values: Numbers, arms: Sequence[int]) -> list[float]:
+    numbers = [float(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+    if len(numbers) != len(arms):
+        raise ValueError(f"{name}={numbers}: expected {len(arms)} numbers, one for each of the arms {list(arms)}")
+    return numbers

@@ -1,0 +1,222 @@
+"""Every knob of SL-SAM, validated once.
+
+One dataclass feeds Python, the `slsam` block of a DeepSpeed JSON, the command line (`--slsam KEY=VALUE`) and the
+saved run record. A knob whose machinery does not exist yet is refused here, never ignored.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+Selector = Literal["exp3m", "uniform", "cyclic", "all", "top_k"]
+Reward = Literal["grad_norm", "grad_rms", "grad_norm_per_cost"]
+AscentScope = Literal["global", "rank", "micro_batch"]
+AscentSource = Literal["current", "previous"]
+UpdateScale = Literal["inverse_probability", "none"]
+Rounding = Literal["stochastic", "nearest"]
+OtherParameters = Literal["arms", "always", "freeze"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SLSAMConfig:
+    """What SL-SAM does in one optimizer step. Immutable; every combination is checked at construction.
+
+    Raises:
+        ValueError: One sentence naming the key, the value given and what is allowed.
+    """
+
+    rho: float = 0.05
+    """Perturbation radius in parameter units (L2 over the active layers). 0 switches the ascent pass off."""
+
+    active_layers: int | float = 0.2
+    """Layers per step: a fraction in (0, 1] of all arms, or a whole number of arms."""
+
+    selector: Selector = "exp3m"
+    """How layers are chosen: EXP3.M bandit, uniformly, in turn, all of them, or the largest norms last seen."""
+
+    gamma: float | Literal["auto"] = 0.1
+    """EXP3 exploration in (0, 1]: every arm keeps inclusion probability ≥ k·gamma/L. "auto" needs a known run length."""
+
+    share: float = 0.001
+    """EXP3.S sharing in [0, 1): how fast old evidence is forgotten."""
+
+    reward: Reward = "grad_norm"
+    """What the bandit maximises: the layer's descent-gradient norm, or that divided by sqrt(numel)."""
+
+    ascent_scope: AscentScope = "global"
+    """Whose data the ascent gradient averages over."""
+
+    ascent_fraction: float = 1.0
+    """Share of the window's samples used for the ascent pass, in (0, 1]."""
+
+    ascent_source: AscentSource = "current"
+    """Where the ascent direction comes from."""
+
+    budget: float | None = None
+    """Price target of a step relative to AdamW; replaces `active_layers`."""
+
+    update_scale: UpdateScale = "inverse_probability"
+    """Multiply this step's learning rate of layer i by min(1/p_i, 10), or leave it alone."""
+
+    rounding: Rounding = "stochastic"
+    """How the perturbation reaches low-precision weights."""
+
+    prefix_reuse: bool | Literal["auto"] = "auto"
+    """Start the descent forward at the lowest active layer. "auto" uses it where it pays (nowhere yet)."""
+
+    other_parameters: OtherParameters = "arms"
+    """Embeddings, final norm and head: one arm before and one after the blocks, trained every step, or frozen."""
+
+    layers: tuple[str, ...] | None = None
+    """Module paths or regular expressions over parameter names, one per arm. None: found from the model's structure."""
+
+    seed: int = 0
+    """Seed of the selection and of stochastic rounding."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self, "rho", math.isfinite(self.rho) and self.rho >= 0, "choose a finite radius ≥ 0 (0.01 to 0.05 is usual)")
+        if isinstance(self.active_layers, int):
+            _require(self, "active_layers", self.active_layers >= 1, _ACTIVE_LAYERS_HINT)
+        else:
+            _require(self, "active_layers", 0 < self.active_layers <= 1, _ACTIVE_LAYERS_HINT)
+        if self.gamma != "auto":
+            _require(self, "gamma", 0 < self.gamma <= 1, 'choose a number in (0, 1] or "auto"')
+        _require(self, "share", 0 <= self.share < 1, "choose a number in [0, 1)")
+        _require(self, "ascent_fraction", 0 < self.ascent_fraction <= 1, "choose a number in (0, 1]")
+        _require(self, "seed", 0 <= self.seed < 2**63, "choose an integer from 0 to 2^63 - 1")
+        if self.budget is not None:
+            _require(self, "budget", math.isfinite(self.budget) and self.budget > 0, "choose a number > 0, or null")
+        if self.layers is not None:
+            _require(self, "layers", len(self.layers) > 0, "name at least one layer, or null to find them in the model")
+            for pattern in self.layers:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"slsam.layers: {pattern!r} is not a regular expression ({error})") from None
+        self._refuse_unsupported()
+
+    def _refuse_unsupported(self) -> None:
+        for name, supported in (
+            ("ascent_scope", "global"),
+            ("ascent_fraction", 1.0),
+            ("ascent_source", "current"),
+            ("budget", None),
+        ):
+            if getattr(self, name) != supported:
+                raise ValueError(f"slsam.{name}={_shown(getattr(self, name))}: not supported yet; use {_shown(supported)}")
+        if self.reward == "grad_norm_per_cost":
+            raise ValueError('slsam.reward="grad_norm_per_cost": not supported yet; use "grad_norm" or "grad_rms"')
+        if self.prefix_reuse is True:
+            raise ValueError('slsam.prefix_reuse=true: not supported yet; use "auto" or false')
+
+    @classmethod
+    def from_dict(cls, block: Mapping[str, Any]) -> Self:
+        """Build from a JSON-like mapping (lists become tuples).
+
+        Raises:
+            ValueError: An unknown key (with the nearest known one), or a value `SLSAMConfig` refuses.
+        """
+        if not isinstance(block, Mapping):
+            raise ValueError(f"slsam={_shown(block)}: expected a block of keys and values, like {{\"rho\": 0.05}}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in block:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"slsam.{key}: unknown key; {hint}known keys are {', '.join(known)}")
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in block.items()}
+        return cls(**values)
+
+    @classmethod
+    def from_assignments(cls, assignments: Iterable[str], base: Mapping[str, Any] | None = None) -> Self:
+        """Build from `KEY=VALUE` strings laid over a base block. Values are JSON; what is not JSON is a plain string.
+
+        Raises:
+            ValueError: As `from_dict`, or an assignment without "=".
+        """
+        block = dict(base or {})
+        for assignment in assignments:
+            key, separator, text = assignment.partition("=")
+            if not separator or not key:
+                raise ValueError(f"--slsam {assignment}: expected KEY=VALUE, like --slsam rho=0.02")
+            try:
+                block[key.strip()] = json.loads(text)
+            except json.JSONDecodeError:
+                block[key.strip()] = text
+        return cls.from_dict(block)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The knobs as JSON-serialisable values; `from_dict` reads them back."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def num_active(self, num_arms: int) -> int:
+        """How many of `num_arms` arms a step activates: at least 1.
+
+        Raises:
+            ValueError: A whole number of active layers larger than `num_arms`.
+        """
+        if self.selector == "all":
+            return num_arms
+        if isinstance(self.active_layers, int):
+            if self.active_layers > num_arms:
+                raise ValueError(
+                    f"slsam.active_layers={self.active_layers}: choose a fraction in (0, 1] or a count from 1 to {num_arms}"
+                )
+            return self.active_layers
+        return max(1, round(self.active_layers * num_arms))
+
+
+_ACTIVE_LAYERS_HINT = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
+
+
+def _require(config: SLSAMConfig, name: str, condition: bool, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"slsam.{name}={_shown(getattr(config, name))}: {allowed}")
+
+
+def _shown(value: Any) -> str:
+    """The value as the user would write it in JSON."""
+    try:
+        return json.dumps(value)
+    except TypeError:
+        return repr(value)
+
+
+def _check_types(config: SLSAMConfig) -> None:
+    for name, hint in get_type_hints(SLSAMConfig).items():
+        value = getattr(config, name)
+        if not _matches(value, hint):
+            raise ValueError(f"slsam.{name}={_shown(value)}: expected {_described(hint)}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if hint is float:  # an integer is a fine float; a bool is neither
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(option) for option in get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(hint))
+    if origin is tuple:
+        return "a list of strings"
+    return {float: "a number", int: "an integer", bool: "true or false", type(None): "null"}.get(hint, str(hint))

@@ -1,0 +1,146 @@
+"""Building a DeepSpeedEngine whose optimizer keeps one parameter group per arm."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from slsam_ds.engines.param_groups import regroup
+from slsam_ds.layers import LayerMap, split_param_groups
+
+logger = logging.getLogger(__name__)
+
+# What Hugging Face's TrainingArguments default to where a DeepSpeed JSON says "auto", so that one file serves both.
+_AUTO_DEFAULTS: Mapping[str, Any] = {
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+}
+_DEFAULT_LEARNING_RATE = 5e-5
+
+# The private structures that engines/zero12.py relies on were read in these versions.
+_OLDEST_DEEPSPEED = (0, 19, 8)
+_FIRST_UNKNOWN_DEEPSPEED = (0, 20)
+
+
+def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Split a DeepSpeed configuration into DeepSpeed's part and the `slsam` block.
+
+    Args:
+        config: A path to a JSON file, or the mapping itself (left unchanged).
+
+    Returns:
+        DeepSpeed's configuration, and the `slsam` block or None.
+
+    Raises:
+        ValueError: No such file, not JSON, or not a mapping.
+    """
+    if isinstance(config, Mapping):
+        values: Any = dict(config)
+    else:
+        try:
+            values = json.loads(Path(config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"DeepSpeed configuration {config}: cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"DeepSpeed configuration {config}: not valid JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"DeepSpeed configuration {config}: expected a JSON object of settings")
+    return values, values.pop("slsam", None)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse, before anything is built, what the engines do not support.
+
+    Raises:
+        ValueError: Naming the setting, its value and what to use.
+    """
+    if not _OLDEST_DEEPSPEED <= tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:3])) < _FIRST_UNKNOWN_DEEPSPEED:
+        oldest, unknown = (".".join(map(str, version)) for version in (_OLDEST_DEEPSPEED, _FIRST_UNKNOWN_DEEPSPEED))
+        raise ValueError(f"slsam_ds supports deepspeed >={oldest},<{unknown}; found {deepspeed.__version__}")
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(f"zero_optimization.stage={stage}: not supported yet; use 1 or 2")
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device", "none") != "none":
+            raise ValueError(f"zero_optimization.{name}.device={zero[name]['device']}: not supported yet; remove {name}")
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("fp16.enabled=true: not supported yet; use bf16 or float32")
+
+
+def build_engine(
+    model: nn.Module,
+    config: dict[str, Any],
+    layer_map: LayerMap,
+    *,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    lr_scheduler: Any = None,
+    **kwargs: Any,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """`deepspeed.initialize` with parameter groups split by arm, and AdamW where no optimizer is given.
+
+    Args:
+        model: The module.
+        config: DeepSpeed's configuration without the `slsam` block; "auto" values are resolved.
+        layer_map: The arms.
+        optimizer: A torch optimizer (regrouped in place), or a function from parameter groups to one.
+        model_parameters: What an optimizer from the JSON or from a function trains, as in `deepspeed.initialize`.
+        lr_scheduler: A scheduler (its per-group lists are split along), or a function from the optimizer to one.
+        **kwargs: Passed on to `deepspeed.initialize`.
+
+    Returns:
+        engine, optimizer, dataloader, scheduler: as `deepspeed.initialize`.
+    """
+    config = _resolve_auto(config, model)
+    check_config(config)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        regroup(optimizer, layer_map, lr_scheduler if _is_scheduler(lr_scheduler) else None)
+    else:
+        trained = list(model_parameters) if model_parameters is not None else _trained_parameters(layer_map)
+        model_parameters = split_param_groups(trained, layer_map)
+        if optimizer is None and "optimizer" not in config:
+            logger.info("no optimizer given: torch.optim.AdamW with lr=%g", _DEFAULT_LEARNING_RATE)
+            optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
+    return deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        lr_scheduler=lr_scheduler,
+        config=config,
+        **kwargs,
+    )
+
+
+def _trained_parameters(layer_map: LayerMap) -> list[nn.Parameter]:
+    in_arms = [parameter for layer in layer_map for _, parameter in layer.parameters]
+    return in_arms + [parameter for _, parameter in layer_map.always]
+
+
+def _is_scheduler(lr_scheduler: Any) -> bool:
+    return hasattr(lr_scheduler, "step") and hasattr(lr_scheduler, "state_dict")
+
+
+def _resolve_auto(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Fill in the "auto" values that Hugging Face's Trainer would; what else is "auto" goes, for DeepSpeed's default."""
+    dtype = next(model.parameters()).dtype
+    precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    resolved: dict[str, Any] = {}
+    for key, value in config.items():
+        if value == "auto":
+            if key in _AUTO_DEFAULTS:
+                resolved[key] = _AUTO_DEFAULTS[key]
+                logger.info("%s=auto: using %s", key, resolved[key])
+        elif isinstance(value, Mapping):
+            filled = {inner: precision[key] for inner in value if key in precision and value[inner] == "auto"}
+            resolved[key] = {inner: item for inner, item in value.items() if item != "auto"} | filled
+        else:
+            resolved[key] = value
+    return resolved

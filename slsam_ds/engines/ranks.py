@@ -1,0 +1,53 @@
+"""The ranks of a process group: the two small collectives that every engine needs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slsam_ds.protocol import RanksDisagreeError
+from slsam_ds.statistics import describe_disagreement, fingerprint
+
+
+class ProcessGroupRanks:
+    """`Ranks` over a process group; a single rank where none is up.
+
+    Args:
+        group: The data-parallel group; None: the default group.
+        device: Where the group's backend expects tensors.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+        up = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if up else 0
+        self.world_size = dist.get_world_size(group) if up else 1
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def agree(self, claims: Mapping[str, Any]) -> Callable[[], None]:
+        if self.world_size == 1:
+            return lambda: None
+        prints = torch.tensor([fingerprint(value) for value in claims.values()], dtype=torch.int64)
+        # The maximum of x and of -x over ranks: they cancel exactly where all ranks hold the same x. Started here and
+        # awaited before the first gradient travels, so it hides behind the forward and backward.
+        extremes = torch.cat([prints, -prints]).to(self._device)
+        work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def check() -> None:
+            if not work.is_completed() or self._device.type != "cpu":
+                work.wait()
+            highest, negated_lowest = extremes.chunk(2)
+            if torch.equal(highest, -negated_lowest):
+                return
+            per_rank: list[Any] = [None] * self.world_size
+            dist.all_gather_object(per_rank, dict(claims), group=self._group)
+            raise RanksDisagreeError(f"slsam: ranks disagree about {describe_disagreement(per_rank)}")
+
+        return check

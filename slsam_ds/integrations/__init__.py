@@ -1,0 +1,1 @@
+"""SL-SAM inside the frameworks that people already use, and the command line."""

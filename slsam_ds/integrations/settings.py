@@ -1,0 +1,161 @@
+"""Everything the command line and the DeepSpeed JSON say, checked as far as possible without model and data."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
+
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.engines.deepspeed import check_config, read_config
+from slsam_ds.integrations.arguments import (
+    DEMO_DEFAULTS,
+    DataArguments,
+    ModelArguments,
+    build_parser,
+    describe_unknown,
+)
+from slsam_ds.integrations.huggingface import STATE_FILE
+from slsam_ds.integrations.usage import UsageError, refusals
+
+_SECTIONS = (
+    *("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param"),
+    *("bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing"),
+)
+"""Keys of a DeepSpeed JSON that hold settings of their own; outer ones first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to do.
+
+    Attributes:
+        model: Which model.
+        data: Which data.
+        slsam: The knobs: the JSON's block with `--slsam` laid over it.
+        training: Everything else.
+        checkpoint: Folder to resume from.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    slsam: SLSAMConfig
+    training: TrainingArguments
+    checkpoint: str | None
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Parse the flags, with the demo's defaults where the user brings no data, and read the DeepSpeed JSON.
+
+    Raises:
+        UsageError: An unknown flag, a bad value or combination, or a JSON that cannot be used.
+    """
+    parser = build_parser(all_flags="--help_all" in argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(describe_unknown(parser, unknown[0]))
+    _check_combinations(given)
+    slsam = _read_slsam(given.deepspeed, given.slsam)
+    if _is_demo(given):
+        parser.set_defaults(**_demo_defaults(argv))
+    with refusals(ValueError, ImportError, NotImplementedError, OSError):
+        model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
+    _check_training(training)
+    _make_output_dir(training.output_dir)
+    return Settings(model=model, data=data, slsam=slsam, training=training, checkpoint=_find_checkpoint(training))
+
+
+def _is_demo(given: Any) -> bool:
+    return not given.train_file and given.dataset_name is None
+
+
+def _demo_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
+    asks_for_epochs = any(argument.replace("-", "_").startswith("__num_train_epochs") for argument in argv)
+    # The demo's number of steps would win over the number of epochs that the user asked for.
+    return {name: value for name, value in DEMO_DEFAULTS.items() if not (asks_for_epochs and name == "max_steps")}
+
+
+def _check_combinations(given: Any) -> None:
+    if given.fp16:
+        raise UsageError("--fp16: not supported yet; use bf16 (the default), or --bf16 False for float32")
+    if given.train_file and given.dataset_name is not None:
+        raise UsageError("--train_file and --dataset_name exclude each other: give one")
+    if given.validation_file and _is_demo(given):
+        raise UsageError("--validation_file without training data: give --train_file or --dataset_name too")
+    if given.peft == "lora" and given.lora_r < 1:
+        raise UsageError(f"--lora_r {given.lora_r}: choose a rank of at least 1")
+    if given.deepspeed is None:
+        raise UsageError("--deepspeed is missing: name a DeepSpeed JSON, like --deepspeed ds_configs/zero2.json")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(given, name) < 1:
+            raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        if not 0 <= getattr(given, name) < math.inf:
+            raise UsageError(f"--{name} {getattr(given, name)}: choose a finite number of at least 0")
+
+
+def _read_slsam(deepspeed: str, assignments: Sequence[str]) -> SLSAMConfig:
+    """Check the DeepSpeed JSON, and take the knobs from its `slsam` block and from the flags."""
+    if deepspeed.lstrip().startswith("{"):
+        raise UsageError("--deepspeed: expected the path of a JSON file, not the JSON itself")
+    with refusals(ValueError):
+        config, block = read_config(deepspeed)
+    _check_sections(deepspeed, config)
+    with refusals(ValueError, TypeError, AttributeError, prefix=f"--deepspeed {deepspeed}: "):
+        check_config(config)
+    with refusals(ValueError):
+        if block is not None and not isinstance(block, Mapping):
+            return SLSAMConfig.from_dict(block)  # says what a block must be
+        return SLSAMConfig.from_assignments(assignments, base=block)
+
+
+def _check_sections(deepspeed: str, config: Mapping[str, Any]) -> None:
+    """Refuse a plain value where DeepSpeed and transformers, without looking, read a section."""
+    for name in _SECTIONS:
+        outer, _, inner = name.rpartition(".")
+        holder = config.get(outer, {}) if outer else config
+        value = holder.get(inner, {})
+        if not isinstance(value, Mapping):
+            raise UsageError(f"--deepspeed {deepspeed}: {name}={value!r}: expected a section, like {{...}}")
+
+
+def _make_output_dir(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot be made ({error.strerror})") from error
+
+
+def _check_training(training: TrainingArguments) -> None:
+    with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}: "):
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    mismatches = training.hf_deepspeed_config.mismatches
+    if mismatches:
+        raise UsageError(
+            f"--deepspeed {training.deepspeed}: contradicts the flags: "
+            + "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " but --") for line in mismatches)
+            + '; "auto" in the JSON takes the flag\'s value'
+        )
+    available = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in available:
+            raise UsageError(f"--report_to {name}: not installed; there are: {', '.join(available) or 'none'}")
+
+
+def _find_checkpoint(training: TrainingArguments) -> str | None:
+    asked = training.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() == "true":
+        last = get_last_checkpoint(training.output_dir)
+        if last is None:
+            raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {training.output_dir}")
+        return str(last)
+    for name in ("trainer_state.json", STATE_FILE):
+        if not Path(asked, name).is_file():
+            raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
+    return str(asked)

@@ -1,0 +1,119 @@
+"""What the user asked for cannot be done: one sentence, printed once, and the same exit code on every rank.
+
+Before training starts, every stage ends with the ranks telling each other how it went (`together`), so that a file
+missing on one node stops all nodes instead of leaving them waiting in the first collective.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+EXIT_CODE = 2
+"""What argparse, and so every command line in Python, returns on a usage error."""
+
+Built = TypeVar("Built")
+
+
+class UsageError(Exception):
+    """The message is the sentence to print."""
+
+
+@contextmanager
+def refusals(error: type[Exception] = ValueError, *errors: type[Exception], prefix: str = "") -> Iterator[None]:
+    """Turn what a library raises on bad settings into a `UsageError`.
+
+    Args:
+        error: What counts as a refusal.
+        *errors: And what else does.
+        prefix: Put before the library's message: the flag and its value.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except (error, *errors) as refusal:
+        raise UsageError(prefix + one_line(refusal)) from refusal
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of the error's message (all lines, where that one only introduces them); else its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    introduces = lines[0].rstrip().endswith(":") or (len(lines) > 1 and lines[1].startswith("- "))
+    return " ".join(" ".join(lines if introduces else lines[:1]).split())
+
+
+def together(build: Callable[[], Built]) -> Built:
+    """Run `build` on this rank; go on only if it went well on all of them.
+
+    Returns:
+        What `build` returned.
+
+    Raises:
+        SystemExit: On every rank. Code 2 where any rank raised `UsageError`, printed by each node's first rank; code 1
+            where any raised something else, a bug, whose traceback is printed by the rank that has it.
+    """
+    built: Built | None = None
+    problem: tuple[str, bool] | None = None
+    try:
+        built = build()
+    except UsageError as error:
+        problem = (str(error), True)
+    except Exception:
+        problem = (traceback.format_exc(), False)
+    state = PartialState(cpu=runs_on_cpu())
+    problems: list[tuple[str, bool] | None] = gather_object([problem])
+    if not any(problems):
+        return built  # type: ignore[return-value]
+    if problem is not None and not problem[1]:
+        print(problem[0], file=sys.stderr, flush=True)
+    if state.is_local_main_process:
+        for sentence in _sentences(problems):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+    # A launcher kills every rank as soon as one has ended with an error: nobody leaves before all have printed.
+    state.wait_for_everyone()
+    raise SystemExit(EXIT_CODE if all(p is None or p[1] for p in problems) else 1)
+
+
+def _sentences(problems: list[tuple[str, bool] | None]) -> list[str]:
+    """The refusals of all ranks, each once; with the ranks it concerns where it does not concern all."""
+    sentences: dict[str, list[int]] = {}
+    for rank, problem in enumerate(problems):
+        if problem is not None and problem[1]:
+            sentences.setdefault(problem[0], []).append(rank)
+    return [
+        text if len(ranks) == len(problems) else f"{text} (rank {', '.join(map(str, ranks))} of {len(problems)})"
+        for text, ranks in sentences.items()
+    ]
+
+
+def say(text: str = "") -> None:
+    """Print on the first rank only."""
+    if PartialState(cpu=runs_on_cpu()).is_main_process:
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning of ours, on the first rank only. Not through `logging`, whose level the run turns down."""
+    if PartialState(cpu=runs_on_cpu()).is_main_process:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def runs_on_cpu() -> bool:
+    """Whether ranks compute, and talk, on the CPU.
+
+    Accelerate has to be told: on a machine without accelerator it would otherwise take every rank for the only one.
+    """
+    return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+
+
+def leave_ranks() -> None:
+    """Leave the process group. Left to the interpreter's exit, some torchrun jobs abort there."""
+    if PartialState._shared_state:  # creating the state here would join a group only to leave it
+        PartialState().destroy_process_group()

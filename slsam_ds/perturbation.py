@@ -1,0 +1,115 @@
+"""The perturbation x + ε of the sampled layers: its scale, how it reaches low-precision weights, its exact undoing.
+
+Everything here works on local tensors of one rank and knows nothing of other ranks.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from slsam_ds.config import Rounding
+
+# Perturbing happens in pieces of this many elements, so that the float32 temporaries of a large layer stay small.
+_CHUNK_NUMEL = 2**24
+
+
+def perturbation_scale(global_sq_norm: float, *, rho: float) -> float:
+    """Scale that puts the ascent step on the sphere of radius rho.
+
+    Args:
+        global_sq_norm: Squared L2 norm of the ascent gradient over the active layers and all ranks.
+        rho: Radius in parameter units.
+
+    Returns:
+        rho / norm, or 0 where the norm is 0 (no direction to climb).
+
+    Reference: Foret et al. 2021, eq. 2.
+    """
+    return rho / math.sqrt(global_sq_norm) if global_sq_norm > 0 else 0.0
+
+
+def rounding_generator(device: torch.device, *key: int) -> torch.Generator:
+    """Random generator that is a pure function of `key` (seed, step, owner, piece): resumable, the same on every run."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to bfloat16, up or down with probability proportional to nearness: exact in expectation.
+
+    A perturbation is per element far below half a bf16 ulp of a typical weight: rounding to nearest loses a quarter of
+    it at 1e7 parameters and half at 5e7, stochastic rounding loses nothing.
+
+    Args:
+        values: float32, any shape, finite.
+        generator: On the device of `values`.
+
+    Returns:
+        bfloat16 of the same shape.
+    """
+    # bf16 is the upper half of a float32: adding uniform noise below the cut and truncating rounds up with the right
+    # probability, and carries into the exponent where it must.
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return (bits + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+
+
+def perturb_(
+    weight: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    *,
+    scale: float,
+    rounding: Rounding,
+    generator: torch.Generator,
+) -> Tensor:
+    """Move `weight` to weight + ε in place, where ε = scale · gradient.
+
+    Stochastic rounding starts from the weight that forward reads, so an element without gradient does not move;
+    rounding to nearest starts from the master weight, without which ε would vanish below half an ulp.
+
+    Args:
+        weight: What forward reads. float32 or bfloat16, 1-D.
+        master: The same elements in full precision (may be `weight` itself). 1-D.
+        gradient: The same elements of the ascent gradient. 1-D.
+        scale: rho / global gradient norm.
+        rounding: How ε reaches a bfloat16 weight; float32 needs none.
+        generator: Source of the rounding noise.
+
+    Returns:
+        Local ⟨applied, ε⟩ and ‖applied‖² of the change really made. Shape (2,), float64.
+    """
+    measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    chunks = zip(*(tensor.split(_CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
+    for weight_chunk, master_chunk, gradient_chunk in chunks:
+        epsilon = gradient_chunk.to(torch.float32) * scale
+        before = weight_chunk.to(torch.float32, copy=True)
+        if weight.dtype == torch.bfloat16 and rounding == "stochastic":
+            weight_chunk.copy_(stochastic_round(before + epsilon, generator))
+        else:
+            weight_chunk.copy_(master_chunk.to(torch.float32) + epsilon)
+        applied = weight_chunk.to(torch.float32) - before
+        measured[0] += (applied * epsilon).sum(dtype=torch.float64)
+        measured[1] += applied.square().sum(dtype=torch.float64)
+    return measured
+
+
+@contextlib.contextmanager
+def preserved(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the tensors back bit for bit on the way out, whatever happened inside.
+
+    A copy, not a subtraction: (w + ε) - ε is not w in floating point. Values are copied back into the same storage,
+    which views and flat buffers of a sharded engine share.
+    """
+    with torch.no_grad():
+        backup = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, original in backup:
+                tensor.copy_(original)

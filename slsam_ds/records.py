@@ -1,0 +1,63 @@
+"""What a run leaves behind for people and programs to read: `slsam_layers.json` and `slsam_steps.jsonl`."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LAYERS_FILE = "slsam_layers.json"
+STEPS_FILE = "slsam_steps.jsonl"
+
+
+def write_layers(output_dir: str | Path, layers: Sequence[Mapping[str, Any]]) -> None:
+    """Write the arms (index, name, numel, parameter names) as one JSON list."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LAYERS_FILE).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+
+
+class StepWriter:
+    """Appends one JSON line per optimizer step, each flushed, without gap or repeat over a resume.
+
+    Args:
+        output_dir: Created where missing.
+        first_step: The step written next. Lines of it and later ones, left by a run that went on beyond the
+            checkpoint now resumed, are dropped; 1 starts the file anew.
+    """
+
+    def __init__(self, output_dir: str | Path, *, first_step: int) -> None:
+        path = Path(output_dir) / STEPS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_steps(output_dir) if record["step"] < first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line; numbers that JSON cannot hold become null."""
+        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; nothing is pending."""
+        self._file.close()
+
+
+def read_steps(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The records written so far; a last line torn by a crash is left out."""
+    path = Path(output_dir) / STEPS_FILE
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

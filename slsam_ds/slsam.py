@@ -1,0 +1,417 @@
+"""SL-SAM around a model and its optimizer: composes bandit, step and engine, and owns the state."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slsam_ds.bandit import make_selector
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.engines import select_engine
+from slsam_ds.layers import LayerMap, find_layers
+from slsam_ds.protocol import ALWAYS, RanksDisagreeError
+from slsam_ds.statistics import RewardScale
+from slsam_ds.step import ForwardBackward, Outcome, Plan, take_step
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""`loss_fn(model, micro_batch)` → the mean loss of the micro-batch, shape ()."""
+
+_MAX_UPDATE_SCALE = 10.0
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did. Numbers are global: over the whole window and all ranks.
+
+    Attributes:
+        step: Number of the step, from 1; skipped steps count.
+        loss: Mean loss of the window at the perturbed point.
+        ascent_loss: Mean loss of the window at the weights themselves; None where there was no ascent pass.
+        active: Arms perturbed and updated, ascending.
+        probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.
+        grad_norms: Descent-gradient norm by active arm.
+        rho: Radius asked for.
+        perturbation_norm: Norm of the change really made to the weights.
+        perturbation_projection: That change along the one asked for: 1 where all of it arrived; None without one.
+        skipped: A non-finite loss or gradient stopped the step; nothing changed.
+        seconds: Wall-clock time of the step on this rank.
+    """
+
+    step: int
+    loss: float
+    ascent_loss: float | None
+    active: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    grad_norms: Mapping[int, float]
+    rho: float
+    perturbation_norm: float
+    perturbation_projection: float | None
+    skipped: bool
+    seconds: float
+
+    def to_record(self) -> dict[str, Any]:
+        """The line of `slsam_steps.jsonl`."""
+        return {
+            "step": self.step,
+            "active": list(self.active),
+            "probabilities": list(self.probabilities),
+            "grad_norms": {str(arm): norm for arm, norm in self.grad_norms.items()},
+            "ascent_loss": self.ascent_loss,
+            "loss": self.loss,
+            "rho": self.rho,
+            "perturbation_norm": self.perturbation_norm,
+            "perturbation_projection": self.perturbation_projection,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+        }
+
+
+class SLSAM:
+    """Sparse-Layer SAM around a model and its optimizer.
+
+    Args:
+        model: A plain module (one device, or replicated over the ranks of a process group), or a DeepSpeedEngine
+            that `slsam_ds.initialize` or the Trainer integration built.
+        optimizer: The module's torch optimizer; its groups are split by layer. None with a DeepSpeedEngine.
+        config: The knobs; None: the defaults.
+        layer_map: The arms, where they were found before the model was wrapped.
+        total_steps: Length of the run; `gamma="auto"` needs it.
+
+    Raises:
+        ValueError: A model, wrapper or combination that is not supported, in one sentence.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        config: SLSAMConfig | None = None,
+        *,
+        layer_map: LayerMap | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        self.config = config or SLSAMConfig()
+        self.model = model
+        if layer_map is None:
+            layer_map = map_layers(model, self.config, optimizer)
+        if optimizer is not None:
+            from slsam_ds.engines.param_groups import regroup
+
+            regroup(optimizer, layer_map)
+        self.layers = layer_map
+        self.selector = make_selector(self.config, len(layer_map), total_steps=total_steps)
+        self.engine = select_engine(model, optimizer, layer_map)
+        self.engine.activate(None)
+        self.num_steps = 0
+        self._rewards = RewardScale(self.config.reward, [layer.numel for layer in layer_map])
+
+    def step(
+        self,
+        window: Sequence[Any],
+        loss_fn: LossFunction | None = None,
+        active: Iterable[int] | None = None,
+    ) -> StepResult:
+        """One optimizer step over a window of micro-batches (its length is the gradient accumulation).
+
+        Args:
+            window: Micro-batches of this rank: dicts of tensors, or whatever `loss_fn` takes.
+            loss_fn: Mean loss of one micro-batch; None: `model(**micro_batch).loss`.
+            active: Forces the sample; the same on every rank.
+
+        Raises:
+            ValueError: An empty window, or arms that do not exist.
+            RanksDisagreeError: Ranks were about to take different steps; nothing was sent or changed.
+        """
+        compute_loss = loss_fn or _model_loss
+
+        def forward_backward(micro_batch: Any) -> Tensor:
+            loss = compute_loss(self.model, _to_device(micro_batch, self.engine.device)) / len(window)
+            _check_loss(loss)
+            self.engine.backward(loss)
+            return loss.detach()
+
+        return self.step_with(window, forward_backward, active)
+
+    def step_with(
+        self, window: Sequence[Any], forward_backward: ForwardBackward, active: Iterable[int] | None = None
+    ) -> StepResult:
+        """As `step`, for trainers with a forward and backward of their own.
+
+        Args:
+            window: Micro-batches of this rank.
+            forward_backward: Called for each micro-batch, in both passes; calls `engine.backward` itself, on a loss
+                weighted so that the window's sum is the loss to minimise, and returns that loss, detached.
+            active: Forces the sample.
+        """
+        started = time.perf_counter()
+        if len(window) == 0:
+            raise ValueError("an empty window: a step needs at least one micro-batch")
+        step = self.num_steps + 1
+        forced = active is not None
+        sample = _checked_sample(active, len(self.layers)) if active is not None else self.selector.sample(step)
+        probabilities = tuple(self.selector.probabilities().tolist())
+        plan = self._plan(step, sample, dict.fromkeys(sample, 1.0) if forced else {a: probabilities[a] for a in sample}, len(window))
+        outcome = take_step(self.engine, plan, window, forward_backward)
+        self.num_steps = step
+        if not outcome.skipped:
+            self._learn(sample, outcome, forced)
+        return StepResult(
+            step=step,
+            loss=outcome.loss,
+            ascent_loss=outcome.ascent_loss,
+            active=sample,
+            probabilities=probabilities,
+            grad_norms={arm: norm for arm, norm in outcome.grad_norms.items() if arm != ALWAYS},
+            rho=self.config.rho,
+            perturbation_norm=outcome.perturbation_norm,
+            perturbation_projection=outcome.perturbation_projection,
+            skipped=outcome.skipped,
+            seconds=time.perf_counter() - started,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """SL-SAM's own state as JSON-serialisable values; the same on every rank.
+
+        Model, optimizer and scheduler are saved by whoever owns them.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "step": self.num_steps,
+            "layers": self.layers.fingerprint(),
+            "selector": self.selector.state_dict(),
+            "reward_maximum": self._rewards.maximum,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state: the same samples follow as in the uninterrupted run.
+
+        Raises:
+            ValueError: The state belongs to other layers, another selector or another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"slsam state version {state.get('version')!r}: expected {_STATE_VERSION}")
+        if state["layers"] != self.layers.fingerprint():
+            raise ValueError(
+                "the slsam state was saved for other layers (another model, other trainable parameters, or another "
+                "`layers` or `other_parameters` setting): resume with the setup of the saved run"
+            )
+        self.selector.load_state_dict(state["selector"])
+        self._rewards.maximum = float(state["reward_maximum"])
+        self.num_steps = int(state["step"])
+
+    def _plan(self, step: int, sample: tuple[int, ...], inclusion: Mapping[int, float], window_length: int) -> Plan:
+        arms = (ALWAYS, *sample) if self.layers.always else sample
+        scale = {}
+        if self.config.update_scale == "inverse_probability":
+            scale = {arm: min(1 / probability, _MAX_UPDATE_SCALE) for arm, probability in inclusion.items()}
+        return Plan(
+            step=step,
+            perturbed=arms,
+            updated=arms,
+            learning_rate_scale=scale,
+            rho=self.config.rho,
+            rounding=self.config.rounding,
+            seed=self.config.seed,
+            claims={
+                "the step": step,
+                f"the active layers of step {step}": sample,
+                "the bandit's state": self.selector.state_dict(),
+                "the slsam settings": self.config.to_dict(),
+                "the model's layers": self.layers.fingerprint(),
+                "the micro-batches per step": window_length,
+            },
+        )
+
+    def _learn(self, sample: tuple[int, ...], outcome: Outcome, forced: bool) -> None:
+        norms = {arm: outcome.grad_norms[arm] for arm in sample}
+        rewards = self._rewards.rewards(norms)
+        self.selector.observe(norms)
+        self.selector.update(
+            sample,
+            [rewards[arm] for arm in sample],
+            probabilities=[1.0] * len(sample) if forced else None,
+        )
+
+
+class SLSAMEngine:
+    """A DeepSpeedEngine with SL-SAM's step: everything but `train_step` and checkpoints is the engine's own.
+
+    Args:
+        engine: The DeepSpeedEngine.
+        slsam: SL-SAM around it.
+    """
+
+    def __init__(self, engine: Any, slsam: SLSAM) -> None:
+        vars(self).update(_engine=engine, slsam=slsam)
+
+    def train_step(
+        self,
+        micro_batches: Sequence[Any],
+        loss_fn: LossFunction | None = None,
+        active: Iterable[int] | None = None,
+    ) -> StepResult:
+        """One optimizer step over a window of micro-batches; see `SLSAM.step`."""
+        return self.slsam.step(micro_batches, loss_fn, active)
+
+    def save_checkpoint(
+        self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state riding in the client state."""
+        state = {**(client_state or {}), "slsam": self.slsam.state_dict()}
+        return self._engine.save_checkpoint(save_dir, tag=tag, client_state=state, **kwargs)
+
+    def load_checkpoint(self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any) -> tuple[Any, Any]:
+        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included.
+
+        Raises:
+            ValueError: The checkpoint holds no SL-SAM state, or that of another setup.
+        """
+        path, client_state = self._engine.load_checkpoint(load_dir, tag=tag, **kwargs)
+        if path is None:
+            return path, client_state
+        state = client_state.pop("slsam", None)
+        if state is None:
+            raise ValueError(f"{path}: holds no slsam state; it was not saved by slsam_ds")
+        self.slsam.load_state_dict(state)
+        return path, client_state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_engine"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._engine, name, value)
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    *,
+    config: Any = None,
+    slsam: SLSAMConfig | Mapping[str, Any] | None = None,
+    total_steps: int | None = None,
+    **kwargs: Any,
+) -> tuple[SLSAMEngine, Any, Any, Any]:
+    """`deepspeed.initialize`, with SL-SAM's step in the engine it returns.
+
+    Args:
+        args: As in `deepspeed.initialize`; its `deepspeed_config` names the JSON where `config` is not given.
+        model: The module to train.
+        optimizer: A torch optimizer, or a function from parameter groups to one; None: the JSON's, or AdamW.
+        model_parameters: What to train, where the optimizer does not say; None: all trainable parameters.
+        config: DeepSpeed's JSON (path or dict). Its `slsam` block holds SL-SAM's knobs; "auto" values are resolved.
+        slsam: SL-SAM's knobs, in place of the block.
+        total_steps: Length of the run; `gamma="auto"` needs it.
+        **kwargs: Everything else that `deepspeed.initialize` takes: `training_data`, `lr_scheduler`, ...
+
+    Returns:
+        engine, optimizer, dataloader, scheduler.
+
+    Raises:
+        ValueError: Bad settings or an unsupported combination, in one sentence.
+    """
+    from slsam_ds.engines.deepspeed import build_engine, read_config
+
+    if model is None:
+        raise ValueError("slsam_ds.initialize needs a model")
+    config = config if config is not None else getattr(args, "deepspeed_config", None)
+    if config is None:
+        raise ValueError("slsam_ds.initialize needs a DeepSpeed configuration: config=PATH or a dict")
+    ds_config, block = read_config(config)
+    if not isinstance(slsam, SLSAMConfig):
+        slsam = SLSAMConfig.from_dict(slsam if slsam is not None else block or {})
+    layer_map = map_layers(model, slsam, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
+    engine, zero, loader, scheduler = build_engine(
+        model, ds_config, layer_map, optimizer=optimizer, model_parameters=model_parameters, **kwargs
+    )
+    wrapped = SLSAMEngine(engine, SLSAM(engine, None, slsam, layer_map=layer_map, total_steps=total_steps))
+    return wrapped, zero, loader, scheduler
+
+
+def map_layers(
+    model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None
+) -> LayerMap:
+    """Find the arms and freeze what SL-SAM will never train.
+
+    Args:
+        model: The module, not yet wrapped.
+        config: Says how layers are found and what becomes of the other parameters.
+        optimizer: Where given, parameters it does not hold are frozen: nothing would ever update them.
+    """
+    if optimizer is not None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in held)
+    layer_map = find_layers(model, other_parameters=config.other_parameters, patterns=config.layers)
+    for _, parameter in layer_map.frozen:
+        parameter.requires_grad_(False)
+    return layer_map
+
+
+def windows(loader: Iterable[Any], length: int, *, drop_last: bool = False) -> Iterator[list[Any]]:
+    """Group a loader's micro-batches into windows, one per optimizer step.
+
+    Args:
+        loader: Yields micro-batches.
+        length: Micro-batches per window: the gradient accumulation steps.
+        drop_last: Leave out a last window that is shorter; it is averaged over what it holds otherwise.
+    """
+    if length < 1:
+        raise ValueError(f"length={length}: a window needs at least one micro-batch")
+    window: list[Any] = []
+    for micro_batch in loader:
+        window.append(micro_batch)
+        if len(window) == length:
+            yield window
+            window = []
+    if window and not drop_last:
+        yield window
+
+
+def _checked_sample(active: Iterable[int], num_arms: int) -> tuple[int, ...]:
+    sample = tuple(sorted({int(arm) for arm in active}))
+    if not sample or sample[0] < 0 or sample[-1] >= num_arms:
+        raise ValueError(f"active={list(sample)}: choose arms from 0 to {num_arms - 1}")
+    return sample
+
+
+def _model_loss(model: Any, micro_batch: Any) -> Tensor:
+    if not isinstance(micro_batch, Mapping):
+        raise ValueError(f"a micro-batch of type {type(micro_batch).__name__}: give a dict of tensors, or a loss_fn")
+    output = model(**micro_batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError("the model returned no loss: put labels into the micro-batches, or give a loss_fn")
+    return loss
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise ValueError(f"the loss must be a tensor of shape (), got {getattr(loss, 'shape', type(loss).__name__)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss does not depend on any active layer; with reentrant gradient checkpointing, use "
+            "use_reentrant=False or call model.enable_input_require_grads()"
+        )
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_device(item, device) for item in value)
+    return value
+
+
+__all__ = ["SLSAM", "RanksDisagreeError", "SLSAMConfig", "SLSAMEngine", "StepResult", "initialize", "map_layers", "windows"]

@@ -1,0 +1,80 @@
+"""The numbers of a step: layer norms, their normalisation to rewards, and the fingerprints by which ranks compare notes."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slsam_ds.config import Reward
+from slsam_ds.protocol import Shard
+
+# How long the bandit remembers the largest norm: it forgets half in about 70 steps.
+_MAXIMUM_DECAY = 0.99
+
+
+def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, device: torch.device) -> Tensor:
+    """Squared gradient norm of each arm over the elements this rank speaks for; summed over ranks they are global.
+
+    Returns:
+        One number per entry of `arms`, in that order. Shape (len(arms),), float64, local.
+    """
+    sq_norms = torch.zeros(len(arms), dtype=torch.float64, device=device)
+    position = {arm: index for index, arm in enumerate(arms)}
+    for shard in shards:
+        if shard.owner == rank and shard.gradient.numel() > 0:
+            norm = torch.linalg.vector_norm(shard.gradient, dtype=torch.float32)
+            sq_norms[position[shard.arm]] += norm.double().square()
+    return sq_norms
+
+
+class RewardScale:
+    """Turns gradient norms into rewards in [0, 1] by a decayed running maximum.
+
+    Args:
+        kind: "grad_norm", or "grad_rms" (norm divided by the square root of the layer's element count).
+        numels: Element count of each arm, global.
+    """
+
+    def __init__(self, kind: Reward, numels: Sequence[int]) -> None:
+        self.kind = kind
+        self.numels = tuple(numels)
+        self.maximum = 0.0
+
+    def rewards(self, norms: Mapping[int, float]) -> dict[int, float]:
+        """Reward of each arm seen this step; moves the running maximum. All-zero norms give all-zero rewards."""
+        values = {arm: self._value(arm, norm) for arm, norm in norms.items()}
+        self.maximum = max([_MAXIMUM_DECAY * self.maximum, *values.values()])
+        return {arm: value / self.maximum if self.maximum > 0 else 0.0 for arm, value in values.items()}
+
+    def _value(self, arm: int, norm: float) -> float:
+        return norm / math.sqrt(self.numels[arm]) if self.kind == "grad_rms" else norm
+
+
+def fingerprint(value: Any) -> int:
+    """A 62-bit digest of the value's `repr`: small enough for int64 arithmetic, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little") >> 2
+
+
+def describe_disagreement(per_rank: Sequence[Mapping[str, Any]]) -> str:
+    """One line naming what differs between ranks and who holds which value.
+
+    Args:
+        per_rank: What each rank claimed, by name, in rank order.
+    """
+    differences = []
+    for name in per_rank[0]:
+        holders: dict[str, list[int]] = {}
+        for rank, claims in enumerate(per_rank):
+            holders.setdefault(repr(claims.get(name)), []).append(rank)
+        if len(holders) > 1:
+            views = "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in holders.items())
+            differences.append(f"{name} ({views})")
+    return ", ".join(differences)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -1,0 +1,103 @@
+"""Run a function on N gloo ranks, with a time limit and the failing rank's traceback."""
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# Importing DeepSpeed and transformers takes seconds: a fork server does it once and every rank starts from there.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "slsam_ds.engines.zero12", "tests.models"])
+
+
+class RankFailedError(AssertionError):
+    """A rank raised or did not finish."""
+
+
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(*args)` on every rank of a fresh gloo group.
+
+    Args:
+        world_size: Number of processes.
+        function: Importable by name; runs with the process group up.
+        *args: Picklable.
+        timeout: Seconds for all ranks together.
+
+    Returns:
+        What each rank returned, in rank order. Only what pickles.
+
+    Raises:
+        RankFailedError: With the traceback of the rank that failed first, or the ranks that hung.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes, pipes = [], []
+        for rank in range(world_size):
+            receiver, sender = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(
+                target=_enter, args=(sender, rank, world_size, folder, function, args), daemon=True
+            )
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _collect(pipes: list[Any], timeout: float) -> list[Any]:
+    import time
+    from multiprocessing.connection import wait
+
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            silent = [rank for rank in range(len(pipes)) if rank not in results]
+            raise RankFailedError(f"ranks {silent} did not finish within {timeout} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                raise RankFailedError(f"rank {rank} died without a word") from None
+            if not ok:
+                raise RankFailedError(f"rank {rank} failed:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _enter(
+    sender: Any, rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    sender.send(answer)
+    sender.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os._exit(0)  # skips the atexit work of libraries, which waits for nothing we need

@@ -1,0 +1,78 @@
+"""SL-SAM in one process, on whole tensors, for forced samples: the judge of every engine. Shares no code with the package.
+
+A step: g and h are means over all micro-batches of all ranks' windows; one norm over the whole sample; AdamW whose step
+counter, per layer, counts the layer's own updates only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Reference:
+    model: torch.nn.Module  # float32; only parameters named in `arms` are trained
+    arms: Sequence[Sequence[str]]
+    rho: float = 0.05
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-4
+    weight_decay: float = 0.1
+    clip: float = 0.0
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
+
+    def gradient(self, sample: Sequence[int], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict, float]:
+        parameters = dict(self.model.named_parameters())
+        names = [name for arm in sample for name in self.arms[arm]]
+        total = {name: torch.zeros_like(parameters[name]) for name in names}
+        mean_loss = 0.0
+        for batch in batches:
+            loss = self.model(**batch).loss
+            grads = torch.autograd.grad(loss, [parameters[name] for name in names])
+            for name, grad in zip(names, grads, strict=True):
+                total[name] += grad / len(batches)
+            mean_loss += loss.item() / len(batches)
+        return total, mean_loss
+
+    @torch.no_grad()
+    def add(self, direction: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+        parameters = dict(self.model.named_parameters())
+        before = {name: parameters[name].clone() for name in direction}
+        for name, tensor in direction.items():
+            parameters[name] += scale * tensor
+        return before
+
+    def step(
+        self,
+        sample: Sequence[int],
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        lr_scale: Callable[[int], float] = lambda arm: 1.0,
+    ) -> dict:
+        ascent, ascent_loss = self.gradient(sample, batches)
+        norm = torch.sqrt(sum(g.double().square().sum() for g in ascent.values())).item()
+        before = self.add(ascent, self.rho / norm if norm > 0 else 0.0)
+        descent, loss = self.gradient(sample, batches)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in before:
+                    parameter.copy_(before[name])
+        norms = {
+            arm: torch.sqrt(sum(descent[n].double().square().sum() for n in self.arms[arm])).item() for arm in sample
+        }
+        total = sum(n * n for n in norms.values()) ** 0.5
+        shrink = min(1.0, self.clip / (total + 1e-6)) if self.clip else 1.0
+        for arm in sample:
+            for name in self.arms[arm]:
+                self.adamw(name, descent[name] * shrink, self.lr * lr_scale(arm))
+        return {"loss": loss, "ascent_loss": ascent_loss, "grad_norms": norms}
+
+    @torch.no_grad()
+    def adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:
+        parameter = dict(self.model.named_parameters())[name]
+        m, v, count = self.moments.get(name, (torch.zeros_like(grad), torch.zeros_like(grad), 0))
+        b1, b2 = self.betas
+        m, v, count = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad.square(), count + 1
+        self.moments[name] = (m, v, count)
+        parameter *= 1 - lr * self.weight_decay
+        parameter -= lr * (m / (1 - b1**count)) / ((v / (1 - b2**count)).sqrt() + self.eps)

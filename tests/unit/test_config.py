@@ -1,0 +1,264 @@
+"""Every knob: what is refused, in which words, and that what is accepted survives a round trip."""
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+
+from slsam_ds.config import SLSAMConfig
+
+SELECTORS = '"exp3m", "uniform", "cyclic", "all", "top_k"'
+ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
+
+BAD_VALUES = [
+    ("rho", -0.1, "-0.1", "choose a finite radius ≥ 0"),
+    ("rho", math.inf, "Infinity", "choose a finite radius ≥ 0"),
+    ("rho", math.nan, "NaN", "choose a finite radius ≥ 0"),
+    ("rho", "0.05", '"0.05"', "expected a number"),
+    ("rho", True, "true", "expected a number"),
+    ("rho", None, "null", "expected a number"),
+    ("active_layers", 0, "0", ACTIVE_LAYERS),
+    ("active_layers", -3, "-3", ACTIVE_LAYERS),
+    ("active_layers", 0.0, "0.0", ACTIVE_LAYERS),
+    ("active_layers", 1.5, "1.5", ACTIVE_LAYERS),
+    ("active_layers", math.nan, "NaN", ACTIVE_LAYERS),
+    ("active_layers", "half", '"half"', "expected an integer or a number"),
+    ("active_layers", True, "true", "expected an integer or a number"),
+    ("selector", "exp3", '"exp3"', f"expected one of {SELECTORS}"),
+    ("selector", None, "null", f"expected one of {SELECTORS}"),
+    ("selector", 3, "3", f"expected one of {SELECTORS}"),
+    ("gamma", 0, "0", 'choose a number in (0, 1] or "auto"'),
+    ("gamma", 1.01, "1.01", 'choose a number in (0, 1] or "auto"'),
+    ("gamma", math.nan, "NaN", 'choose a number in (0, 1] or "auto"'),
+    ("gamma", "automatic", '"automatic"', 'expected a number or one of "auto"'),
+    ("share", -0.001, "-0.001", "choose a number in [0, 1)"),
+    ("share", 1.0, "1.0", "choose a number in [0, 1)"),
+    ("share", math.nan, "NaN", "choose a number in [0, 1)"),
+    ("share", "no", '"no"', "expected a number"),
+    ("reward", "loss", '"loss"', 'expected one of "grad_norm", "grad_rms", "grad_norm_per_cost"'),
+    ("ascent_scope", "local", '"local"', 'expected one of "global", "rank", "micro_batch"'),
+    ("ascent_fraction", 0, "0", "choose a number in (0, 1]"),
+    ("ascent_fraction", 1.1, "1.1", "choose a number in (0, 1]"),
+    ("ascent_fraction", math.nan, "NaN", "choose a number in (0, 1]"),
+    ("ascent_fraction", "all", '"all"', "expected a number"),
+    ("ascent_source", "next", '"next"', 'expected one of "current", "previous"'),
+    ("budget", 0, "0", "choose a number > 0, or null"),
+    ("budget", -1.0, "-1.0", "choose a number > 0, or null"),
+    ("budget", math.inf, "Infinity", "choose a number > 0, or null"),
+    ("budget", "cheap", '"cheap"', "expected a number or null"),
+    ("update_scale", "linear", '"linear"', 'expected one of "inverse_probability", "none"'),
+    ("update_scale", None, "null", 'expected one of "inverse_probability", "none"'),
+    ("rounding", "up", '"up"', 'expected one of "stochastic", "nearest"'),
+    ("prefix_reuse", "always", '"always"', 'expected true or false or one of "auto"'),
+    ("prefix_reuse", 1, "1", 'expected true or false or one of "auto"'),
+    ("other_parameters", "none", '"none"', 'expected one of "arms", "always", "freeze"'),
+    ("layers", (), "[]", "name at least one layer, or null"),
+    ("layers", "blocks", '"blocks"', "expected a list of strings or null"),
+    ("layers", (1, 2), "[1, 2]", "expected a list of strings or null"),
+    ("seed", -1, "-1", "choose an integer from 0 to 2^63 - 1"),
+    ("seed", 2**63, str(2**63), "choose an integer from 0 to 2^63 - 1"),
+    ("seed", 0.5, "0.5", "expected an integer"),
+    ("seed", False, "false", "expected an integer"),
+]
+
+UNSUPPORTED = [
+    ("ascent_scope", "rank", '"rank"', 'use "global"'),
+    ("ascent_scope", "micro_batch", '"micro_batch"', 'use "global"'),
+    ("ascent_fraction", 0.5, "0.5", "use 1.0"),
+    ("ascent_source", "previous", '"previous"', 'use "current"'),
+    ("budget", 1.0, "1.0", "use null"),
+    ("reward", "grad_norm_per_cost", '"grad_norm_per_cost"', 'use "grad_norm" or "grad_rms"'),
+    ("prefix_reuse", True, "true", 'use "auto" or false'),
+]
+
+ACCEPTED = [
+    ("rho", 0),
+    ("rho", 2.5),
+    ("active_layers", 1),
+    ("active_layers", 40),
+    ("active_layers", 1.0),
+    ("active_layers", 1e-3),
+    ("selector", "exp3m"),
+    ("selector", "uniform"),
+    ("selector", "cyclic"),
+    ("selector", "all"),
+    ("selector", "top_k"),
+    ("gamma", 1),
+    ("gamma", "auto"),
+    ("share", 0),
+    ("reward", "grad_rms"),
+    ("ascent_fraction", 1),
+    ("update_scale", "none"),
+    ("rounding", "nearest"),
+    ("prefix_reuse", False),
+    ("prefix_reuse", "auto"),
+    ("other_parameters", "always"),
+    ("other_parameters", "freeze"),
+    ("layers", ("model.layers.0", r"model\.layers\.(1|2)\..*")),
+    ("seed", 2**63 - 1),
+]
+
+
+def refused(key: str, value: Any, shown: str, allowed: str) -> None:
+    """The value is refused from Python in one sentence: the key, the value as JSON, what is allowed."""
+    with pytest.raises(ValueError, match=rf"^slsam\.{key}={re.escape(shown)}: .*{re.escape(allowed)}") as caught:
+        SLSAMConfig(**{key: value})
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(("key", "value", "shown", "allowed"), BAD_VALUES)
+def test_a_bad_value_is_refused_in_one_sentence(key: str, value: Any, shown: str, allowed: str) -> None:
+    refused(key, value, shown, allowed)
+
+
+@pytest.mark.parametrize(("key", "value", "shown", "instead"), UNSUPPORTED)
+def test_a_knob_without_machinery_is_refused_never_ignored(key: str, value: Any, shown: str, instead: str) -> None:
+    refused(key, value, shown, f"not supported yet; {instead}")
+
+
+def test_every_knob_is_tested() -> None:
+    knobs = {field.name for field in dataclasses.fields(SLSAMConfig)}
+    assert {key for key, *_ in BAD_VALUES} == knobs
+    assert {key for key, *_ in ACCEPTED + UNSUPPORTED} == knobs
+
+
+def test_a_broken_regular_expression_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^slsam\.layers: 'blocks\.\(' is not a regular expression"):
+        SLSAMConfig(layers=("fine", "blocks.("))
+
+
+@pytest.mark.parametrize(("key", "value"), ACCEPTED)
+def test_an_accepted_value_survives_json(key: str, value: Any) -> None:
+    config = SLSAMConfig(**{key: value})
+    assert getattr(config, key) == value
+    assert SLSAMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    assert SLSAMConfig().to_dict() == {
+        "rho": 0.05,
+        "active_layers": 0.2,
+        "selector": "exp3m",
+        "gamma": 0.1,
+        "share": 0.001,
+        "reward": "grad_norm",
+        "ascent_scope": "global",
+        "ascent_fraction": 1.0,
+        "ascent_source": "current",
+        "budget": None,
+        "update_scale": "inverse_probability",
+        "rounding": "stochastic",
+        "prefix_reuse": "auto",
+        "other_parameters": "arms",
+        "layers": None,
+        "seed": 0,
+    }
+    assert SLSAMConfig.from_dict({}) == SLSAMConfig()
+
+
+def test_a_config_is_frozen() -> None:
+    config = SLSAMConfig(layers=("a",))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rho = 0.1  # type: ignore[misc]
+    config.to_dict()["layers"].append("b")
+    assert config.layers == ("a",)
+    assert hash(config) == hash(SLSAMConfig(layers=("a",)))
+
+
+# From a block
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [("roh", "did you mean 'rho'? "), ("active_layer", "did you mean 'active_layers'? "), ("zzz", "")],
+)
+def test_an_unknown_key_is_refused_with_the_nearest(key: str, suggestion: str) -> None:
+    message = rf"^slsam\.{key}: unknown key; {re.escape(suggestion)}known keys are rho, active_layers, .*, seed$"
+    with pytest.raises(ValueError, match=message):
+        SLSAMConfig.from_dict({"rho": 0.1, key: 1})
+
+
+@pytest.mark.parametrize(("block", "shown"), [([1], "[1]"), ("rho=1", '"rho=1"'), (None, "null"), (True, "true")])
+def test_a_block_that_is_no_mapping_is_refused(block: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match=rf"^slsam={re.escape(shown)}: expected a block of keys and values"):
+        SLSAMConfig.from_dict(block)
+
+
+def test_a_json_list_of_layers_is_taken_but_not_kept() -> None:
+    names = ["a", "b"]
+    config = SLSAMConfig.from_dict({"layers": names})
+    names.append("c")
+    assert config.layers == ("a", "b")
+    assert config.to_dict()["layers"] == ["a", "b"]
+
+
+# From the command line
+
+
+def test_assignments_are_json_or_plain_strings_and_lie_over_the_block() -> None:
+    base = {"rho": 0.5, "seed": 3}
+    assignments = ["rho=0.02", "selector=uniform", "active_layers=3", 'layers=["x=1", "y"]', "prefix_reuse=false"]
+    config = SLSAMConfig.from_assignments(assignments, base)
+    assert config == SLSAMConfig(
+        rho=0.02, selector="uniform", active_layers=3, layers=("x=1", "y"), prefix_reuse=False, seed=3
+    )
+    assert isinstance(config.active_layers, int)
+    assert base == {"rho": 0.5, "seed": 3}
+
+
+def test_the_last_assignment_wins() -> None:
+    assert SLSAMConfig.from_assignments(["rho=0.02", "gamma=auto", "rho=0.03"]).rho == 0.03
+    assert SLSAMConfig.from_assignments([]) == SLSAMConfig()
+    assert SLSAMConfig.from_assignments([" rho =0.03", "budget=null"]).rho == 0.03
+
+
+@pytest.mark.parametrize("assignment", ["rho", "=3", "", "rho:0.1"])
+def test_an_assignment_without_key_or_value_is_refused(assignment: str) -> None:
+    with pytest.raises(ValueError, match=f"^--slsam {assignment}: expected KEY=VALUE"):
+        SLSAMConfig.from_assignments([assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("roh=0.1", r"slsam\.roh: unknown key; did you mean 'rho'"),
+        ("rho=", r'slsam\.rho="": expected a number'),
+        ("rho=abc", r'slsam\.rho="abc": expected a number'),
+        ("rho=-1", r"slsam\.rho=-1: choose a finite radius"),
+        ("rho=NaN", r"slsam\.rho=NaN: choose a finite radius"),
+        ("budget=1.5", r"slsam\.budget=1\.5: not supported yet"),
+    ],
+)
+def test_assignments_are_refused_like_any_other_source(assignment: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SLSAMConfig.from_assignments([assignment])
+
+
+# Number of active arms
+
+
+@pytest.mark.parametrize(
+    ("active_layers", "num_arms", "expected"),
+    [(0.2, 10, 2), (0.2, 32, 6), (0.2, 1, 1), (0.01, 10, 1), (1.0, 7, 7), (1, 7, 1), (7, 7, 7), (0.99, 200, 198)],
+)
+def test_num_active(active_layers: float, num_arms: int, expected: int) -> None:
+    assert SLSAMConfig(active_layers=active_layers).num_active(num_arms) == expected
+
+
+def test_the_integer_1_is_one_layer_and_the_float_is_all_of_them() -> None:
+    assert SLSAMConfig.from_dict(json.loads('{"active_layers": 1}')).num_active(9) == 1
+    assert SLSAMConfig.from_dict(json.loads('{"active_layers": 1.0}')).num_active(9) == 9
+
+
+def test_the_selector_all_activates_all_whatever_active_layers_says() -> None:
+    assert SLSAMConfig(selector="all", active_layers=2).num_active(9) == 9
+
+
+def test_more_active_layers_than_arms_are_refused() -> None:
+    message = "slsam.active_layers=8: choose a fraction in (0, 1] or a count from 1 to 7"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SLSAMConfig(active_layers=8).num_active(7)

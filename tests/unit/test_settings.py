@@ -1,0 +1,245 @@
+"""The flags and the DeepSpeed JSON: defaults of the demo, and one sentence for everything that cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from slsam_ds.integrations.arguments import ModelArguments, build_parser
+from slsam_ds.integrations.models import choose_max_length, load_model
+from slsam_ds.integrations.settings import read_settings
+from slsam_ds.integrations.usage import UsageError, together
+from tests.models import tiny_llama
+from tests.tokenizers import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+ZERO2 = str(ROOT / "ds_configs" / "zero2.json")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # output folders are made where the program runs
+
+
+def test_demo_needs_nothing_but_the_json() -> None:
+    settings = read_settings(["--deepspeed", ZERO2, "--local_rank=0"])
+    assert settings.data.is_demo
+    assert settings.data.max_length == 192
+    assert settings.training.max_steps == 40
+    assert settings.training.output_dir == "outputs/demo"
+    assert settings.training.bf16
+    assert settings.training.report_to == []
+    assert settings.slsam.active_layers == 0.2
+
+
+def test_flags_win_over_the_demo_defaults() -> None:
+    settings = read_settings(
+        ["--deepspeed", ZERO2, "--max_steps", "7", "--learning-rate", "3e-6", "--bf16", "False", "--output_dir", "o"]
+    )
+    assert settings.training.max_steps == 7
+    assert settings.training.learning_rate == 3e-6
+    assert not settings.training.bf16
+    assert Path("o").is_dir()
+
+
+def test_epochs_asked_for_win_over_the_demo_steps() -> None:
+    assert read_settings(["--deepspeed", ZERO2, "--num_train_epochs=2"]).training.max_steps == -1
+
+
+def test_own_data_get_none_of_the_demo_defaults() -> None:
+    settings = read_settings(["--deepspeed", ZERO2, "--train_file", "a.jsonl", "b.jsonl"])
+    assert settings.data.train_file == ["a.jsonl", "b.jsonl"]
+    assert settings.data.max_length is None
+    assert settings.training.max_steps == -1
+    assert settings.training.output_dir == "outputs/run"
+
+
+def test_slsam_flags_lie_over_the_block() -> None:
+    settings = read_settings(["--deepspeed", ZERO2, "--slsam", "rho=0.01", "seed=3", "--slsam", "active_layers=2"])
+    assert (settings.slsam.rho, settings.slsam.seed, settings.slsam.active_layers) == (0.01, 3, 2)
+    assert read_settings(["--deepspeed", ZERO2]).slsam.seed == 0
+
+
+@pytest.mark.parametrize("name", ["zero1.json", "zero2.json"])
+def test_shipped_configurations_are_accepted(name: str) -> None:
+    settings = read_settings(["--deepspeed", str(ROOT / "ds_configs" / name), "--gradient_accumulation_steps", "3"])
+    assert settings.training.hf_deepspeed_config.config["gradient_accumulation_steps"] == 3
+    assert str(settings.training.hf_deepspeed_config.config["zero_optimization"]["stage"]) in name
+
+
+def _json(path: Path, **changes: object) -> str:
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}} | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--max_stpes", "3"], "--max_stpes: unknown flag; did you mean --max_steps?"),
+        (["--max-stpes=3"], "--max-stpes: unknown flag; did you mean --max_steps?"),
+        (["--trian_file", "x"], "--trian_file: unknown flag; did you mean --train_file?"),
+        (["--qqqqq"], "--qqqqq: unknown flag; see --help"),
+        (["data.jsonl"], "data.jsonl: belongs to no flag"),
+        (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+        (["--peft", "lorra"], "--peft: invalid choice: 'lorra' (choose from 'none', 'lora')"),
+        (["--train_file"], "--train_file: expected at least one argument"),
+        (["--fp16"], "--fp16: not supported yet; use bf16"),
+        (["--slsam", "active_layers=0"], "slsam.active_layers=0: choose a fraction in (0, 1] or a count"),
+        (["--slsam", "rhoo=0.1"], "slsam.rhoo: unknown key; did you mean 'rho'?"),
+        (["--slsam", "rho"], "--slsam rho: expected KEY=VALUE"),
+        (["--validation_file", "x.jsonl"], "--validation_file without training data"),
+        (["--train_file", "x.jsonl", "--dataset_name", "y"], "--train_file and --dataset_name exclude each other"),
+        (["--peft", "lora", "--lora_r", "0"], "--lora_r 0: choose a rank of at least 1"),
+        (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in outputs/demo"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a checkpoint"),
+        (["--report_to", "wandbb"], "--report_to wandbb: not installed"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps"], "--load_best_model_at_end requires"),
+        (["--warmup_steps", "-1"], "warmup_steps"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "epoch"], "Save strategy: "),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: choose a number of at least 1"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: choose"),
+        (["--learning_rate=-1"], "--learning_rate -1.0: choose a finite number of at least 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: choose"),
+        (["--optim", "lion_8bit"], "--optim lion_8bit: "),
+        (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run: cannot be made (Not a directory)"),
+    ],
+)
+def test_bad_flags_are_one_sentence(argv: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        read_settings(["--deepspeed", ZERO2, *argv])
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    cases = [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: not supported yet; use 1 or 2"),
+        ({"slsam": {"active_layers": 0}}, "slsam.active_layers=0: choose"),
+        ({"slsam": {"rhoo": 0.1}}, "slsam.rhoo: unknown key; did you mean 'rho'?"),
+        ({"slsam": [1]}, "slsam"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=true: not supported yet"),
+        ({"gradient_accumulation_steps": 5}, "contradicts the flags: gradient_accumulation_steps=5 but --"),
+        ({"zero_optimization": 2}, "zero_optimization=2: expected a section"),
+        ({"optimizer": "AdamW"}, "optimizer='AdamW': expected a section"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer='cpu': expected a section",
+        ),
+    ]
+    for changes, sentence in cases:
+        with pytest.raises(UsageError) as refused:
+            read_settings(["--deepspeed", _json(path, **changes)])
+        assert sentence in str(refused.value)
+        assert "\n" not in str(refused.value)
+    for text, sentence in [("{", "not valid JSON"), ("[1]", "expected a JSON object")]:
+        path.write_text(text)
+        with pytest.raises(UsageError, match=sentence):
+            read_settings(["--deepspeed", str(path)])
+    with pytest.raises(UsageError, match=r"nothing\.json: cannot be read"):
+        read_settings(["--deepspeed", str(tmp_path / "nothing.json")])
+    with pytest.raises(UsageError, match="--deepspeed is missing"):
+        read_settings([])
+
+
+def test_help_is_short_and_ours_comes_first() -> None:
+    text = build_parser().format_help()
+    assert len(text.splitlines()) < 100
+    assert (
+        text.index("--model_name_or_path") < text.index("--train_file") < text.index("--slsam") < text.index("--bf16")
+    )
+    assert "--hub_token" not in text
+    assert "--hub_token" in build_parser(all_flags=True).format_help()
+
+
+# Models
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _load(folder: Path, **flags: object) -> object:
+    return load_model(ModelArguments(model_name_or_path=str(folder), **flags), torch.float32)[0]  # type: ignore[arg-type]
+
+
+def test_folder_is_loaded(folder: Path) -> None:
+    model = _load(folder)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in tiny_llama().parameters())
+
+
+def test_lora_trains_adapters_only(folder: Path) -> None:
+    model = _load(folder, peft="lora", lora_r=2)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_models_that_cannot_be_used_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    def refusal(path: Path, **flags: object) -> str:
+        with pytest.raises(UsageError) as refused:
+            _load(path, **flags)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "no such folder" in refusal(tmp_path / "nothing")
+    assert "not a file" in refusal(folder / "config.json")
+    assert refusal(folder, peft="lora", lora_target_modules=["nothing"]).startswith("--peft lora: ")
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (folder / "tokenizer_config.json").rename(tmp_path / "tokenizer_config.json")
+    assert "the folder holds no tokenizer" in refusal(folder)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    tiny_tokenizer().save_pretrained(folder)
+    assert "cannot be loaded: " in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "the folder holds no weights" in refusal(folder)
+    (folder / "config.json").unlink()
+    assert "the folder holds no config.json" in refusal(folder)
+
+
+def test_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(40)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UsageError, match="do not belong together"):
+        _load(folder)
+
+
+def test_max_length_stays_within_the_model() -> None:
+    model = tiny_llama()  # 64 positions
+    assert choose_max_length(None, model) == 64
+    assert choose_max_length(32, model) == 32
+    for bad in (0, 1, 65):
+        with pytest.raises(UsageError, match="choose from 2 to the model's 64"):
+            choose_max_length(bad, model)
+
+
+# What becomes of a refusal
+
+
+def test_refusal_is_printed_once_and_ends_with_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise UsageError("this cannot be")
+
+    with pytest.raises(SystemExit) as left:
+        together(refuse)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "error: this cannot be\n"
+
+
+def test_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(SystemExit) as left:
+        together(fail)
+    assert left.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_result_is_returned() -> None:
+    assert together(lambda: 7) == 7
