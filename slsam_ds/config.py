@@ -40,7 +40,7 @@ class SLSAMConfig:
     """How layers are chosen: EXP3.M bandit, uniformly, in turn, all of them, or the largest norms last seen."""
 
     gamma: float | Literal["auto"] = 0.1
-    """EXP3 exploration in (0, 1]: every arm keeps inclusion probability ≥ k·gamma/L. "auto" needs a known run length."""
+    """EXP3 exploration in (0, 1]: every arm keeps probability ≥ k·gamma/L. "auto" needs a known run length."""
 
     share: float = 0.001
     """EXP3.S sharing in [0, 1): how fast old evidence is forgotten."""
@@ -80,7 +80,9 @@ class SLSAMConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self, "rho", math.isfinite(self.rho) and self.rho >= 0, "choose a finite radius ≥ 0 (0.01 to 0.05 is usual)")
+        _require(
+            self, "rho", math.isfinite(self.rho) and self.rho >= 0, "choose a finite radius ≥ 0 (0.01 to 0.05 is usual)"
+        )
         if isinstance(self.active_layers, int):
             _require(self, "active_layers", self.active_layers >= 1, _ACTIVE_LAYERS_HINT)
         else:
@@ -109,7 +111,9 @@ class SLSAMConfig:
             ("budget", None),
         ):
             if getattr(self, name) != supported:
-                raise ValueError(f"slsam.{name}={_shown(getattr(self, name))}: not supported yet; use {_shown(supported)}")
+                raise ValueError(
+                    f"slsam.{name}={_shown(getattr(self, name))}: not supported yet; use {_shown(supported)}"
+                )
         if self.reward == "grad_norm_per_cost":
             raise ValueError('slsam.reward="grad_norm_per_cost": not supported yet; use "grad_norm" or "grad_rms"')
         if self.prefix_reuse is True:
@@ -123,14 +127,16 @@ class SLSAMConfig:
             ValueError: An unknown key (with the nearest known one), or a value `SLSAMConfig` refuses.
         """
         if not isinstance(block, Mapping):
-            raise ValueError(f"slsam={_shown(block)}: expected a block of keys and values, like {{\"rho\": 0.05}}")
+            raise ValueError(f'slsam={_shown(block)}: expected a block of keys and values, like {{"rho": 0.05}}')
         known = [field.name for field in dataclasses.fields(cls)]
         for key in block:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(f"slsam.{key}: unknown key; {hint}known keys are {', '.join(known)}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in block.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
+        }
         return cls(**values)
 
     @classmethod
@@ -167,7 +173,8 @@ class SLSAMConfig:
         if isinstance(self.active_layers, int):
             if self.active_layers > num_arms:
                 raise ValueError(
-                    f"slsam.active_layers={self.active_layers}: choose a fraction in (0, 1] or a count from 1 to {num_arms}"
+                    f"slsam.active_layers={self.active_layers}: "
+                    f"choose a fraction in (0, 1] or a count from 1 to {num_arms}"
                 )
             return self.active_layers
         return max(1, round(self.active_layers * num_arms))

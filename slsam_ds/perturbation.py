@@ -33,7 +33,7 @@ def perturbation_scale(global_sq_norm: float, *, rho: float) -> float:
 
 
 def rounding_generator(device: torch.device, *key: int) -> torch.Generator:
-    """Random generator that is a pure function of `key` (seed, step, owner, piece): resumable, the same on every run."""
+    """Random generator that is a pure function of `key` (seed, step, owner, piece): resume repeats it."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -84,7 +84,7 @@ def perturb_(
         Local ⟨applied, ε⟩ and ‖applied‖² of the change really made. Shape (2,), float64.
     """
     measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    chunks = zip(*(tensor.split(_CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
+    chunks = zip(*(torch.split(tensor, _CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
         epsilon = gradient_chunk.to(torch.float32) * scale
         before = weight_chunk.to(torch.float32, copy=True)

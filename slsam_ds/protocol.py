@@ -60,8 +60,15 @@ class RanksDisagreeError(RuntimeError):
 class Engine(Protocol):
     """Where shards live and what must travel, for one sharding regime."""
 
-    ranks: Ranks
-    device: torch.device
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that train together."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
 
     def activate(self, arms: Collection[int] | None) -> None:
         """Let gradients flow to these arms only; None: to all of them, the state between steps."""

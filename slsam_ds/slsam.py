@@ -155,7 +155,9 @@ class SLSAM:
         forced = active is not None
         sample = _checked_sample(active, len(self.layers)) if active is not None else self.selector.sample(step)
         probabilities = tuple(self.selector.probabilities().tolist())
-        plan = self._plan(step, sample, dict.fromkeys(sample, 1.0) if forced else {a: probabilities[a] for a in sample}, len(window))
+        plan = self._plan(
+            step, sample, dict.fromkeys(sample, 1.0) if forced else {a: probabilities[a] for a in sample}, len(window)
+        )
         outcome = take_step(self.engine, plan, window, forward_backward)
         self.num_steps = step
         if not outcome.skipped:
@@ -259,13 +261,19 @@ class SLSAMEngine:
         return self.slsam.step(micro_batches, loss_fn, active)
 
     def save_checkpoint(
-        self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state riding in the client state."""
         state = {**(client_state or {}), "slsam": self.slsam.state_dict()}
         return self._engine.save_checkpoint(save_dir, tag=tag, client_state=state, **kwargs)
 
-    def load_checkpoint(self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any) -> tuple[Any, Any]:
+    def load_checkpoint(
+        self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included.
 
         Raises:
@@ -337,9 +345,7 @@ def initialize(
     return wrapped, zero, loader, scheduler
 
 
-def map_layers(
-    model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None
-) -> LayerMap:
+def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None) -> LayerMap:
     """Find the arms and freeze what SL-SAM will never train.
 
     Args:
@@ -414,4 +420,13 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-__all__ = ["SLSAM", "RanksDisagreeError", "SLSAMConfig", "SLSAMEngine", "StepResult", "initialize", "map_layers", "windows"]
+__all__ = [
+    "SLSAM",
+    "RanksDisagreeError",
+    "SLSAMConfig",
+    "SLSAMEngine",
+    "StepResult",
+    "initialize",
+    "map_layers",
+    "windows",
+]

@@ -1,4 +1,4 @@
-"""The numbers of a step: layer norms, their normalisation to rewards, and the fingerprints by which ranks compare notes."""
+"""The numbers of a step: layer norms, the rewards made of them, and fingerprints by which ranks compare notes."""
 
 import hashlib
 import math

@@ -193,7 +193,9 @@ def _perturbed(engine: Engine, plan: Plan, ascent: _Pass | None) -> Iterator[Ten
         yield applied
 
 
-def _skip(engine: Engine, plan: Plan, window: Sequence[Any], *, ascent_loss: float | None, loss: float = math.nan) -> Outcome:
+def _skip(
+    engine: Engine, plan: Plan, window: Sequence[Any], *, ascent_loss: float | None, loss: float = math.nan
+) -> Outcome:
     """Every rank saw the same non-finite number in the all-reduced statistics, so every rank comes here."""
     engine.discard()
     engine.update(plan.updated, num_micro_batches=len(window), learning_rate_scale={}, skip=True)

@@ -1,4 +1,6 @@
-"""SL-SAM in one process, on whole tensors, for forced samples: the judge of every engine. Shares no code with the package.
+"""SL-SAM in one process, on whole tensors, for forced samples: the judge of every engine.
+
+Shares no code with the package.
 
 A step: g and h are means over all micro-batches of all ranks' windows; one norm over the whole sample; AdamW whose step
 counter, per layer, counts the layer's own updates only.

@@ -61,7 +61,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the setting, its value and what to use.
     """
-    if not _OLDEST_DEEPSPEED <= tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:3])) < _FIRST_UNKNOWN_DEEPSPEED:
+    if (
+        not _OLDEST_DEEPSPEED
+        <= tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:3]))
+        < _FIRST_UNKNOWN_DEEPSPEED
+    ):
         oldest, unknown = (".".join(map(str, version)) for version in (_OLDEST_DEEPSPEED, _FIRST_UNKNOWN_DEEPSPEED))
         raise ValueError(f"slsam_ds supports deepspeed >={oldest},<{unknown}; found {deepspeed.__version__}")
     zero = config.get("zero_optimization", {})
@@ -70,7 +74,9 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"zero_optimization.stage={stage}: not supported yet; use 1 or 2")
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device", "none") != "none":
-            raise ValueError(f"zero_optimization.{name}.device={zero[name]['device']}: not supported yet; remove {name}")
+            raise ValueError(
+                f"zero_optimization.{name}.device={zero[name]['device']}: not supported yet; remove {name}"
+            )
     if config.get("fp16", {}).get("enabled") is True:
         raise ValueError("fp16.enabled=true: not supported yet; use bf16 or float32")
 
@@ -129,7 +135,7 @@ def _is_scheduler(lr_scheduler: Any) -> bool:
 
 
 def _resolve_auto(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Fill in the "auto" values that Hugging Face's Trainer would; what else is "auto" goes, for DeepSpeed's default."""
+    """Fill in the "auto" values that Hugging Face's Trainer would; other "auto"s give way to DeepSpeed's defaults."""
     dtype = next(model.parameters()).dtype
     precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     resolved: dict[str, Any] = {}

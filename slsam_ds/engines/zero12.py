@@ -94,7 +94,12 @@ class ZeroStage12Engine:
     def reduce(self) -> list[Shard]:
         if not self._reduces_every_micro_batch:
             self._flush()
-        return [shard for arm in sorted(self._active) for group in self._groups_of[arm] for shard in self._shards(arm, group)]
+        return [
+            shard
+            for arm in sorted(self._active)
+            for group in self._groups_of[arm]
+            for shard in self._shards(arm, group)
+        ]
 
     def discard(self) -> None:
         for parameter in self._parameters(self._groups_of):

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DummyOptim
@@ -22,8 +22,13 @@ from slsam_ds.slsam import SLSAM, map_layers
 
 STATE_FILE = "slsam_state.json"
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _TrainerMethods
+else:
+    _TrainerMethods = object  # the mixin stands before a trainer, whichever it is
 
-class SLSAMMixin:
+
+class SLSAMMixin(_TrainerMethods):
     """Makes a Trainer step with SL-SAM: `class MyTrainer(SLSAMMixin, Trainer)`.
 
     The trainer keeps its own data order, loss, logging, evaluation, scheduler and checkpoints. Its `training_step` runs
@@ -42,7 +47,9 @@ class SLSAMMixin:
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not self.is_deepspeed_enabled:
-            raise ValueError("SLSAMTrainer runs under DeepSpeed ZeRO stage 1 or 2 today: give TrainingArguments a deepspeed JSON")
+            raise ValueError(
+                "SLSAMTrainer runs under DeepSpeed ZeRO stage 1 or 2 today: give TrainingArguments a deepspeed JSON"
+            )
         block = _take_block(self.args.hf_deepspeed_config)
         check_config(self.args.hf_deepspeed_config.config)
         self.slsam_config = slsam if isinstance(slsam, SLSAMConfig) else SLSAMConfig.from_dict(slsam or block or {})
@@ -60,7 +67,9 @@ class SLSAMMixin:
             self._layer_map = map_layers(self.model, self.slsam_config)
         optimizer = super().create_optimizer(*args, **kwargs)
         if isinstance(optimizer, DummyOptim):  # the DeepSpeed JSON brings the optimizer
-            optimizer.params = split_param_groups([p for p in self.model.parameters() if p.requires_grad], self._layer_map)
+            optimizer.params = split_param_groups(
+                [p for p in self.model.parameters() if p.requires_grad], self._layer_map
+            )
         else:
             regroup(optimizer, self._layer_map)
         return optimizer
@@ -85,6 +94,7 @@ class SLSAMMixin:
         def forward_backward(micro_batch: Any) -> Tensor:
             return stock_training_step(model, copy.copy(micro_batch), num_items_in_batch)
 
+        assert self.slsam is not None
         result = self.slsam.step_with(self._window, forward_backward)
         if self._step_writer is not None:
             self._step_writer.write(result.to_record())
@@ -93,7 +103,9 @@ class SLSAMMixin:
 
     def _begin_slsam(self, total_steps: int) -> None:
         """Build SL-SAM around the prepared engine, and continue where the checkpoint left off."""
-        self.slsam = SLSAM(self.model_wrapped, None, self.slsam_config, layer_map=self._layer_map, total_steps=total_steps)
+        self.slsam = SLSAM(
+            self.model_wrapped, None, self.slsam_config, layer_map=self._layer_map, total_steps=total_steps
+        )
         self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
         if self._resumed_from is not None:
             self.slsam.load_state_dict(_read_state(self._resumed_from))
@@ -134,7 +146,7 @@ class _SLSAMCallback(TrainerCallback):
 
 
 class _WindowBackward(DeepSpeedEngineWrapper):
-    """What `accelerator.backward` calls: gathers gradients for SL-SAM, which reduces and steps when the window is done."""
+    """What `accelerator.backward` calls: gathers gradients for SL-SAM, which reduces and steps at the window's end."""
 
     def __init__(self, engine: Any, slsam_engine: Engine) -> None:
         super().__init__(engine)
@@ -159,5 +171,7 @@ def _read_state(checkpoint: str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable slsam state ({error}); was this checkpoint saved by SLSAMTrainer?") from None
+        raise ValueError(
+            f"{path}: no readable slsam state ({error}); was this checkpoint saved by SLSAMTrainer?"
+        ) from None
     return state
