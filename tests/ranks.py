@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 # Importing DeepSpeed and transformers takes seconds: a fork server does it once and every rank starts from there.
@@ -59,9 +62,6 @@ def free_port() -> int:
 
 
 def _collect(pipes: list[Any], timeout: float) -> list[Any]:
-    import time
-    from multiprocessing.connection import wait
-
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     while len(results) < len(pipes):
@@ -73,7 +73,7 @@ def _collect(pipes: list[Any], timeout: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)
             try:
-                ok, value = pipe.recv()
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 raise RankFailedError(f"rank {rank} died without a word") from None
             if not ok:
@@ -96,7 +96,8 @@ def _enter(
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
-    sender.send(answer)
+    # Pickled here: the pipe's own pickling would share tensors through a process that is about to end.
+    sender.send_bytes(pickle.dumps(answer))
     sender.close()
     if dist.is_initialized():
         dist.destroy_process_group()

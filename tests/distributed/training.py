@@ -1,0 +1,130 @@
+"""A few steps of training on any engine, as its user would set it up; runs on every rank of a test."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import slsam_ds
+from slsam_ds import SLSAM, SLSAMConfig, StepResult
+from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
+from tests.reference import Reference
+
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
+# A larger eps than Adam's own: a smaller one turns rounding noise into moves of ±lr where a gradient is nearly zero.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is trained, and inside which engine.
+
+    Attributes:
+        engine: "local" (single device or replicated), "zero1" or "zero2".
+        accumulation: Micro-batches per window.
+        dtype: Of the weights.
+        clip: Largest gradient norm; 0: any.
+        slsam: Knobs.
+        deepspeed: Further DeepSpeed settings.
+        model: Arguments of `tiny_llama`.
+    """
+
+    engine: str
+    accumulation: int = 1
+    dtype: torch.dtype = torch.float32
+    clip: float = 0.0
+    slsam: Mapping[str, Any] = field(default_factory=dict)
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+    def build_model(self) -> nn.Module:
+        """The model before anything was wrapped; the same on every rank."""
+        return tiny_llama(**self.model).to(self.dtype)
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """What a user would write into the JSON."""
+        return {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clip,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "zero_optimization": {"stage": int(self.engine[-1]), "overlap_comm": False},
+            "slsam": dict(self.slsam),
+            **self.deepspeed,
+        }
+
+
+class Training:
+    """A model being trained inside an engine.
+
+    Attributes:
+        step: `step(window, loss_fn=None, active=None)`.
+        slsam: The SLSAM underneath.
+        model: The module with the weights.
+        engine: The DeepSpeedEngine, or None.
+    """
+
+    def __init__(self, setup: Setup, *, make_optimizer: Callable[..., Any] = torch.optim.AdamW, **kwargs: Any) -> None:
+        self.setup = setup
+        self.model = setup.build_model()
+        self.engine: Any = None
+        self.step: Callable[..., StepResult]
+        optimizer = make_optimizer(self.model.parameters(), **(ADAMW if make_optimizer is torch.optim.AdamW else {}))
+        if setup.engine == "local":
+            self.slsam = SLSAM(self.model, optimizer, SLSAMConfig(**setup.slsam))
+            self.step = self.slsam.step
+        else:
+            config = setup.deepspeed_config()
+            self.engine, *_ = slsam_ds.initialize(model=self.model, optimizer=optimizer, config=config, **kwargs)
+            self.slsam, self.step = self.engine.slsam, self.engine.train_step
+        self.rank = self.slsam.engine.ranks.rank
+
+    def window(self, step: int) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches of a step."""
+        return window(step, self.rank, self.setup.accumulation)
+
+    def follow(self, samples: Sequence[Sequence[int]]) -> list[StepResult]:
+        """One step for each forced sample."""
+        return [self.step(self.window(step), active=sample) for step, sample in enumerate(samples, start=1)]
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter, whole, in full precision where the engine keeps one."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = safe_get_full_fp32_param if self.engine is not None else Tensor.detach
+        return {name: full(parameter).float().clone() for name, parameter in self.model.named_parameters()}
+
+    def live_weights(self) -> dict[str, Tensor]:
+        """Every parameter as forward reads it."""
+        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+
+
+def follow_samples(
+    setup: Setup, samples: Sequence[Sequence[int]] = SAMPLES
+) -> tuple[dict[str, Tensor], list[StepResult]]:
+    """Train on forced samples; what the weights are in the end and what each step reported."""
+    training = Training(setup)
+    results = training.follow(samples)
+    return training.weights(), results
+
+
+def follow_reference(
+    setup: Setup, world_size: int, samples: Sequence[Sequence[int]], scales: Sequence[Mapping[int, float]] | None = None
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The same training in one process, without the package."""
+    torch.set_num_threads(1)
+    model = setup.build_model()
+    reference = Reference(model, arms_of_llama(model), rho=setup.slsam.get("rho", 0.05), clip=setup.clip, **ADAMW)
+    results = []
+    for index, sample in enumerate(samples):
+        batches = [batch for rank in range(world_size) for batch in window(index + 1, rank, setup.accumulation)]
+        scale = scales[index] if scales else {}
+        results.append(reference.step(list(sample), batches, lambda arm, scale=scale: scale.get(arm, 1.0)))
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, results
+
+
+def max_error(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Largest absolute difference over all parameters."""
+    assert one.keys() == other.keys()
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
