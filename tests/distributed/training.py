@@ -63,6 +63,7 @@ class Training:
         slsam: The SLSAM underneath.
         model: The module with the weights.
         engine: The DeepSpeedEngine, or None.
+        optimizer: The torch optimizer, as the user built it.
     """
 
     def __init__(self, setup: Setup, *, make_optimizer: Callable[..., Any] = torch.optim.AdamW, **kwargs: Any) -> None:
@@ -70,7 +71,8 @@ class Training:
         self.model = setup.build_model()
         self.engine: Any = None
         self.step: Callable[..., StepResult]
-        optimizer = make_optimizer(self.model.parameters(), **(ADAMW if make_optimizer is torch.optim.AdamW else {}))
+        settings = ADAMW if make_optimizer is torch.optim.AdamW else {}
+        self.optimizer = optimizer = make_optimizer(self.model.parameters(), **settings)
         if setup.engine == "local":
             self.slsam = SLSAM(self.model, optimizer, SLSAMConfig(**setup.slsam))
             self.step = self.slsam.step

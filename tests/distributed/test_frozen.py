@@ -1,0 +1,71 @@
+"""What is not sampled does not change by a bit: weights, master weights, optimizer moments, step counters."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.training import Setup, Training
+from tests.models import SAMPLES, arms_of_llama
+from tests.ranks import run_on_ranks
+
+Snapshot = dict[int, list[Tensor]]
+
+
+def snapshot(training: Training) -> Snapshot:
+    """Copies of everything this rank keeps of each arm."""
+    arms = arms_of_llama(training.model)
+    parameters = dict(training.model.named_parameters())
+    kept: Snapshot = {arm: [parameters[name].detach().clone() for name in names] for arm, names in enumerate(arms)}
+    optimizer = training.slsam.engine._zero.optimizer if training.engine is not None else training.optimizer
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:  # with ZeRO: this rank's master partition of the group
+            kept[group["arm"]].append(parameter.detach().clone())
+            state = optimizer.state.get(parameter, {})
+            kept[group["arm"]] += [torch.as_tensor(state[name]).clone() for name in sorted(state)]
+    return kept
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def changes(setup: Setup) -> list[dict[int, bool]]:
+    """For each step, which arms are still the same."""
+    training = Training(setup)
+    before, seen = snapshot(training), []
+    for step, sample in enumerate(SAMPLES, start=1):
+        training.step(training.window(step), active=sample)
+        after = snapshot(training)
+        seen.append({arm: same_bits(before[arm], after[arm]) for arm in before})
+        before = after
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
+    setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)
+    per_rank = run_on_ranks(2, changes, setup)
+    for seen in per_rank:
+        for sample, unchanged in zip(SAMPLES, seen, strict=True):
+            assert unchanged == {arm: arm not in sample for arm in range(6)}
+
+
+def optimizer_state_numel(setup: Setup) -> list[int]:
+    training = Training(setup)
+    optimizer = training.slsam.engine._zero.optimizer if training.engine is not None else training.optimizer
+    sizes = []
+    for step, sample in enumerate([[1], [1], [2]], start=1):
+        training.step(training.window(step), active=sample)
+        moments: list[Any] = [state.get("exp_avg") for state in optimizer.state.values()]
+        sizes.append(sum(moment.numel() for moment in moments if moment is not None))
+    return sizes
+
+
+@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+def test_optimizer_state_grows_with_the_layers_selected(engine: str) -> None:
+    first, again, other = run_on_ranks(1, optimizer_state_numel, Setup(engine=engine))[0]
+    assert first == again
+    assert other == 2 * first

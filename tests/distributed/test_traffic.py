@@ -1,0 +1,47 @@
+"""Communication shrinks with the sampled layers."""
+
+import pytest
+import torch
+
+from tests.distributed.training import Setup, Training
+from tests.ranks import run_on_ranks
+from tests.traffic import Traffic
+
+EQUAL_LAYERS = {"other_parameters": "freeze"}  # the four blocks of the model are the arms
+TOLERANCE = 0.02  # statistics and the agreement check are a few numbers per step, whatever the layers' size
+
+
+def bytes_of_a_step(setup: Setup, sample: list[int]) -> dict[str, int]:
+    training = Training(setup)
+    training.follow([sample])  # DeepSpeed gathers and links a few things at the first step only
+    with Traffic() as traffic:
+        training.follow([sample])
+    return dict(traffic.bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_a_quarter_of_the_layers_takes_a_quarter_of_the_bytes(engine: str, dtype: torch.dtype) -> None:
+    setup = Setup(engine=engine, dtype=dtype, model={"hidden": 64}, slsam=EQUAL_LAYERS)
+    one, *_ = run_on_ranks(2, bytes_of_a_step, setup, [2])
+    whole, *_ = run_on_ranks(2, bytes_of_a_step, setup, [0, 1, 2, 3])
+    assert one["reduce"] / whole["reduce"] == pytest.approx(0.25, rel=TOLERANCE)
+    assert one["gather"] / whole["gather"] == pytest.approx(0.25, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+def test_a_longer_window_reduces_no_more(engine: str) -> None:
+    per_length = [
+        run_on_ranks(2, bytes_of_a_step, Setup(engine=engine, accumulation=length, slsam=EQUAL_LAYERS), [1, 3])[0]
+        for length in (1, 3)
+    ]
+    assert per_length[0] == per_length[1]
+
+
+@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+def test_without_radius_the_gradient_is_reduced_once(engine: str) -> None:
+    setup = Setup(engine=engine, model={"hidden": 64}, slsam=EQUAL_LAYERS)
+    flat = Setup(engine=engine, model={"hidden": 64}, slsam={**EQUAL_LAYERS, "rho": 0.0})
+    two_passes, *_ = run_on_ranks(2, bytes_of_a_step, setup, [1])
+    one_pass, *_ = run_on_ranks(2, bytes_of_a_step, flat, [1])
+    assert one_pass["reduce"] / two_passes["reduce"] == pytest.approx(0.5, rel=TOLERANCE)
