@@ -1,0 +1,151 @@
+"""Bad numbers, exceptions and ranks that differ: every rank does the same, and nothing is lost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slsam_ds import RanksDisagreeError
+from tests.distributed.training import Setup, Training, follow_reference, max_error
+from tests.ranks import run_on_ranks
+
+ENGINES = ["local", "zero1", "zero2"]
+
+
+def spoil(
+    step: Callable[..., Any], window: list[Any], call: int, act: Callable[[Tensor], Tensor], **kwargs: Any
+) -> Any:
+    """Take a step in which the loss of one forward goes through `act`."""
+    calls = 0
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = model(**batch).loss
+        return act(loss) if calls == call else loss
+
+    return step(window, loss_fn=loss_fn, **kwargs)
+
+
+def skip_bad_step(setup: Setup, call: int, value: float) -> tuple[Any, ...]:
+    training = Training(setup)
+    training.step(training.window(1), active=[2])
+    before, state = training.live_weights(), training.slsam.state_dict()["selector"]
+    act = (lambda loss: loss * value) if training.rank == 1 else (lambda loss: loss)
+    bad = spoil(training.step, training.window(7), call, act, active=[1, 3])
+    assert max_error(training.live_weights(), before) == 0.0
+    assert training.slsam.state_dict()["selector"] == state
+    counters = (training.engine.global_steps, training.engine.skipped_steps) if training.engine else (2, 1)
+    good = training.step(training.window(2), active=[1, 3])
+    return bad, good, counters, training.weights()
+
+
+@pytest.mark.parametrize(("call", "value"), [(1, float("nan")), (2, float("inf")), (3, float("nan"))])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bad_number_on_one_rank_skips_the_step_on_all(engine: str, call: int, value: float) -> None:
+    setup = Setup(engine=engine, accumulation=2)  # four forwards: two ascend, two descend
+    expected, _ = follow_reference(setup, 2, [[2], [1, 3]])
+    for bad, good, counters, weights in run_on_ranks(2, skip_bad_step, setup, call, value):
+        assert bad.skipped
+        assert (bad.step, good.step) == (2, 3)
+        assert counters == (2, 1)
+        assert not good.skipped
+        assert max_error(weights, expected) <= 1e-6
+
+
+class InterruptedPassError(Exception):
+    pass
+
+
+def survive_exception(setup: Setup, call: int) -> dict[str, Tensor]:
+    training = Training(setup)
+    training.step(training.window(1), active=[2])
+    before = training.live_weights()
+
+    def fail(loss: Tensor) -> Tensor:
+        raise InterruptedPassError
+
+    with pytest.raises(InterruptedPassError):
+        spoil(training.step, training.window(7), call, fail, active=[1, 3])
+    assert max_error(training.live_weights(), before) == 0.0
+    assert all(parameter.requires_grad for parameter in training.model.parameters())
+    training.step(training.window(2), active=[1, 3])
+    return training.weights()
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_exception_in_either_pass_leaves_everything_as_it_was(engine: str, call: int) -> None:
+    setup = Setup(engine=engine, accumulation=2)
+    expected, _ = follow_reference(setup, 2, [[2], [1, 3]])
+    for weights in run_on_ranks(2, survive_exception, setup, call):
+        assert max_error(weights, expected) <= 1e-6
+
+
+def disagree(setup: Setup, what: str) -> str:
+    training = Training(setup)
+    training.step(training.window(1))
+    before = training.live_weights()
+    window, active = training.window(2), None
+    if training.rank == 1:
+        if what == "sample":
+            active = [0, 1]
+        elif what == "window":
+            window = window[:1]
+        elif what == "bandit":
+            training.slsam.selector.update([3], [1.0])
+        elif what == "step":
+            training.slsam.num_steps = 7
+    with pytest.raises(RanksDisagreeError) as raised:
+        training.step(window, active=active)
+    assert max_error(training.live_weights(), before) == 0.0
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("sample", "active layers of step 2"),
+        ("window", "micro-batches per step (rank 0: 2; rank 1: 1)"),
+        ("bandit", "the bandit's state"),
+        ("step", "the step (rank 0: 2; rank 1: 8)"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["local", "zero2"])
+def test_ranks_that_differ_stop_with_an_error_that_says_so(engine: str, what: str, named: str) -> None:
+    setup = Setup(engine=engine, accumulation=2, slsam={"active_layers": 1})
+    for message in run_on_ranks(2, disagree, setup, what):
+        assert named in message
+
+
+def replay_dropout(setup: Setup) -> tuple[float, float, float]:
+    torch.manual_seed(5 + int(torch.distributed.get_rank()))
+    training = Training(setup)
+    first = training.step(training.window(1), active=[0])
+    second = training.step(training.window(1), active=[0])
+    return first.ascent_loss, first.loss, second.ascent_loss
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_descent_draws_the_dropout_masks_of_the_ascent(engine: str) -> None:
+    setup = Setup(engine=engine, accumulation=2, model={"dropout": 0.5}, slsam={"rho": 1e-7})
+    ascent, descent, next_ascent = run_on_ranks(2, replay_dropout, setup)[0]
+    assert descent == pytest.approx(ascent, abs=1e-5)
+    assert abs(next_ascent - ascent) > 1e-3  # and the next step draws others
+
+
+def step_without_gradient(setup: Setup) -> tuple[Any, dict[str, Tensor]]:
+    training = Training(setup)
+    result = training.step(training.window(1), loss_fn=lambda model, batch: model(**batch).loss * 0.0, active=[2])
+    return result, training.live_weights()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_zero_gradient_perturbs_nothing_and_is_not_nan(engine: str) -> None:
+    result, after = run_on_ranks(2, step_without_gradient, Setup(engine=engine))[0]
+    assert not result.skipped
+    assert result.perturbation_norm == 0.0
+    assert result.perturbation_projection is None
+    assert all(tensor.isfinite().all() for tensor in after.values())

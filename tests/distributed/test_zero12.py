@@ -1,0 +1,244 @@
+"""ZeRO-1 and ZeRO-2: what raises no error when it goes wrong, and what users of a DeepSpeedEngine rely on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slsam_ds
+from tests.distributed.training import ADAMW, Setup, Training, follow_reference, max_error
+from tests.models import SAMPLES, arms_of_llama, window
+from tests.ranks import run_on_ranks
+
+STAGES = ["zero1", "zero2"]
+TOLERANCE = 1e-6
+
+
+def count_steps(setup: Setup) -> dict[str, Any]:
+    training = Training(setup)
+    training.follow(SAMPLES)
+    engine = training.engine
+    return {
+        "global_steps": engine.global_steps,
+        "micro_steps": engine.micro_steps,
+        "global_samples": engine.global_samples,
+        "trainable": all(parameter.requires_grad for parameter in training.model.parameters()),
+        "leftover": [name for name, parameter in training.model.named_parameters() if parameter.grad is not None],
+    }
+
+
+@pytest.mark.parametrize("engine", STAGES)
+def test_counters_keep_their_meaning(engine: str) -> None:
+    counters, _ = run_on_ranks(2, count_steps, Setup(engine=engine, accumulation=3))
+    steps = len(SAMPLES)
+    assert counters["global_steps"] == steps
+    assert counters["micro_steps"] == 3 * steps
+    assert counters["global_samples"] == 2 * 2 * 3 * steps  # samples x ranks x micro-batches
+    assert counters["trainable"]  # checkpoint code asks requires_grad
+    assert counters["leftover"] == []
+
+
+def moments(setup: Setup, samples: list[list[int]]) -> dict[str, Tensor | None]:
+    training = Training(setup)
+    training.follow(samples)
+    if training.engine is None:
+        return {
+            name: training.optimizer.state[parameter].get("exp_avg", None)
+            for name, parameter in training.model.named_parameters()
+        }
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    arms = arms_of_llama(training.model)
+    stepped = {name for sample in samples for arm in sample for name in arms[arm]}
+    parameters = training.model.named_parameters()
+    return {
+        name: safe_get_full_optimizer_state(parameter, "exp_avg") if name in stepped else None
+        for name, parameter in parameters
+    }
+
+
+@pytest.mark.parametrize("engine", STAGES)
+def test_optimizer_state_is_linked_when_a_layer_is_first_selected(engine: str) -> None:
+    """DeepSpeed links all groups at the first step only; universal checkpoints read these links."""
+    samples = [[1], [1, 4], [2]]
+    expected = run_on_ranks(2, moments, Setup(engine="local"), samples)[0]
+    found = run_on_ranks(2, moments, Setup(engine=engine), samples)[0]
+    for name, moment in expected.items():
+        if moment is None:
+            assert found[name] is None
+        else:
+            torch.testing.assert_close(found[name], moment, atol=1e-7, rtol=0)
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def train_decay_groups(engine: str) -> tuple[dict[str, Tensor], list[tuple[int, int, float]]]:
+    setup = Setup(engine=engine)
+    model = setup.build_model()
+    optimizer = torch.optim.AdamW(decay_groups(model), lr=1e-3, eps=1e-4)
+    if engine == "local":
+        slsam = slsam_ds.SLSAM(model, optimizer)
+        step, rank = slsam.step, slsam.engine.ranks.rank
+    else:
+        wrapped, *_ = slsam_ds.initialize(model=model, optimizer=optimizer, config=setup.deepspeed_config())
+        step, rank = wrapped.train_step, wrapped.slsam.engine.ranks.rank
+    groups = [(group["arm"], len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
+    for index, sample in enumerate(SAMPLES, start=1):
+        step(window(index, rank, 1), active=sample)
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, groups
+
+
+@pytest.mark.parametrize("engine", STAGES)
+def test_weight_decay_groups_are_split_by_layer(engine: str) -> None:
+    expected, groups = run_on_ranks(2, train_decay_groups, "local")[0]
+    weights, sharded_groups = run_on_ranks(2, train_decay_groups, engine)[0]
+    assert max_error(weights, expected) <= TOLERANCE
+    # Embedding and head have no vector or one more: two groups where weight decay differs, never an empty one.
+    assert [arm for arm, _, _ in groups] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert all(length > 0 for _, length, _ in groups)
+    assert [group[::2] for group in sharded_groups] == [group[::2] for group in groups]
+
+
+def follow_schedule(setup: Setup, when: str) -> tuple[list[float], dict[str, Tensor]]:
+    make: Callable[[Any], Any] = lambda optimizer: torch.optim.lr_scheduler.LambdaLR(  # noqa: E731
+        optimizer, lambda step: 1 / (1 + step)
+    )
+    model = setup.build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+    scheduler = make(optimizer) if when == "built before" else make
+    engine, _, _, scheduler = slsam_ds.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=setup.deepspeed_config()
+    )
+    rates = []
+    for index, sample in enumerate(SAMPLES, start=1):
+        rates.append(engine.get_lr()[0])
+        assert len(set(engine.get_lr())) == 1
+        engine.train_step(window(index, torch.distributed.get_rank(), 1), active=sample)
+    return rates, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("when", ["built before", "built by DeepSpeed"])
+@pytest.mark.parametrize("engine", STAGES)
+def test_schedulers_drive_the_groups_that_step(engine: str, when: str) -> None:
+    setup = Setup(engine=engine)
+    rates, weights = run_on_ranks(2, follow_schedule, setup, when)[0]
+    assert rates == pytest.approx([1e-3 / (1 + step) for step in range(len(SAMPLES))])
+    scales = [dict.fromkeys(range(6), 1 / (1 + step)) for step in range(len(SAMPLES))]
+    expected, _ = follow_reference(setup, 2, SAMPLES, scales)
+    assert max_error(weights, expected) <= TOLERANCE
+
+
+SETTINGS = {
+    "round robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "overlapped": {"zero_optimization": {"stage": 2, "overlap_comm": True}},
+    "small buckets": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000}},
+    "scattered stage 1": {"zero_optimization": {"stage": 1, "reduce_scatter": True, "contiguous_gradients": False}},
+    "timers": {"wall_clock_breakdown": True},
+}
+
+
+def follow_live(setup: Setup) -> dict[str, Tensor]:
+    training = Training(setup)
+    training.follow(SAMPLES)
+    return training.live_weights()  # DeepSpeed's own readers of masters do not know round_robin_gradients
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_deepspeed_settings_change_nothing(name: str) -> None:
+    setup = Setup(engine="zero2", accumulation=2, deepspeed=SETTINGS[name])
+    expected, _ = follow_reference(setup, 2, SAMPLES)
+    weights = run_on_ranks(2, follow_live, setup)[0]
+    assert max_error(weights, expected) <= TOLERANCE
+
+
+def train_checkpointed(setup: Setup, reentrant: bool) -> dict[str, Tensor]:
+    training = Training(setup)
+    training.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:  # as Hugging Face's Trainer does: else a frozen embedding cuts the graph
+        training.model.enable_input_require_grads()
+    training.follow(SAMPLES)
+    return training.weights()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("engine", STAGES)
+def test_gradient_checkpointing(engine: str, reentrant: bool) -> None:
+    setup = Setup(engine=engine, accumulation=2)
+    expected, _ = follow_reference(setup, 2, SAMPLES)
+    assert max_error(run_on_ranks(2, train_checkpointed, setup, reentrant)[0], expected) <= TOLERANCE
+
+
+def accumulate_in_float32(setup: Setup) -> tuple[dict[str, Tensor], list[float]]:
+    training = Training(setup)
+    results = training.follow(SAMPLES)
+    return training.weights(), [result.loss for result in results]
+
+
+def test_float32_accumulation_of_bf16_gradients() -> None:
+    setup = Setup(
+        engine="zero2",
+        dtype=torch.bfloat16,
+        accumulation=3,
+        deepspeed={"data_types": {"grad_accum_dtype": "fp32"}},
+    )
+    exact, _ = follow_reference(Setup(engine="zero2", accumulation=3), 2, SAMPLES)
+    weights, losses = run_on_ranks(2, accumulate_in_float32, setup)[0]
+    assert max_error(weights, exact) < 0.01  # bf16 forward: it follows, roughly
+    assert losses[-1] < losses[0]
+
+
+def resume(setup: Setup, folder: str, stage: str) -> tuple[dict[str, Tensor], list[tuple[int, ...]], dict[str, Any]]:
+    training = Training(setup)
+    first, last = {"whole": (1, 8), "first half": (1, 4), "second half": (5, 8)}[stage]
+    if stage == "second half":
+        training.engine.load_checkpoint(folder)
+    samples = [training.step(training.window(step)).active for step in range(first, last + 1)]
+    if stage == "first half":
+        training.engine.save_checkpoint(folder, client_state={"mine": 3})
+    return training.weights(), samples, training.slsam.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", STAGES)
+def test_resume_is_bit_identical(engine: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    setup = Setup(engine=engine, dtype=dtype, slsam={"active_layers": 2, "rho": 0.02})
+    whole = run_on_ranks(2, resume, setup, str(tmp_path), "whole")[0]
+    first = run_on_ranks(2, resume, setup, str(tmp_path), "first half")[0]
+    second = run_on_ranks(2, resume, setup, str(tmp_path), "second half")[0]
+    assert first[1] + second[1] == whole[1]
+    assert second[2] == whole[2]
+    assert max_error(second[0], whole[0]) == 0.0
+    json.dumps(second[2])
+
+
+def refuse(setup: Setup, **kwargs: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as raised:
+        Training(setup, **kwargs)
+    return str(raised.value)
+
+
+def refuse_changed_layout(setup: Setup, name: str) -> str:
+    """As if a new DeepSpeed had renamed one of its structures."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    stock = DeepSpeedZeroOptimizer.__init__
+
+    def changed(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        delattr(self, name)
+
+    DeepSpeedZeroOptimizer.__init__ = changed
+    return refuse(setup)
+
+
+def test_an_unknown_deepspeed_layout_is_refused() -> None:
+    message = run_on_ranks(1, refuse_changed_layout, Setup(engine="zero2"), "params_in_partition")[0]
+    assert "params_in_partition" in message
