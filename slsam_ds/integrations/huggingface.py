@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config
 from slsam_ds.engines.param_groups import regroup
+from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.layers import LayerMap, split_param_groups
 from slsam_ds.protocol import Engine
 from slsam_ds.records import StepWriter, write_layers
@@ -49,6 +50,12 @@ class SLSAMMixin(_TrainerMethods):
         if not self.is_deepspeed_enabled:
             raise ValueError(
                 "SLSAMTrainer runs under DeepSpeed ZeRO stage 1 or 2 today: give TrainingArguments a deepspeed JSON"
+            )
+        num_ranks = ProcessGroupRanks(None, self.args.device).world_size
+        if self.args.world_size != num_ranks:  # every rank would train on the same data
+            raise ValueError(
+                f"TrainingArguments sees {self.args.world_size} process where {num_ranks} train together: "
+                "on a machine without accelerator, give it use_cpu=True"
             )
         block = _take_block(self.args.hf_deepspeed_config)
         check_config(self.args.hf_deepspeed_config.config)

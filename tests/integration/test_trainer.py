@@ -1,0 +1,149 @@
+"""SLSAMTrainer inside the real Hugging Face Trainer, on two ranks."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from slsam_ds.integrations.huggingface import SLSAMMixin
+from slsam_ds.records import read_steps
+from tests.models import arms_of_llama, micro_batch, tiny_llama
+from tests.ranks import run_on_ranks
+from tests.reference import Reference
+
+ACCUMULATION = 2
+CLIP = 0.5
+
+
+class Sequences(Dataset):
+    """Random tokens, as many in each sample."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tokens[0] for name, tokens in micro_batch(index, 0, 0, batch_size=1).items()}
+
+
+class RecordingTrainer(SLSAMMixin, Trainer):
+    """A trainer of somebody's own: keeps the windows it was given and counts its losses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.windows: list[Any] = []
+        self.num_losses = 0
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        window, num_items = super().get_batch_samples(*args, **kwargs)
+        self.windows.append([{name: tokens.clone() for name, tokens in batch.items()} for batch in window])
+        return window, num_items
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_losses += 1
+        return super().compute_loss(*args, **kwargs)
+
+
+def make_trainer(output_dir: str, *, stage: int = 2, slsam: Any = None, **kwargs: Any) -> RecordingTrainer:
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage},
+        "slsam": {"active_layers": 2, "rho": 0.02, "seed": 1},
+    }
+    settings: dict[str, Any] = {
+        "output_dir": output_dir,
+        "deepspeed": deepspeed,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "adam_epsilon": 1e-4,
+        "weight_decay": 0.0,
+        "max_grad_norm": CLIP,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **kwargs,
+    }
+    return RecordingTrainer(
+        model=tiny_llama(),
+        args=TrainingArguments(**settings),
+        train_dataset=Sequences(),
+        eval_dataset=[Sequences()[index] for index in range(4)],
+        slsam=slsam,
+    )
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def train(output_dir: str, stage: int) -> tuple[dict[str, Tensor], list[Any], list[dict[str, Any]], int]:
+    trainer = make_trainer(output_dir, stage=stage)
+    trainer.train()
+    return weights(trainer), trainer.windows, trainer.state.log_history, trainer.num_losses
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_it_follows_the_reference_and_records_every_step(stage: int, tmp_path: Path) -> None:
+    per_rank = run_on_ranks(2, train, str(tmp_path), stage)
+    (trained, windows, history, num_losses), (_, other_windows, *_) = per_rank
+    assert not torch.equal(windows[0][0]["input_ids"], other_windows[0][0]["input_ids"])
+    model = tiny_llama()
+    reference = Reference(model, arms_of_llama(model), rho=0.02, weight_decay=0.0, clip=CLIP)
+    records = read_steps(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 7))
+    for record, window, other in zip(records, windows, other_windows, strict=True):
+        scale = {arm: min(1 / record["probabilities"][arm], 10.0) for arm in record["active"]}
+        expected = reference.step(record["active"], window + other, scale.__getitem__)
+        assert record["ascent_loss"] == pytest.approx(expected["ascent_loss"], abs=1e-5)
+    # Ten times the error of the plain engines' test: the trainer's loss divides by the number of tokens, in float32.
+    assert max((trained[name] - weight).abs().max().item() for name, weight in model.named_parameters()) <= 1e-5
+    assert num_losses == 6 * 2 * ACCUMULATION
+    logged = [entry["loss"] for entry in history if "loss" in entry]
+    assert logged == pytest.approx([record["ascent_loss"] for record in records], abs=1e-3)
+
+
+def train_halves(output_dir: str, stop_at: int | None, resume: bool) -> dict[str, Tensor]:
+    trainer = make_trainer(output_dir, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=2)
+    if stop_at:
+        trainer.args.max_steps = stop_at
+    trainer.train(resume_from_checkpoint=f"{output_dir}/checkpoint-3" if resume else None)
+    return weights(trainer)
+
+
+def test_resume_from_a_trainer_checkpoint_is_bit_identical(tmp_path: Path) -> None:
+    whole = run_on_ranks(2, train_halves, str(tmp_path / "whole"), None, False)[0]
+    run_on_ranks(2, train_halves, str(tmp_path / "halves"), 4, False)  # dies after its checkpoint of step 3
+    assert [record["step"] for record in read_steps(tmp_path / "halves")] == [1, 2, 3, 4]
+    resumed = run_on_ranks(2, train_halves, str(tmp_path / "halves"), None, True)[0]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    expected, found = read_steps(tmp_path / "whole"), read_steps(tmp_path / "halves")
+    for record in expected + found:
+        del record["seconds"]
+    assert found == expected
+
+
+def build(output_dir: str, **kwargs: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as raised:
+        make_trainer(output_dir, **kwargs)
+    return str(raised.value)
+
+
+def test_what_is_not_supported_is_refused_at_construction(tmp_path: Path) -> None:
+    def message(world_size: int, **kwargs: Any) -> str:
+        return run_on_ranks(world_size, functools.partial(build, **kwargs), str(tmp_path))[0]
+
+    assert "give TrainingArguments a deepspeed JSON" in message(1, deepspeed=None)
+    assert "use_cpu=True" in message(2, use_cpu=False)
+    assert "did you mean 'rho'?" in message(1, slsam={"rhoo": 0.1})

@@ -1,0 +1,69 @@
+"""Imports point down only, and the cheap import stays cheap."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "slsam_ds"
+ENGINE_ROOM = {"deepspeed", "torch.distributed"}
+FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def floor(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    if len(relative.parts) > 1:
+        return relative.parts[0]
+    return {"__init__.py": "slsam", "slsam.py": "slsam", "step.py": "step"}.get(relative.name, "pure")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of what a file imports, anywhere in it; `torch.distributed.x` where it is reached through torch."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def reaches(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+ALLOWED = {
+    "pure": {"pure"},
+    "step": {"pure"},
+    "engines": {"pure", "engines"},
+    "slsam": {"pure", "step", "engines", "slsam"},
+    "integrations": {"pure", "step", "engines", "slsam", "integrations"},
+}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    here = floor(path)
+    for name in imported(path):
+        if name.startswith("slsam_ds."):
+            relative = name.removeprefix("slsam_ds.").split(".")
+            target = PACKAGE / relative[0]
+            there = relative[0] if target.is_dir() else floor(target.with_suffix(".py"))
+            assert there in ALLOWED[here], f"{here} imports {name}"
+        assert here in ("engines", "integrations") or not reaches(name, ENGINE_ROOM), f"{here} imports {name}"
+        assert here == "integrations" or not reaches(name, FRAMEWORKS), f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("heavy", ["deepspeed", "transformers", "datasets"])
+def test_importing_the_package_does_not_load(heavy: str) -> None:
+    check = f"import slsam_ds, sys; sys.exit({heavy!r} in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
