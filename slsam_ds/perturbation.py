@@ -66,33 +66,37 @@ def perturb_(
     scale: float,
     rounding: Rounding,
     generator: torch.Generator,
+    read_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Move `weight` to weight + ε in place, where ε = scale · gradient.
 
-    Stochastic rounding starts from the weight that forward reads, so an element without gradient does not move;
-    rounding to nearest starts from the master weight, without which ε would vanish below half an ulp.
+    Stochastic rounding starts from the value that forward reads, so an element without gradient does not move;
+    rounding to nearest starts from the master weight, without which ε would vanish below half an ulp. A float32 weight
+    that forward reads as bfloat16 is written on the bfloat16 grid, which the later cast keeps as it is.
 
     Args:
-        weight: What forward reads. float32 or bfloat16, 1-D.
+        weight: What forward reads, or casts to `read_dtype` and reads. float32 or bfloat16, 1-D.
         master: The same elements in full precision (may be `weight` itself). 1-D.
         gradient: The same elements of the ascent gradient. 1-D.
         scale: rho / global gradient norm.
-        rounding: How ε reaches a bfloat16 weight; float32 needs none.
+        rounding: How ε reaches weights that forward reads as bfloat16; float32 needs none.
         generator: Source of the rounding noise.
+        read_dtype: Dtype in which forward reads the weight; None: its own.
 
     Returns:
-        Local ⟨applied, ε⟩ and ‖applied‖² of the change really made. Shape (2,), float64.
+        Local ⟨applied, ε⟩ and ‖applied‖² of the change that forward sees. Shape (2,), float64.
     """
+    read_dtype = read_dtype or weight.dtype
     measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
     chunks = zip(*(torch.split(tensor, _CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
         epsilon = gradient_chunk.to(torch.float32) * scale
-        before = weight_chunk.to(torch.float32, copy=True)
-        if weight.dtype == torch.bfloat16 and rounding == "stochastic":
+        before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
+        if read_dtype == torch.bfloat16 and rounding == "stochastic":
             weight_chunk.copy_(stochastic_round(before + epsilon, generator))
         else:
             weight_chunk.copy_(master_chunk.to(torch.float32) + epsilon)
-        applied = weight_chunk.to(torch.float32) - before
+        applied = weight_chunk.to(read_dtype).to(torch.float32) - before
         measured[0] += (applied * epsilon).sum(dtype=torch.float64)
         measured[1] += applied.square().sum(dtype=torch.float64)
     return measured

@@ -20,11 +20,12 @@ class Shard:
 
     Attributes:
         arm: The arm it belongs to.
-        weight: What forward reads, writable in place. In its own dtype.
+        weight: What forward reads, or is cast from; writable in place. In its own dtype.
         master: The same elements in full precision; `weight` itself where there is no master copy.
-        gradient: Mean gradient over the window and all ranks.
+        gradient: Mean gradient over the window and all ranks. What a torch optimizer will read, writable in place.
         owner: The rank that speaks for these elements in sums over ranks. Sharded: this rank. Replicated: one rank
             for all, so that nothing is counted twice and every replica draws the same rounding noise.
+        read_dtype: What forward casts `weight` to on its way; None: it reads `weight` as it is.
     """
 
     arm: int
@@ -32,6 +33,7 @@ class Shard:
     master: Tensor
     gradient: Tensor
     owner: int
+    read_dtype: torch.dtype | None = None
 
 
 class Ranks(Protocol):
@@ -70,8 +72,17 @@ class Engine(Protocol):
         """Where the weights are."""
         ...
 
+    @property
+    def sends_during_backward(self) -> bool:
+        """Whether backward itself exchanges weights or gradients, so that ranks must agree before the first one."""
+        ...
+
     def activate(self, arms: Collection[int] | None) -> None:
         """Let gradients flow to these arms only; None: to all of them, the state between steps."""
+        ...
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """A forward and backward follow; after those of the `last` micro-batch of the window comes `reduce`."""
         ...
 
     def backward(self, loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """SL-SAM around a model and its optimizer: composes bandit, step and engine, and owns the state."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.engines import select_engine
+from slsam_ds.engines import select_engine, settle
 from slsam_ds.layers import LayerMap, find_layers
 from slsam_ds.protocol import ALWAYS, RanksDisagreeError
 from slsam_ds.statistics import RewardScale
@@ -75,12 +76,14 @@ class SLSAM:
     """Sparse-Layer SAM around a model and its optimizer.
 
     Args:
-        model: A plain module (one device, or replicated over the ranks of a process group), or a DeepSpeedEngine
-            that `slsam_ds.initialize` or the Trainer integration built.
+        model: A plain module (one device, or replicated over the ranks of a process group), one that went through
+            `fully_shard`, or a DeepSpeedEngine that `slsam_ds.initialize` or the Trainer integration built.
         optimizer: The module's torch optimizer; its groups are split by layer. None with a DeepSpeedEngine.
         config: The knobs; None: the defaults.
         layer_map: The arms, where they were found before the model was wrapped.
         total_steps: Length of the run; `gamma="auto"` needs it.
+        max_grad_norm: Clip the gradient of the active layers to this global norm before the update; None: do not.
+            DeepSpeed has `gradient_clipping` in its configuration instead.
 
     Raises:
         ValueError: A model, wrapper or combination that is not supported, in one sentence.
@@ -94,10 +97,13 @@ class SLSAM:
         *,
         layer_map: LayerMap | None = None,
         total_steps: int | None = None,
+        max_grad_norm: float | None = None,
     ) -> None:
         self.config = config or SLSAMConfig()
         self.model = model
+        self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, optimizer)
         if layer_map is None:
+            settle(model)
             layer_map = map_layers(model, self.config, optimizer)
         if optimizer is not None:
             from slsam_ds.engines.param_groups import regroup
@@ -219,11 +225,13 @@ class SLSAM:
             rho=self.config.rho,
             rounding=self.config.rounding,
             seed=self.config.seed,
+            max_grad_norm=self._max_grad_norm,
             claims={
                 "the step": step,
                 f"the active layers of step {step}": sample,
                 "the bandit's state": self.selector.state_dict(),
                 "the slsam settings": self.config.to_dict(),
+                "max_grad_norm": self._max_grad_norm,
                 "the model's layers": self.layers.fingerprint(),
                 "the micro-batches per step": window_length,
             },
@@ -381,6 +389,18 @@ def windows(loader: Iterable[Any], length: int, *, drop_last: bool = False) -> I
             window = []
     if window and not drop_last:
         yield window
+
+
+def _checked_max_grad_norm(max_grad_norm: float | None, optimizer: torch.optim.Optimizer | None) -> float | None:
+    if max_grad_norm is None:
+        return None
+    if optimizer is None:
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm}: DeepSpeed clips by itself; set gradient_clipping in its configuration"
+        )
+    if not 0 < max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm={max_grad_norm}: choose a number above 0, or None for no clipping")
+    return float(max_grad_norm)
 
 
 def _checked_sample(active: Iterable[int], num_arms: int) -> tuple[int, ...]:

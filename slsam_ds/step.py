@@ -36,6 +36,7 @@ class Plan:
         rounding: How ε reaches low-precision weights.
         seed: Seed of the rounding noise.
         claims: What the ranks must agree on before anything travels.
+        max_grad_norm: Largest norm of the gradient that the update sees; None: any, or the engine clips by itself.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Plan:
     rounding: Rounding
     seed: int
     claims: Mapping[str, Any]
+    max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,8 @@ def take_step(engine: Engine, plan: Plan, window: Sequence[Any], forward_backwar
             descent = _gradient_pass(engine, plan.updated, window, forward_backward, check_agreement, applied)
         if not descent.finite:
             return _skip(engine, plan, window, loss=descent.loss, ascent_loss=ascent.loss if ascent else None)
+        if plan.max_grad_norm is not None:
+            _clip(descent, plan.max_grad_norm)
         updated = engine.update(
             plan.updated,
             num_micro_batches=len(window),
@@ -142,7 +146,10 @@ def _gradient_pass(
 ) -> _Pass:
     """Forward and backward over the window, one reduction of the gradients, one all-reduce of every statistic."""
     local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    for micro_batch in window:
+    if engine.sends_during_backward:
+        check_agreement()
+    for number, micro_batch in enumerate(window, start=1):
+        engine.begin_micro_batch(last=number == len(window))
         local_loss += forward_backward(micro_batch)
     check_agreement()
     shards = engine.reduce()
@@ -184,6 +191,7 @@ def _perturbed(engine: Engine, plan: Plan, ascent: _Pass | None) -> Iterator[Ten
                     scale=scale,
                     rounding=plan.rounding,
                     generator=generator,
+                    read_dtype=shard.read_dtype,
                 )
                 if shard.owner == engine.ranks.rank:
                     applied += measured
@@ -191,6 +199,16 @@ def _perturbed(engine: Engine, plan: Plan, ascent: _Pass | None) -> Iterator[Ten
         engine.discard()
         engine.publish(plan.perturbed)
         yield applied
+
+
+def _clip(descent: _Pass, max_norm: float) -> None:
+    """Shrink the gradient in place to a norm of at most `max_norm`; its statistics stay those from before.
+
+    As `torch.nn.utils.clip_grad_norm_`, but over the updated arms only, and the norm is known already.
+    """
+    factor = max_norm / (math.sqrt(descent.sq_norm) + 1e-6)
+    if factor < 1.0:
+        torch._foreach_mul_([shard.gradient for shard in descent.shards], factor)
 
 
 def _skip(

@@ -4,6 +4,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import Engine
@@ -13,8 +14,8 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
     """The engine that fits how `model` is wrapped.
 
     Args:
-        model: A plain module, or a DeepSpeedEngine.
-        optimizer: The torch optimizer of a plain module, groups split by arm; a DeepSpeedEngine brings its own.
+        model: A plain module, one sharded by `fully_shard`, or a DeepSpeedEngine.
+        optimizer: The torch optimizer of a module, groups split by arm; a DeepSpeedEngine brings its own.
         layer_map: The arms.
 
     Raises:
@@ -30,10 +31,24 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
     wrapper = type(model).__name__
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"{wrapper}: not supported; pass the module it wraps, slsam_ds averages gradients over ranks")
-    if isinstance(model, torch.distributed.fsdp.FSDPModule | torch.distributed.fsdp.FullyShardedDataParallel):
-        raise ValueError(f"{wrapper}: FSDP is not supported yet; use DeepSpeed ZeRO stage 1 or 2, or the plain module")
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(f"{wrapper}: FSDP1 is not supported; shard the module with fully_shard (FSDP2) instead")
     if optimizer is None:
-        raise ValueError("a plain module needs its optimizer: SLSAM(model, optimizer, config)")
+        raise ValueError("a module needs its optimizer: SLSAM(model, optimizer, config)")
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        from slsam_ds.engines.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(model, optimizer, layer_map)
     from slsam_ds.engines.local import LocalEngine
 
-    return LocalEngine(model, optimizer, layer_map)
+    return LocalEngine(optimizer, layer_map)
+
+
+def settle(model: nn.Module) -> None:
+    """Make `model.parameters()` name the parameters that the optimizer holds.
+
+    A forward without backward (an evaluation) leaves FSDP2's root gathered, with other tensors in their place.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -85,6 +85,13 @@ class ZeroStage12Engine:
                 parameter.requires_grad_(arm in wanted)
         self._active = wanted
 
+    @property
+    def sends_during_backward(self) -> bool:
+        return self._reduces_every_micro_batch
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Every micro-batch is treated alike."""
+
     def backward(self, loss: Tensor) -> None:
         with _reduction_held(self._engine):
             self._engine.backward(loss, scale_wrt_gas=False)

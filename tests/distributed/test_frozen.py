@@ -44,7 +44,7 @@ def changes(setup: Setup) -> list[dict[int, bool]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2"])
 def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)
     per_rank = run_on_ranks(2, changes, setup)
@@ -64,7 +64,7 @@ def optimizer_state_numel(setup: Setup) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2"])
 def test_optimizer_state_grows_with_the_layers_selected(engine: str) -> None:
     first, again, other = run_on_ranks(1, optimizer_state_numel, Setup(engine=engine))[0]
     assert first == again

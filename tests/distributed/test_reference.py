@@ -7,7 +7,7 @@ from tests.distributed.training import Setup, Training, follow_reference, follow
 from tests.models import SAMPLES
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "zero1", "zero2"]
+ENGINES = ["local", "fsdp2", "zero1", "zero2"]
 
 # Sums over ranks and micro-batches are taken in another order than the reference's; ten steps of lr 1e-3 keep that
 # below 1e-6, while the smallest real mistake seen in experiments was 1e-4.
@@ -32,7 +32,15 @@ def test_forced_samples(engine: str, world_size: int, accumulation: int) -> None
             assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_three_ranks_hold_uneven_shards(engine: str) -> None:
+    setup = Setup(engine=engine)
+    expected, _ = follow_reference(setup, 3, SAMPLES)
+    for weights, _ in run_on_ranks(3, follow_samples, setup):
+        assert max_error(weights, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_clipping(engine: str) -> None:
     setup = Setup(engine=engine, accumulation=2, clip=0.05)
     expected, _ = follow_reference(setup, 2, SAMPLES)

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import slsam_ds
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
@@ -21,12 +24,14 @@ class Setup:
     """What is trained, and inside which engine.
 
     Attributes:
-        engine: "local" (single device or replicated), "zero1" or "zero2".
+        engine: "local" (single device or replicated), "fsdp2", "zero1" or "zero2".
         accumulation: Micro-batches per window.
         dtype: Of the weights.
         clip: Largest gradient norm; 0: any.
         slsam: Knobs.
         deepspeed: Further DeepSpeed settings.
+        fsdp: Further arguments of `fully_shard`.
+        replicas: FSDP2 only: how many ranks hold the same shard.
         model: Arguments of `tiny_llama`.
     """
 
@@ -36,11 +41,25 @@ class Setup:
     clip: float = 0.0
     slsam: Mapping[str, Any] = field(default_factory=dict)
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    fsdp: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
     model: Mapping[str, Any] = field(default_factory=dict)
 
     def build_model(self) -> nn.Module:
         """The model before anything was wrapped; the same on every rank."""
         return tiny_llama(**self.model).to(self.dtype)
+
+    def shard(self, model: nn.Module) -> None:
+        """`fully_shard` on each block, then on the whole, as FSDP2's own documentation does it."""
+        num_ranks = torch.distributed.get_world_size()
+        if self.replicas == 1:
+            mesh = init_device_mesh("cpu", (num_ranks,))
+        else:
+            shape = (self.replicas, num_ranks // self.replicas)
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        for block in model.get_submodule("model.layers"):
+            fully_shard(block, mesh=mesh, **self.fsdp)
+        fully_shard(model, mesh=mesh, **self.fsdp)
 
     def deepspeed_config(self) -> dict[str, Any]:
         """What a user would write into the JSON."""
@@ -71,14 +90,18 @@ class Training:
         self.model = setup.build_model()
         self.engine: Any = None
         self.step: Callable[..., StepResult]
+        if setup.engine == "fsdp2":
+            setup.shard(self.model)
         settings = ADAMW if make_optimizer is torch.optim.AdamW else {}
         self.optimizer = optimizer = make_optimizer(self.model.parameters(), **settings)
-        if setup.engine == "local":
-            self.slsam = SLSAM(self.model, optimizer, SLSAMConfig(**setup.slsam))
+        if setup.engine in ("local", "fsdp2"):
+            config = SLSAMConfig(**setup.slsam)
+            self.slsam = SLSAM(self.model, optimizer, config, max_grad_norm=setup.clip or None)
             self.step = self.slsam.step
         else:
-            config = setup.deepspeed_config()
-            self.engine, *_ = slsam_ds.initialize(model=self.model, optimizer=optimizer, config=config, **kwargs)
+            self.engine, *_ = slsam_ds.initialize(
+                model=self.model, optimizer=optimizer, config=setup.deepspeed_config(), **kwargs
+            )
             self.slsam, self.step = self.engine.slsam, self.engine.train_step
         self.rank = self.slsam.engine.ranks.rank
 
@@ -94,12 +117,17 @@ class Training:
         """Every parameter, whole, in full precision where the engine keeps one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        full = safe_get_full_fp32_param if self.engine is not None else Tensor.detach
+        full = safe_get_full_fp32_param if self.engine is not None else whole
         return {name: full(parameter).float().clone() for name, parameter in self.model.named_parameters()}
 
     def live_weights(self) -> dict[str, Tensor]:
         """Every parameter as forward reads it."""
-        return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        return {name: whole(parameter).clone() for name, parameter in self.model.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its shards, detached."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def follow_samples(

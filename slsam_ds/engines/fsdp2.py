@@ -1,0 +1,209 @@
+"""FSDP2 (`fully_shard`): every rank holds a shard of each parameter, and modules gather theirs while they run.
+
+FSDP2 reduces what has a gradient and nothing else, its backward ends at the lowest active layer, and a torch optimizer
+steps the shards. What is left to do here: reduce once per window, let nothing gathered outlive a change of the shards,
+and tell which ranks hold the same shard.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
+from slsam_ds.layers import LayerMap
+from slsam_ds.protocol import Shard
+
+
+class FSDP2Engine(TorchOptimizerEngine):
+    """A module sharded by `fully_shard`, over one mesh dimension or over two (hybrid: replicate x shard).
+
+    Args:
+        model: It, or a module inside it, is the root that `fully_shard` was applied to last. Everything that may ever
+            be active is trainable.
+        optimizer: Built on the sharded parameters; groups carry the key "arm", one arm per group.
+        layer_map: The arms.
+
+    Raises:
+        ValueError: A layout or policy that is not supported.
+    """
+
+    sends_during_backward = True  # weights in every backward, gradients in the window's last
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
+        self._root = _find_root(model)
+        super().__init__(optimizer, layer_map)
+        self._inner = _initialize(self._root)
+        _check_supported(layer_map, self._inner)
+        self._own_prefetch: list[tuple[Any, list[Any]]] = []
+        # A rank whose data never touches a parameter takes part in its reduction all the same.
+        self._root.set_reduce_scatter_unused_params(True)
+
+    def activate(self, arms: Collection[int] | None) -> None:
+        self._reshard()
+        self._root.set_requires_gradient_sync(True)
+        super().activate(arms)
+        self._end_prefetch_at(None if arms is None else min(arms))
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        # Until the last, gradients stay whole on the modules' gathered parameters; then all of it is reduced at once,
+        # each module's while backward goes on below it.
+        self._root.set_requires_gradient_sync(last)
+
+    def reduce(self) -> list[Shard]:
+        shards = []
+        for arm, parameter, gradient in self._gradients():
+            weight = _local(parameter.detach())
+            read_dtype = self._inner[id(parameter)].read_dtype
+            shards.append(Shard(arm, weight, weight, _local(gradient), _owner(parameter), read_dtype))
+        return shards
+
+    def discard(self) -> None:
+        self._reshard()
+        _drop_unreduced_gradients(self._inner.values())
+        super().discard()
+
+    def live_weights(self, arms: Collection[int]) -> list[Tensor]:
+        return [_local(parameter.detach()) for arm in arms for parameter in self._parameters[arm]]
+
+    def publish(self, arms: Collection[int]) -> None:
+        self._reshard()
+
+    def _end_prefetch_at(self, arm: int | None) -> None:
+        """Keep backward from gathering what is below this arm, where nothing is left to do.
+
+        FSDP2 gathers the next module down while the backward of one runs. One that is told to gather itself instead,
+        which it has done already, gathers nothing; and if backward does go on below, modules gather when it arrives.
+        Private state, so that the user's own choice survives: FSDPState in _fsdp_state.py, torch 2.13.
+        """
+        for state, own in self._own_prefetch:
+            state._states_to_backward_prefetch = own
+        self._own_prefetch = []
+        if arm is None or arm <= 0:  # below arm 0 is nothing, and ALWAYS may be anywhere
+            return
+        for state in {self._inner[id(parameter)].state for parameter in self._parameters[arm]}:
+            self._own_prefetch.append((state, state._states_to_backward_prefetch))
+            state._states_to_backward_prefetch = [state]
+
+    def _reshard(self) -> None:
+        """End whatever pass or evaluation is under way, also one that raised: the next forward gathers anew.
+
+        A module that stayed gathered would go on with the old weights, and with the old `requires_grad`.
+        """
+        self._root.reset_iter_state()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's elements, in place. 1-D; FSDP2 keeps shards contiguous."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().view(-1)
+
+
+def _owner(parameter: Tensor) -> int:
+    """The rank that speaks for this rank's shard: with hybrid sharding, the first of those that hold it."""
+    assert isinstance(parameter, DTensor)
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    dimensions = zip(parameter.placements, coordinate, strict=True)
+    place = tuple(0 if placement.is_replicate() else index for placement, index in dimensions)
+    return int(parameter.device_mesh.mesh[place])
+
+
+def _find_root(model: nn.Module) -> FSDPModule:
+    roots: list[FSDPModule] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():  # parents come before their children
+        if isinstance(module, FSDPModule):
+            if module not in inside:
+                roots.append(module)
+            inside.update(module.modules())
+    if len(roots) != 1:
+        raise ValueError(
+            f"{type(model).__name__}: {len(roots)} modules went through fully_shard side by side; "
+            "apply it to the whole model too, after its blocks"
+        )
+    return roots[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inner:
+    """What FSDP2 keeps about a sharded parameter.
+
+    Attributes:
+        state: FSDPState of the module that gathers it.
+        parameter: FSDPParam, the parameter's own.
+    """
+
+    state: Any
+    parameter: Any
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """Dtype to which the shard is cast when it is gathered."""
+        dtype: torch.dtype = self.parameter.param_dtype or self.parameter.orig_dtype
+        return dtype
+
+
+def _initialize(root: FSDPModule) -> dict[int, _Inner]:
+    """Run FSDP2's lazy initialisation while everything that may be sampled is trainable.
+
+    It settles the dtypes of each module's gradients by looking at its trainable parameters. With mixed precision a
+    module without any would crash when its layer is first sampled, so this is also done again where a forward ran
+    before. Private state: FSDPState in torch/distributed/fsdp/_fully_shard/_fsdp_state.py and FSDPParamGroup in
+    _fsdp_param_group.py, torch 2.13.
+
+    Returns:
+        What FSDP2 keeps of every sharded parameter, by the parameter's id.
+    """
+    if not hasattr(root, "reset_iter_state"):
+        raise ValueError(f"FSDP2 needs torch 2.13 or later here; found {torch.__version__}")
+    root_state = root._get_fsdp_state()
+    root_state._lazy_init()
+    inner = {}
+    for state in root_state._state_ctx.all_states:
+        for group in state._fsdp_param_groups:
+            group._init_mp_dtypes()
+            inner.update({id(parameter.sharded_param): _Inner(state, parameter) for parameter in group.fsdp_params})
+    return inner
+
+
+def _drop_unreduced_gradients(inner: Iterable[_Inner]) -> None:
+    """Forget what backward left on gathered parameters without reducing it; `reset_iter_state` only means to.
+
+    Private state: FSDPParam in torch/distributed/fsdp/_fully_shard/_fsdp_param.py, torch 2.13.
+    """
+    for parameter in (entry.parameter for entry in inner):
+        parameter.unsharded_accumulated_grad = None
+        if hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_param.grad = None
+
+
+def _check_supported(layer_map: LayerMap, inner: Mapping[int, _Inner]) -> None:
+    """Refuse at construction what would be wrong or is untested.
+
+    Raises:
+        ValueError: Naming the parameter, what it has and what to do.
+    """
+    num_ranks = dist.get_world_size()
+    for name, parameter in [entry for layer in layer_map for entry in layer.parameters] + list(layer_map.always):
+        if id(parameter) not in inner or not isinstance(parameter, DTensor):
+            raise ValueError(f"{name}: not sharded by fully_shard; apply it to the whole model, after its blocks")
+        *outer, innermost = parameter.placements
+        replicated = all(placement.is_replicate() for placement in outer)
+        if not (replicated and innermost.is_shard() and parameter.device_mesh.size() == num_ranks):
+            raise ValueError(
+                f"{name}: placed as {parameter.placements} on {parameter.device_mesh.size()} of {num_ranks} ranks; "
+                "use a mesh over all ranks, shard or replicate x shard, without tensor parallelism"
+            )
+        found = inner[id(parameter)]
+        if found.read_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{name}: forward reads it as {found.read_dtype}; use float32 or bfloat16")
+        if type(parameter.to_local()) is not Tensor:
+            raise ValueError(f"{name}: shards of type {type(parameter.to_local()).__name__}; use plain tensors")
+        if found.parameter.offload_to_cpu:
+            raise ValueError(f"{name}: CPUOffloadPolicy is not supported yet; leave offload_policy out")

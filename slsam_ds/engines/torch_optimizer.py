@@ -1,0 +1,68 @@
+"""What engines have in common whose parameters a torch optimizer steps directly."""
+
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from slsam_ds.engines.param_groups import scaled_learning_rates
+from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.layers import LayerMap
+from slsam_ds.protocol import ALWAYS
+
+
+class TorchOptimizerEngine:
+    """Arms are switched by `requires_grad`, and the optimizer leaves alone what has no gradient.
+
+    Args:
+        optimizer: Its parameter groups carry the key "arm", one arm per group.
+        layer_map: The arms. Their parameters are on one device.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
+        self._optimizer = optimizer
+        self._parameters = {layer.index: [parameter for _, parameter in layer.parameters] for layer in layer_map}
+        if layer_map.always:
+            self._parameters[ALWAYS] = [parameter for _, parameter in layer_map.always]
+        self._active = set(self._parameters)
+        self.device = self._parameters[layer_map[0].index][0].device
+        self.ranks = ProcessGroupRanks(None, self.device)
+
+    def activate(self, arms: Collection[int] | None) -> None:
+        wanted = set(self._parameters) if arms is None else set(arms)
+        for arm in wanted ^ self._active:
+            for parameter in self._parameters[arm]:
+                parameter.requires_grad_(arm in wanted)
+        self._active = wanted
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def discard(self) -> None:
+        for parameters in self._parameters.values():
+            for parameter in parameters:
+                parameter.grad = None
+
+    def update(
+        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+    ) -> bool:
+        if not skip:
+            with scaled_learning_rates(self._optimizer.param_groups, learning_rate_scale):
+                self._optimizer.step()
+        self.discard()
+        return not skip
+
+    def _gradients(self) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
+        """Arm, parameter and gradient of all that is active, in the same order on every rank.
+
+        A parameter that took no part has a gradient of zeros, as on the ranks where it did; one that is not active
+        loses whatever it has, so that the optimizer leaves it alone.
+        """
+        for arm, parameters in sorted(self._parameters.items()):
+            for parameter in parameters:
+                if arm not in self._active:
+                    parameter.grad = None
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                yield arm, parameter, parameter.grad
