@@ -105,7 +105,6 @@ class SLSAMConfig:
 
     def _refuse_unsupported(self) -> None:
         for name, supported in (
-            ("ascent_scope", "global"),
             ("ascent_fraction", 1.0),
             ("ascent_source", "current"),
             ("budget", None),

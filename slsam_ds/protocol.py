@@ -4,6 +4,7 @@ A new sharding regime implements `Engine` and one case in `slsam_ds.engines.sele
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +78,11 @@ class Engine(Protocol):
         """Whether backward itself exchanges weights or gradients, so that ranks must agree before the first one."""
         ...
 
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds whole weights."""
+        ...
+
     def activate(self, arms: Collection[int] | None) -> None:
         """Let gradients flow to these arms only; None: to all of them, the state between steps."""
         ...
@@ -91,6 +97,13 @@ class Engine(Protocol):
 
     def reduce(self) -> list[Shard]:
         """Average the window's gradients over ranks; the engine keeps them until `discard` or `update`."""
+        ...
+
+    def local_gradients(self) -> AbstractContextManager[list[Shard]]:
+        """Within, backward gathers gradients of this rank alone, beside the window's, and nothing travels.
+
+        The list holds them, summed over the passes within, when they are done. Only where weights are replicated.
+        """
         ...
 
     def discard(self) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines import select_engine, settle
+from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
-from slsam_ds.protocol import ALWAYS, RanksDisagreeError
+from slsam_ds.protocol import ALWAYS, Engine, RanksDisagreeError
 from slsam_ds.statistics import RewardScale
 from slsam_ds.step import ForwardBackward, Outcome, Plan, take_step
 
@@ -101,7 +102,6 @@ class SLSAM:
     ) -> None:
         self.config = config or SLSAMConfig()
         self.model = model
-        self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, optimizer)
         if layer_map is None:
             settle(model)
             layer_map = map_layers(model, self.config, optimizer)
@@ -112,7 +112,13 @@ class SLSAM:
         self.layers = layer_map
         self.selector = make_selector(self.config, len(layer_map), total_steps=total_steps)
         self.engine = select_engine(model, optimizer, layer_map)
+        if self.config.ascent_scope != "global" and not self.engine.replicated:
+            raise ValueError(
+                f'slsam.ascent_scope="{self.config.ascent_scope}": needs whole weights on every rank; where they are '
+                'sharded (ZeRO-3, FSDP), use "global"'
+            )
         self.engine.activate(None)
+        self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self.num_steps = 0
         self._rewards = RewardScale(self.config.reward, [layer.numel for layer in layer_map])
 
@@ -223,6 +229,7 @@ class SLSAM:
             updated=arms,
             learning_rate_scale=scale,
             rho=self.config.rho,
+            scope=self.config.ascent_scope,
             rounding=self.config.rounding,
             seed=self.config.seed,
             max_grad_norm=self._max_grad_norm,
@@ -391,10 +398,10 @@ def windows(loader: Iterable[Any], length: int, *, drop_last: bool = False) -> I
         yield window
 
 
-def _checked_max_grad_norm(max_grad_norm: float | None, optimizer: torch.optim.Optimizer | None) -> float | None:
+def _checked_max_grad_norm(max_grad_norm: float | None, engine: Engine) -> float | None:
     if max_grad_norm is None:
         return None
-    if optimizer is None:
+    if not isinstance(engine, TorchOptimizerEngine):
         raise ValueError(
             f"max_grad_norm={max_grad_norm}: DeepSpeed clips by itself; set gradient_clipping in its configuration"
         )

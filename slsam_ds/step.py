@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slsam_ds.config import Rounding
+from slsam_ds.config import AscentScope, Rounding
 from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
 from slsam_ds.protocol import Engine, Shard
 from slsam_ds.rng import RandomState
@@ -33,6 +33,7 @@ class Plan:
         updated: Arms the optimizer steps.
         learning_rate_scale: Factor on this step's learning rate, by arm; 1 where absent.
         rho: Perturbation radius; 0 = no ascent pass.
+        scope: What the ascent gradient is averaged over.
         rounding: How ε reaches low-precision weights.
         seed: Seed of the rounding noise.
         claims: What the ranks must agree on before anything travels.
@@ -44,6 +45,7 @@ class Plan:
     updated: tuple[int, ...]
     learning_rate_scale: Mapping[int, float]
     rho: float
+    scope: AscentScope
     rounding: Rounding
     seed: int
     claims: Mapping[str, Any]
@@ -79,21 +81,21 @@ def take_step(engine: Engine, plan: Plan, window: Sequence[Any], forward_backwar
     Raises:
         RanksDisagreeError: Before any gradient travels.
     """
-    check_agreement = engine.ranks.agree(plan.claims)
-    random_state = RandomState.capture(engine.device)
+    run = _Run(engine, plan, forward_backward, len(window))
     try:
-        ascent = None
-        if plan.rho > 0:
-            engine.activate(plan.perturbed)
-            ascent = _gradient_pass(engine, plan.perturbed, window, forward_backward, check_agreement)
-            if not ascent.finite:
+        for part in [[micro_batch] for micro_batch in window] if plan.scope == "micro_batch" else [window]:
+            random_state = RandomState.capture(engine.device)
+            ascent = run.ascend(part)
+            if ascent is not None and not ascent.finite:
                 return _skip(engine, plan, window, ascent_loss=ascent.loss)
             random_state.replay()
-        with _perturbed(engine, plan, ascent) as applied:
-            engine.activate(plan.updated)
-            descent = _gradient_pass(engine, plan.updated, window, forward_backward, check_agreement, applied)
+            with run.perturbed(ascent):
+                run.descend(part)
+        descent = run.reduce()
         if not descent.finite:
-            return _skip(engine, plan, window, loss=descent.loss, ascent_loss=ascent.loss if ascent else None)
+            return _skip(
+                engine, plan, window, loss=descent.loss, ascent_loss=descent.extra[-1] if plan.rho > 0 else None
+            )
         if plan.max_grad_norm is not None:
             _clip(descent, plan.max_grad_norm)
         updated = engine.update(
@@ -107,25 +109,17 @@ def take_step(engine: Engine, plan: Plan, window: Sequence[Any], forward_backwar
         raise
     finally:
         engine.activate(None)
-    projection, applied_sq_norm = descent.extra
-    return Outcome(
-        loss=descent.loss,
-        ascent_loss=ascent.loss if ascent else None,
-        grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in descent.sq_norms.items()},
-        perturbation_norm=math.sqrt(applied_sq_norm),
-        perturbation_projection=projection / plan.rho**2 if ascent and ascent.sq_norm > 0 else None,
-        skipped=not updated,
-    )
+    return run.outcome(descent, skipped=not updated)
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
-    """Reduced gradients of one pass and its statistics, which are global."""
+class _Gradient:
+    """The gradient of a pass, its loss, and its norm by arm: global, or this rank's own where the ascent is local."""
 
     shards: list[Shard]
     loss: float
     sq_norms: dict[int, float]
-    extra: tuple[float, ...]
+    extra: tuple[float, ...] = ()
 
     @property
     def sq_norm(self) -> float:
@@ -136,72 +130,117 @@ class _Pass:
         return all(map(math.isfinite, (self.loss, *self.sq_norms.values(), *self.extra)))
 
 
-def _gradient_pass(
-    engine: Engine,
-    arms: tuple[int, ...],
-    window: Sequence[Any],
-    forward_backward: ForwardBackward,
-    check_agreement: Callable[[], None],
-    extra: Tensor | None = None,
-) -> _Pass:
-    """Forward and backward over the window, one reduction of the gradients, one all-reduce of every statistic."""
-    local_loss = torch.zeros((), dtype=torch.float64, device=engine.device)
-    if engine.sends_during_backward:
-        check_agreement()
-    for number, micro_batch in enumerate(window, start=1):
-        engine.begin_micro_batch(last=number == len(window))
-        local_loss += forward_backward(micro_batch)
-    check_agreement()
-    shards = engine.reduce()
-    local = [
-        local_loss[None] / engine.ranks.world_size,
-        local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device),
-    ]
-    if extra is not None:
-        local.append(extra)
-    loss, *rest = engine.ranks.all_reduce(torch.cat(local)).tolist()
-    sq_norms = dict(zip(arms, rest, strict=False))
-    return _Pass(shards, loss, sq_norms, tuple(rest[len(arms) :]))
+class _Run:
+    """One step under way: its passes, and what they add up on this rank until the one all-reduce of the descent."""
+
+    def __init__(self, engine: Engine, plan: Plan, forward_backward: ForwardBackward, num_micro_batches: int) -> None:
+        self._engine, self._plan, self._forward_backward = engine, plan, forward_backward
+        self._check_agreement = engine.ranks.agree(plan.claims)
+        self._num_left = num_micro_batches  # of the descent
+        self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        # ⟨applied, ε⟩, ‖applied‖² and the number of perturbations, each counted by the ranks it belongs to.
+        self._applied = torch.zeros(3, dtype=torch.float64, device=engine.device)
+
+    def ascend(self, part: Sequence[Any]) -> _Gradient | None:
+        """The gradient at x to climb along; None where rho is 0."""
+        engine, plan = self._engine, self._plan
+        if plan.rho == 0:
+            return None
+        engine.activate(plan.perturbed)
+        if plan.scope == "global":
+            loss = self._forward_backward_all(part, num_left=len(part))
+            self._ascent_loss += loss
+            return self._reduce(plan.perturbed, loss)
+        with engine.local_gradients() as shards:
+            loss = self._forward_backward_all(part, num_left=len(part))
+        sq_norms = local_sq_norms(shards, plan.perturbed, rank=engine.ranks.rank, device=engine.device)
+        if not (loss + sq_norms.sum()).isfinite():  # go nowhere, and let the descent's all-reduce tell the others
+            loss, sq_norms = loss * math.nan, torch.zeros_like(sq_norms)
+        self._ascent_loss += loss
+        return _Gradient(shards, 0.0, dict(zip(plan.perturbed, sq_norms.tolist(), strict=True)))
+
+    @contextlib.contextmanager
+    def perturbed(self, ascent: _Gradient | None) -> Iterator[None]:
+        """Hold the perturbed arms at x + ε; restore x exactly on the way out."""
+        engine, plan = self._engine, self._plan
+        scale = perturbation_scale(ascent.sq_norm, rho=plan.rho) if ascent is not None else 0.0
+        if ascent is None or scale == 0.0:  # no direction to climb: stay at x, without rounding noise
+            if plan.scope == "global":
+                engine.discard()
+            yield
+            return
+        with preserved(engine.live_weights(plan.perturbed)):
+            with torch.no_grad():
+                for piece, shard in enumerate(ascent.shards):
+                    self._perturb(shard, scale, piece)
+            ascent.shards.clear()  # the ascent gradient is not needed during the descent pass
+            self._applied[2] += 1.0 if plan.scope != "global" else 1.0 / engine.ranks.world_size
+            if plan.scope == "global":
+                engine.discard()
+                engine.publish(plan.perturbed)
+            yield
+
+    def descend(self, part: Sequence[Any]) -> None:
+        """Add the gradient at the weights as they are now to the window's."""
+        self._engine.activate(self._plan.updated)
+        self._descent_loss += self._forward_backward_all(part, num_left=self._num_left)
+        self._num_left -= len(part)
+
+    def reduce(self) -> _Gradient:
+        """The window's descent gradient, and every statistic of the step, over all ranks."""
+        local = torch.cat([self._applied, self._ascent_loss[None] / self._engine.ranks.world_size])
+        return self._reduce(self._plan.updated, self._descent_loss, local)
+
+    def outcome(self, descent: _Gradient, *, skipped: bool) -> Outcome:
+        """What to tell about a step whose numbers were all finite."""
+        projection, applied_sq_norm, num_perturbations, ascent_loss = descent.extra
+        moved = num_perturbations > 0
+        return Outcome(
+            loss=descent.loss,
+            ascent_loss=ascent_loss if self._plan.rho > 0 else None,
+            grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in descent.sq_norms.items()},
+            perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
+            perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
+            skipped=skipped,
+        )
+
+    def _forward_backward_all(self, part: Sequence[Any], *, num_left: int) -> Tensor:
+        """Sum of the weighted losses. Shape (), float64, local."""
+        if self._engine.sends_during_backward:
+            self._check_agreement()
+        local_loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        for number, micro_batch in enumerate(part, start=1):
+            self._engine.begin_micro_batch(last=number == num_left)
+            local_loss += self._forward_backward(micro_batch)
+        return local_loss
+
+    def _reduce(self, arms: tuple[int, ...], local_loss: Tensor, extra: Tensor | None = None) -> _Gradient:
+        """One reduction of the gradients, one all-reduce of their statistics and whatever else there is to add up."""
+        engine = self._engine
+        self._check_agreement()
+        shards = engine.reduce()
+        sq_norms = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
+        local = [local_loss[None] / engine.ranks.world_size, sq_norms, *([extra] if extra is not None else [])]
+        loss, *rest = engine.ranks.all_reduce(torch.cat(local)).tolist()
+        return _Gradient(shards, loss, dict(zip(arms, rest, strict=False)), tuple(rest[len(arms) :]))
+
+    def _perturb(self, shard: Shard, scale: float, piece: int) -> None:
+        engine, plan = self._engine, self._plan
+        generator = rounding_generator(engine.device, plan.seed, plan.step, shard.owner, self._num_left, piece)
+        measured = perturb_(
+            shard.weight,
+            shard.master,
+            shard.gradient,
+            scale=scale,
+            rounding=plan.rounding,
+            generator=generator,
+            read_dtype=shard.read_dtype,
+        )
+        if shard.owner == engine.ranks.rank:
+            self._applied[:2] += measured
 
 
-@contextlib.contextmanager
-def _perturbed(engine: Engine, plan: Plan, ascent: _Pass | None) -> Iterator[Tensor]:
-    """Hold the perturbed arms at x + ε; restore x exactly on the way out.
-
-    Yields:
-        This rank's ⟨applied, ε⟩ and ‖applied‖². Shape (2,), float64, local.
-    """
-    applied = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    if ascent is None:
-        yield applied
-        return
-    scale = perturbation_scale(ascent.sq_norm, rho=plan.rho)
-    if scale == 0.0:  # no direction to climb: stay at x, without rounding noise
-        engine.discard()
-        yield applied
-        return
-    with preserved(engine.live_weights(plan.perturbed)):
-        with torch.no_grad():
-            for piece, shard in enumerate(ascent.shards):
-                generator = rounding_generator(engine.device, plan.seed, plan.step, shard.owner, piece)
-                measured = perturb_(
-                    shard.weight,
-                    shard.master,
-                    shard.gradient,
-                    scale=scale,
-                    rounding=plan.rounding,
-                    generator=generator,
-                    read_dtype=shard.read_dtype,
-                )
-                if shard.owner == engine.ranks.rank:
-                    applied += measured
-        ascent.shards.clear()  # the ascent gradient is not needed during the descent pass
-        engine.discard()
-        engine.publish(plan.perturbed)
-        yield applied
-
-
-def _clip(descent: _Pass, max_norm: float) -> None:
+def _clip(descent: _Gradient, max_norm: float) -> None:
     """Shrink the gradient in place to a norm of at most `max_norm`; its statistics stay those from before.
 
     As `torch.nn.utils.clip_grad_norm_`, but over the updated arms only, and the norm is known already.

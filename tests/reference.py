@@ -50,15 +50,22 @@ class Reference:
         sample: Sequence[int],
         batches: Sequence[Mapping[str, torch.Tensor]],
         lr_scale: Callable[[int], float] = lambda arm: 1.0,
+        parts: Sequence[Sequence[Mapping[str, torch.Tensor]]] | None = None,  # each climbs by itself; None: all as one
     ) -> dict:
-        ascent, ascent_loss = self.gradient(sample, batches)
-        norm = torch.sqrt(sum(g.double().square().sum() for g in ascent.values())).item()
-        before = self.add(ascent, self.rho / norm if norm > 0 else 0.0)
-        descent, loss = self.gradient(sample, batches)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in before:
-                    parameter.copy_(before[name])
+        descent: dict[str, torch.Tensor] = {}
+        ascent_loss = loss = 0.0
+        for part in parts or [batches]:
+            share = len(part) / len(batches)
+            ascent, part_ascent_loss = self.gradient(sample, part)
+            norm = torch.sqrt(sum(g.double().square().sum() for g in ascent.values())).item()
+            before = self.add(ascent, self.rho / norm if norm > 0 else 0.0)
+            part_descent, part_loss = self.gradient(sample, part)
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    if name in before:
+                        parameter.copy_(before[name])
+            descent = {name: descent.get(name, 0.0) + share * grad for name, grad in part_descent.items()}
+            ascent_loss, loss = ascent_loss + share * part_ascent_loss, loss + share * part_loss
         norms = {
             arm: torch.sqrt(sum(descent[n].double().square().sum() for n in self.arms[arm])).item() for arm in sample
         }

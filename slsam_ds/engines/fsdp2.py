@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from slsam_ds.engines.placement import Sharded
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import Shard
 
 
-class FSDP2Engine(TorchOptimizerEngine):
+class FSDP2Engine(Sharded, TorchOptimizerEngine):
     """A module sharded by `fully_shard`, over one mesh dimension or over two (hybrid: replicate x shard).
 
     Args:

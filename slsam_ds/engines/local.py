@@ -1,15 +1,16 @@
 """One device, or plain data parallelism: every rank holds whole weights and a whole optimizer."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.protocol import Shard
 
 
-class LocalEngine(TorchOptimizerEngine):
+class LocalEngine(Replicated, TorchOptimizerEngine):
     """Weights, gradients and optimizer state live whole on every rank; gradients are averaged over ranks.
 
     No DDP wrapper is needed, and none is accepted: its hooks would reduce what the ascent pass keeps to itself.
@@ -34,3 +35,6 @@ class LocalEngine(TorchOptimizerEngine):
 
     def publish(self, arms: Collection[int]) -> None:
         """Every rank perturbed its own whole copy."""
+
+    def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters[arm])

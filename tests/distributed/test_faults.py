@@ -55,6 +55,16 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(engine: str, call: int, 
         assert max_error(weights, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("scope", ["rank", "micro_batch"])
+@pytest.mark.parametrize("engine", ["local", "zero2"])
+def test_a_bad_number_in_a_local_ascent_skips_the_step_on_all(engine: str, scope: str) -> None:
+    setup = Setup(engine=engine, accumulation=2, slsam={"ascent_scope": scope})
+    expected, _ = follow_reference(setup, 2, [[2], [1, 3]])
+    for bad, good, _, weights in run_on_ranks(2, skip_bad_step, setup, 1, float("nan")):
+        assert (bad.skipped, good.skipped) == (True, False)
+        assert max_error(weights, expected) <= 1e-6
+
+
 class InterruptedPassError(Exception):
     pass
 

@@ -68,6 +68,24 @@ def test_bandit_scales_learning_rates_by_inverse_probability(engine: str) -> Non
     assert max_error(weights, expected) <= 3 * TOLERANCE  # learning rates are about three times those above
 
 
+@pytest.mark.parametrize("scope", ["rank", "micro_batch"])
+@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+def test_ascent_on_a_part_of_the_data(engine: str, scope: str) -> None:
+    setup = Setup(engine=engine, accumulation=2, slsam={"ascent_scope": scope})
+    expected, reported = follow_reference(setup, 2, SAMPLES)
+    as_one, _ = follow_reference(Setup(engine=engine, accumulation=2), 2, SAMPLES)
+    assert max_error(expected, as_one) > 1e-5
+    per_rank = run_on_ranks(2, follow_samples, setup)
+    for weights, results in per_rank:
+        assert max_error(weights, expected) <= TOLERANCE
+        assert max_error(weights, per_rank[0][0]) == 0.0
+        for result, reference in zip(results, reported, strict=True):
+            assert result.loss == pytest.approx(reference["loss"], abs=1e-5)
+            assert result.ascent_loss == pytest.approx(reference["ascent_loss"], abs=1e-5)
+            assert result.perturbation_norm == pytest.approx(0.05, rel=1e-3)
+            assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_without_radius_and_with_all_layers_it_is_the_base_optimizer(engine: str) -> None:
     setup = Setup(engine=engine, slsam={"rho": 0.0, "selector": "all"}, accumulation=2)

@@ -38,6 +38,14 @@ def test_a_longer_window_reduces_no_more(engine: str) -> None:
     assert per_length[0] == per_length[1]
 
 
+@pytest.mark.parametrize("scope", ["rank", "micro_batch"])
+@pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
+def test_a_local_ascent_sends_nothing(engine: str, scope: str) -> None:
+    setup = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, "ascent_scope": scope})
+    flat = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, "rho": 0.0})
+    assert run_on_ranks(2, bytes_of_a_step, setup, [1]) == run_on_ranks(2, bytes_of_a_step, flat, [1])
+
+
 @pytest.mark.parametrize("engine", ["local", "zero1", "zero2"])
 def test_without_radius_the_gradient_is_reduced_once(engine: str) -> None:
     setup = Setup(engine=engine, model={"hidden": 64}, slsam=EQUAL_LAYERS)

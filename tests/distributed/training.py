@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,8 @@ class Setup:
     replicas: int = 1
     model: Mapping[str, Any] = field(default_factory=dict)
 
+    blocks: ClassVar[str] = "model.layers"
+
     def build_model(self) -> nn.Module:
         """The model before anything was wrapped; the same on every rank."""
         return tiny_llama(**self.model).to(self.dtype)
@@ -57,7 +59,7 @@ class Setup:
         else:
             shape = (self.replicas, num_ranks // self.replicas)
             mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-        for block in model.get_submodule("model.layers"):
+        for block in model.get_submodule(self.blocks):
             fully_shard(block, mesh=mesh, **self.fsdp)
         fully_shard(model, mesh=mesh, **self.fsdp)
 
@@ -150,7 +152,11 @@ def follow_reference(
     for index, sample in enumerate(samples):
         batches = [batch for rank in range(world_size) for batch in window(index + 1, rank, setup.accumulation)]
         scale = scales[index] if scales else {}
-        results.append(reference.step(list(sample), batches, lambda arm, scale=scale: scale.get(arm, 1.0)))
+        size = {"global": len(batches), "rank": setup.accumulation, "micro_batch": 1}[
+            setup.slsam.get("ascent_scope", "global")
+        ]
+        parts = [batches[start : start + size] for start in range(0, len(batches), size)]
+        results.append(reference.step(list(sample), batches, lambda arm, scale=scale: scale.get(arm, 1.0), parts))
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, results
 
 

@@ -65,8 +65,6 @@ BAD_VALUES = [
 ]
 
 UNSUPPORTED = [
-    ("ascent_scope", "rank", '"rank"', 'use "global"'),
-    ("ascent_scope", "micro_batch", '"micro_batch"', 'use "global"'),
     ("ascent_fraction", 0.5, "0.5", "use 1.0"),
     ("ascent_source", "previous", '"previous"', 'use "current"'),
     ("budget", 1.0, "1.0", "use null"),
@@ -75,6 +73,8 @@ UNSUPPORTED = [
 ]
 
 ACCEPTED = [
+    ("ascent_scope", "rank"),
+    ("ascent_scope", "micro_batch"),
     ("rho", 0),
     ("rho", 2.5),
     ("active_layers", 1),

@@ -1,0 +1,297 @@
+"""What the ZeRO engines have in common: DeepSpeed's own step, run over a view that holds the sampled groups alone.
+
+The optimizer has one parameter group per arm, so a layer's gradients, master weights and optimizer state are whole
+groups of the ZeRO optimizer. Reduction, clipping and stepping are DeepSpeed's own code, run over a view in which only
+the sampled groups exist: what is not sampled is neither sent, nor zero-filled, nor stepped.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from slsam_ds.engines.param_groups import scaled_learning_rates
+from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.layers import LayerMap
+from slsam_ds.protocol import ALWAYS, Shard
+
+
+class ZeroEngine(ABC):
+    """SL-SAM's view of a DeepSpeedEngine with a ZeRO optimizer.
+
+    A group is what the stage steps at once: an optimizer's parameter group, or a part of one.
+
+    Args:
+        engine: Initialised with one parameter group per arm (key "arm"), everything that may ever be active trainable.
+        layer_map: The arms.
+
+    Raises:
+        ValueError: A DeepSpeed feature or layout that is not supported.
+    """
+
+    zero_class: ClassVar[type[ZeROOptimizer]]
+    per_group_lists: ClassVar[Sequence[str]]
+    """Lists of the ZeRO optimizer with one entry per group."""
+    per_group_dicts: ClassVar[Sequence[str]]
+    """Dicts of the ZeRO optimizer whose keys are groups; a group may be missing."""
+
+    _apart = False
+    """Gradients are this rank's own business: see `Replicated`."""
+
+    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        self._engine = engine
+        self._zero: Any = engine.optimizer
+        self._check_supported()
+        self._members: Sequence[Sequence[nn.Parameter]] = self._find_members()
+        self._groups_of = self._groups_by_arm(layer_map)
+        self._active = set(self._groups_of)
+        self.device = torch.device(engine.device)
+        self.ranks = ProcessGroupRanks(self._zero.dp_process_group, self.device)
+        # DeepSpeed adds up micro-batches in float32 only in its reduced partitions: where it is asked to, the
+        # reduction cannot be held back until the window ends.
+        self._reduces_every_micro_batch = self._zero.gradient_accumulation_dtype != self._zero.dtype
+
+    @property
+    def sends_during_backward(self) -> bool:
+        return self._reduces_every_micro_batch
+
+    def activate(self, arms: Collection[int] | None) -> None:
+        wanted = set(self._groups_of) if arms is None else set(arms)
+        for arm in wanted ^ self._active:
+            for parameter in self._parameters([arm]):
+                parameter.requires_grad_(arm in wanted)
+        self._active = wanted
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Every micro-batch is treated alike."""
+
+    def backward(self, loss: Tensor) -> None:
+        with _reduction_held(self._engine):
+            self._run_backward(loss)
+        if self._reduces_every_micro_batch and not self._apart:
+            self._flush()
+
+    def reduce(self) -> list[Shard]:
+        if not self._reduces_every_micro_batch:
+            self._flush()
+        return [
+            shard
+            for arm in sorted(self._active)
+            for group in self._groups_of[arm]
+            for shard in self._shards(arm, group)
+        ]
+
+    def discard(self) -> None:
+        for parameter in self._parameters(self._groups_of):
+            parameter.grad = None
+
+    @abstractmethod
+    def live_weights(self, arms: Collection[int]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def publish(self, arms: Collection[int]) -> None: ...
+
+    def update(
+        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+    ) -> bool:
+        # One engine.step() per micro-batch, as in a stock loop, keeps DeepSpeed's counters, timers, monitor and
+        # scheduler at their usual meaning; only the last one is a boundary and steps the optimizer.
+        with _boundary(self._engine, False):
+            for _ in range(num_micro_batches - 1):
+                self._engine.step()
+        with _boundary(self._engine, True), self._sparse_optimizer_step(arms, learning_rate_scale, skip):
+            self._engine.step()
+        return not self._zero.overflow
+
+    @abstractmethod
+    def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
+        """The parameters of each group."""
+
+    @abstractmethod
+    def _param_group(self, group: int) -> int:
+        """Which of the inner optimizer's parameter groups a group belongs to."""
+
+    @abstractmethod
+    def _shards(self, arm: int, group: int) -> Iterator[Shard]:
+        """This rank's pieces of a group whose gradient was reduced."""
+
+    def _after_step(self, groups: Sequence[int]) -> None:
+        """The optimizer has stepped these groups."""
+
+    def _unsupported_features(self) -> dict[str, bool]:
+        """DeepSpeed features that are not supported, by what people call them, and whether they are on."""
+        engine, zero = self._engine, self._zero
+        return {
+            "fp16": zero.dtype == torch.float16,
+            "zero_optimization.zenflow": bool(zero.zenflow),
+            "mixture-of-experts parameter groups": engine.has_moe_layers,
+            "the Muon optimizer": "muon" in type(zero.optimizer).__name__.lower(),
+            "tensor or sequence parallelism": engine.mp_world_size > 1 or zero.sequence_parallel_size > 1,
+            "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
+            "DeepCompile": engine.is_deepcompile_enabled(),
+        }
+
+    def _check_supported(self) -> None:
+        """Refuse at construction what would otherwise be a silent dense or wrong step.
+
+        Raises:
+            ValueError: Naming the feature and what to do.
+        """
+        zero, name = self._zero, self.zero_class.__name__
+        if type(zero) is not self.zero_class:
+            raise ValueError(
+                f"DeepSpeed ZeRO stage {int(self._engine.zero_optimization_stage())} with {type(zero).__name__}: not "
+                "supported yet; use ZeRO stage 1, 2 or 3 in float32 or bf16 without data_types.grad_accum_dtype (with "
+                "stage 2 or 3 it may be fp32)"
+            )
+        kinds = dict.fromkeys(self.per_group_lists, list) | dict.fromkeys(self.per_group_dicts, dict)
+        found = {attribute: getattr(zero, attribute, None) for attribute in kinds}
+        num_groups = len(found[self.per_group_lists[0]] or ())
+        for attribute, kind in kinds.items():
+            container = found[attribute]
+            if not isinstance(container, kind) or (isinstance(container, list) and len(container) != num_groups):
+                raise ValueError(f"{name}.{attribute} is not the {kind.__name__} per group that slsam_ds knows")
+        for feature, present in self._unsupported_features().items():
+            if present:
+                raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds yet; switch it off")
+
+    def _groups_by_arm(self, layer_map: LayerMap) -> dict[int, list[int]]:
+        groups: dict[int, list[int]] = {}
+        for group in range(len(self._members)):
+            param_group = self._zero.optimizer.param_groups[self._param_group(group)]
+            if "arm" not in param_group:
+                raise ValueError(
+                    "the optimizer's parameter groups are not split by layer: build the engine with slsam_ds.initialize"
+                )
+            groups.setdefault(param_group["arm"], []).append(group)
+        expected = {layer.index: {id(parameter) for _, parameter in layer.parameters} for layer in layer_map}
+        if layer_map.always:
+            expected[ALWAYS] = {id(parameter) for _, parameter in layer_map.always}
+        held = {arm: {id(p) for group in members for p in self._members[group]} for arm, members in groups.items()}
+        if held != expected:
+            raise ValueError("the engine's parameter groups do not hold the layers of this model: rebuild the engine")
+        return groups
+
+    def _parameters(self, arms: Collection[int]) -> Iterator[nn.Parameter]:
+        for group in self._groups(arms):
+            yield from self._members[group]
+
+    def _groups(self, arms: Collection[int]) -> list[int]:
+        return sorted(group for arm in arms for group in self._groups_of[arm])
+
+    def _run_backward(self, loss: Tensor) -> None:
+        try:
+            self._engine.backward(loss, scale_wrt_gas=False)
+        except BaseException:
+            self._zero.exit_backward()  # DeepSpeed would believe itself in the middle of a backward for ever
+            raise
+
+    def _flush(self) -> None:
+        """Let DeepSpeed average what the backward passes left on the parameters of the active arms."""
+        with self._only(self._active), self._engine.coalesce_grad_reduction():
+            pass  # the reduction happens on the way out
+
+    @contextlib.contextmanager
+    def _only(self, arms: Collection[int]) -> Iterator[None]:
+        """Within, the ZeRO optimizer and its inner optimizer consist of these arms' groups alone, renumbered from 0."""
+        groups = self._groups(arms)
+        param_groups = sorted({self._param_group(group) for group in groups})
+        with (
+            _narrowed(self._zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
+            _narrowed(self._zero.optimizer, param_groups, lists=["param_groups"]),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def _sparse_optimizer_step(
+        self, arms: Collection[int], learning_rate_scale: Mapping[int, float], skip: bool
+    ) -> Iterator[None]:
+        """Within, the `optimizer.step()` that engine.step() calls steps these arms alone, or reports an overflow.
+
+        Only that one call sees the view: the scheduler, which engine.step() advances right after, sees all groups.
+        """
+        zero = self._zero
+        stock_step = zero.step
+
+        def step(*args: Any, **kwargs: Any) -> None:
+            if skip:
+                _report_overflow(zero)
+                return
+            with self._only(arms), scaled_learning_rates(zero.optimizer.param_groups, learning_rate_scale):
+                stock_step(*args, **kwargs)
+            if not zero.overflow:
+                self._after_step(self._groups(arms))
+
+        zero.step = step
+        try:
+            yield
+        finally:
+            zero.step = stock_step
+
+
+@contextlib.contextmanager
+def _narrowed(holder: Any, keep: Sequence[int], *, lists: Sequence[str], dicts: Sequence[str] = ()) -> Iterator[None]:
+    """Within, these containers of `holder` have only the entries `keep`, renumbered from 0.
+
+    Entries rebound inside are carried back into the original containers, which others hold on to.
+    """
+    whole_lists = {name: getattr(holder, name) for name in lists}
+    whole_dicts = {name: getattr(holder, name) for name in dicts}
+    try:
+        for name, whole in whole_lists.items():
+            setattr(holder, name, [whole[group] for group in keep])
+        for name, whole in whole_dicts.items():
+            setattr(holder, name, {place: whole[group] for place, group in enumerate(keep) if group in whole})
+        yield
+    finally:
+        for name, whole in whole_lists.items():
+            for group, value in zip(keep, getattr(holder, name), strict=True):
+                whole[group] = value
+            setattr(holder, name, whole)
+        for name, whole in whole_dicts.items():
+            shown = getattr(holder, name)
+            for place, group in enumerate(keep):
+                if place in shown:
+                    whole[group] = shown[place]
+                else:
+                    whole.pop(group, None)
+            setattr(holder, name, whole)
+
+
+@contextlib.contextmanager
+def _boundary(engine: DeepSpeedEngine, is_boundary: bool) -> Iterator[None]:
+    """Within, DeepSpeed takes this for the last micro-batch of its window, or for another one."""
+    previous = engine._is_gradient_accumulation_boundary  # may be None: DeepSpeed counts by itself
+    try:
+        engine.set_gradient_accumulation_boundary(is_boundary)
+        yield
+    finally:
+        engine.set_gradient_accumulation_boundary(previous)
+
+
+@contextlib.contextmanager
+def _reduction_held(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within, backward leaves local gradients on the parameters and sends nothing.
+
+    These are the two flags of `DeepSpeedEngine.coalesce_grad_reduction` (deepspeed/runtime/engine.py, 0.19.8), which
+    itself would reduce on the way out even when the pass raised, and then hang the ranks where it did not.
+    """
+    engine.optimizer._coalesce_grad_reduction = True
+    engine.inside_no_sync_ctxt = True
+    try:
+        yield
+    finally:
+        engine.optimizer._coalesce_grad_reduction = False
+        engine.inside_no_sync_ctxt = False
+
+
+def _report_overflow(zero: Any) -> None:
+    """What `step` leaves behind when it finds an overflow: the engine counts a skipped step, the scheduler waits."""
+    zero.overflow = True
+    zero._global_grad_norm = float("inf")
+    zero.zero_grad(set_to_none=True)
