@@ -119,8 +119,11 @@ class Training:
         """Every parameter, whole, in full precision where the engine keeps one."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        full = safe_get_full_fp32_param if self.engine is not None else whole
-        return {name: full(parameter).float().clone() for name, parameter in self.model.named_parameters()}
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            master = safe_get_full_fp32_param(parameter) if self.engine is not None else None
+            found[name] = (whole(parameter) if master is None else master).float().clone()
+        return found
 
     def live_weights(self) -> dict[str, Tensor]:
         """Every parameter as forward reads it."""
