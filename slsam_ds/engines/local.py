@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterator
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from slsam_ds.engines.placement import Replicated
@@ -22,10 +21,10 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
         """Every micro-batch is treated alike."""
 
     def reduce(self) -> list[Shard]:
+        active = list(self._gradients())
+        self.ranks.average([gradient for _, _, gradient in active])
         shards = []
-        for arm, parameter, gradient in self._gradients():
-            if self.ranks.world_size > 1:
-                dist.all_reduce(gradient.div_(self.ranks.world_size))
+        for arm, parameter, gradient in active:
             weight = parameter.detach().view(-1)
             shards.append(Shard(arm, weight, weight, gradient.view(-1), owner=0))
         return shards
