@@ -102,8 +102,8 @@ class SLSAM:
     ) -> None:
         self.config = config or SLSAMConfig()
         self.model = model
+        settle(model)
         if layer_map is None:
-            settle(model)
             layer_map = map_layers(model, self.config, optimizer)
         if optimizer is not None:
             from slsam_ds.engines.param_groups import regroup

@@ -83,6 +83,7 @@ def take_step(engine: Engine, plan: Plan, window: Sequence[Any], forward_backwar
     """
     run = _Run(engine, plan, forward_backward, len(window))
     try:
+        engine.discard()  # what a backward outside of SL-SAM may have left
         for part in [[micro_batch] for micro_batch in window] if plan.scope == "micro_batch" else [window]:
             random_state = RandomState.capture(engine.device)
             ascent = run.ascend(part)

@@ -19,7 +19,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
         layer_map: The arms.
 
     Raises:
-        ValueError: A wrapper that is not supported.
+        ValueError: A layout or setting that is not supported.
     """
     if "deepspeed" in sys.modules:  # a DeepSpeedEngine cannot exist unless deepspeed was imported
         from deepspeed.runtime.engine import DeepSpeedEngine
@@ -28,11 +28,6 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
             from slsam_ds.engines.zero12 import ZeroStage12Engine
 
             return ZeroStage12Engine(model, layer_map)
-    wrapper = type(model).__name__
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(f"{wrapper}: not supported; pass the module it wraps, slsam_ds averages gradients over ranks")
-    if isinstance(model, FullyShardedDataParallel):
-        raise ValueError(f"{wrapper}: FSDP1 is not supported; shard the module with fully_shard (FSDP2) instead")
     if optimizer is None:
         raise ValueError("a module needs its optimizer: SLSAM(model, optimizer, config)")
     if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -45,10 +40,18 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
 
 
 def settle(model: nn.Module) -> None:
-    """Make `model.parameters()` name the parameters that the optimizer holds.
+    """Make `model.parameters()` name the parameters that the optimizer holds, so that layers can be found.
 
     A forward without backward (an evaluation) leaves FSDP2's root gathered, with other tensors in their place.
+
+    Raises:
+        ValueError: A wrapper that is not supported.
     """
+    wrapper = type(model).__name__
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(f"{wrapper}: not supported; pass the module it wraps, slsam_ds averages gradients over ranks")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(f"{wrapper}: FSDP1 is not supported; shard the module with fully_shard (FSDP2) instead")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -46,7 +46,6 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         self._root.set_reduce_scatter_unused_params(True)
 
     def activate(self, arms: Collection[int] | None) -> None:
-        self._reshard()
         self._root.set_requires_gradient_sync(True)
         super().activate(arms)
         self._end_prefetch_at(None if arms is None else min(arms))

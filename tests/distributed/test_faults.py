@@ -94,6 +94,21 @@ def test_an_exception_in_either_pass_leaves_everything_as_it_was(engine: str, ca
         assert max_error(weights, expected) <= 1e-6
 
 
+def follow_a_stray_backward(setup: Setup) -> dict[str, Tensor]:
+    training = Training(setup)
+    training.model(**training.window(9)[0]).loss.backward()
+    training.follow([[1, 3]])
+    return training.weights()
+
+
+@pytest.mark.parametrize("engine", ["local", "fsdp2"])
+def test_a_gradient_from_outside_is_not_added(engine: str) -> None:
+    setup = Setup(engine=engine)
+    expected, _ = follow_reference(setup, 2, [[1, 3]])
+    for weights in run_on_ranks(2, follow_a_stray_backward, setup):
+        assert max_error(weights, expected) <= 1e-6
+
+
 def disagree(setup: Setup, what: str) -> str:
     training = Training(setup)
     training.step(training.window(1))

@@ -1,10 +1,11 @@
 """Every engine follows the single-process reference."""
 
 import pytest
+import torch
 
-from slsam_ds import StepResult
+from slsam_ds import SLSAM, StepResult
 from tests.distributed.training import Setup, Training, follow_reference, follow_samples, max_error
-from tests.models import SAMPLES
+from tests.models import SAMPLES, tiny_llama
 from tests.ranks import run_on_ranks
 
 ENGINES = ["local", "fsdp2", "zero1", "zero2"]
@@ -48,6 +49,23 @@ def test_clipping(engine: str) -> None:
     weights, _ = run_on_ranks(2, follow_samples, setup)[0]
     assert max_error(expected, unclipped) > 1e-4
     assert max_error(weights, expected) <= TOLERANCE
+
+
+def refuse_to_clip_twice() -> None:
+    training = Training(Setup(engine="zero2"))
+    with pytest.raises(ValueError, match=r"max_grad_norm=1.0: DeepSpeed clips by itself; set gradient_clipping"):
+        SLSAM(training.slsam.model, layer_map=training.slsam.layers, max_grad_norm=1.0)
+
+
+def test_deepspeed_clips_by_its_own_setting() -> None:
+    run_on_ranks(1, refuse_to_clip_twice)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_norm_to_clip_to_is_a_positive_number(max_grad_norm: float) -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"max_grad_norm=.*: choose a number above 0, or None"):
+        SLSAM(model, torch.optim.AdamW(model.parameters()), max_grad_norm=max_grad_norm)
 
 
 def run_free(setup: Setup, num_steps: int) -> tuple[dict, list[StepResult]]:

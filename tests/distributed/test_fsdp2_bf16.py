@@ -1,0 +1,105 @@
+"""FSDP2 in bf16: float32 shards that are cast when gathered, or a bf16 model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from slsam_ds import SLSAM, StepResult
+from tests.distributed.test_bf16 import RoundingReference, follow_bf16
+from tests.distributed.test_frozen import changes
+from tests.distributed.training import Setup, follow_samples, max_error
+from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
+from tests.ranks import run_on_ranks
+
+MIXED = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+
+
+class MixedReference(RoundingReference):
+    """Weights are cast to bf16 for forward and backward, buffers are not; gradients add up in float32."""
+
+    def __init__(self, setup: Setup, world_size: int) -> None:
+        super().__init__(setup, world_size)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+    def gradient(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for rank in range(self.world_size):
+            share = {name: torch.zeros_like(self.masters[name]) for name in names}
+            for batch in window(step, rank, self.setup.accumulation):
+                self.model.zero_grad()
+                (self.model(**batch).loss / self.setup.accumulation).backward()
+                for name in names:
+                    share[name] += self.model.get_parameter(name).grad
+            total = {name: total.get(name, 0.0) + share[name] / self.world_size for name in names}
+        return total
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 3)])
+def test_mixed_precision_follows_its_reference(world_size: int, accumulation: int, rounding: str) -> None:
+    setup = Setup(engine="fsdp2", fsdp=MIXED, accumulation=accumulation, slsam={"rounding": rounding})
+    per_rank = run_on_ranks(world_size, follow_bf16, setup)
+    weights, _, perturbed, _ = per_rank[0]
+    assert all(max_error(weights, other) == 0.0 for other, *_ in per_rank)
+    reference = MixedReference(setup, world_size)
+    for step, sample in enumerate(SAMPLES, start=1):
+        reference.follow(step, sample, perturbed[step - 1])
+    assert max_error(weights, reference.masters) <= 1e-6
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    "setup",
+    [Setup(engine="fsdp2", fsdp=MIXED), Setup(engine="fsdp2", dtype=torch.bfloat16)],
+    ids=["mixed precision", "bf16 model"],
+)
+def test_the_perturbation_reaches_what_forward_reads(setup: Setup, world_size: int) -> None:
+    setup = replace(setup, model={"hidden": 64}, slsam={"rho": 0.005})
+    per_rank = run_on_ranks(world_size, follow_samples, setup)
+    weights, results = per_rank[0]
+    assert all(max_error(weights, other) == 0.0 for other, _ in per_rank)
+    for result in results:  # rounding noise: one standard deviation of the projection is about 0.015
+        assert result.perturbation_projection == pytest.approx(1.0, abs=0.03)
+        assert result.perturbation_norm > 1.02 * 0.005
+
+
+def test_perturbed_float32_shards_are_what_their_cast_makes_of_them() -> None:
+    _, _, perturbed, _ = run_on_ranks(2, follow_bf16, Setup(engine="fsdp2", fsdp=MIXED))[0]
+    arms = arms_of_llama(tiny_llama())
+    for sample, weights in zip(SAMPLES, perturbed, strict=True):
+        active = [weights[name] for arm in sample for name in arms[arm]]
+        assert all(torch.equal(weight, weight.to(torch.bfloat16).float()) for weight in active)
+
+
+def test_replicas_of_a_shard_draw_the_same_rounding_noise() -> None:
+    first, *others = run_on_ranks(4, follow_bf16, Setup(engine="fsdp2", replicas=2, fsdp=MIXED))
+    for weights, _, perturbed, _ in others:
+        assert max_error(weights, first[0]) == 0.0
+        assert all(max_error(mine, its) == 0.0 for mine, its in zip(perturbed, first[2], strict=True))
+
+
+def test_frozen_layers_stay_as_they_are() -> None:
+    for seen in run_on_ranks(2, changes, Setup(engine="fsdp2", fsdp=MIXED, clip=1.0, accumulation=2)):
+        for sample, unchanged in zip(SAMPLES, seen, strict=True):
+            assert unchanged == {arm: arm not in sample for arm in range(6)}
+
+
+def step_after_a_frozen_forward() -> StepResult:
+    model = tiny_llama()
+    Setup(engine="fsdp2", fsdp=MIXED).shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.requires_grad_(False)
+    with torch.no_grad():
+        model(**window(1, 0, 1)[0])
+    model.reshard()
+    model.requires_grad_(True)
+    return SLSAM(model, optimizer).step(window(1, 0, 1))
+
+
+def test_layers_frozen_at_the_first_forward_can_be_sampled() -> None:
+    assert not run_on_ranks(2, step_after_a_frozen_forward)[0].skipped
