@@ -81,6 +81,19 @@ def test_an_evaluation_leaves_nothing_stale() -> None:
         assert max_error(weights, expected) <= TOLERANCE
 
 
+def publish_what_is_gathered() -> tuple[list[str], list[str]]:
+    training = Training(Setup(engine="fsdp2"))
+    with torch.no_grad():
+        training.model(**window(1, 0, 1)[0])
+    before = gathered(training.model)
+    training.slsam.engine.publish([5])
+    return before, gathered(training.model)
+
+
+def test_published_shards_are_gathered_anew() -> None:
+    assert run_on_ranks(2, publish_what_is_gathered)[0] == ([""], [])
+
+
 class InterruptedPassError(Exception):
     pass
 
