@@ -25,6 +25,10 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
         from deepspeed.runtime.engine import DeepSpeedEngine
 
         if isinstance(model, DeepSpeedEngine):
+            if model.zero_optimization_stage() == 3:
+                from slsam_ds.engines.zero3 import ZeroStage3Engine
+
+                return ZeroStage3Engine(model, layer_map)
             from slsam_ds.engines.zero12 import ZeroStage12Engine
 
             return ZeroStage12Engine(model, layer_map)

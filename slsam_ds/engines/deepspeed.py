@@ -70,8 +70,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"slsam_ds supports deepspeed >={oldest},<{unknown}; found {deepspeed.__version__}")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
-        raise ValueError(f"zero_optimization.stage={stage}: not supported yet; use 1 or 2")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage}: not supported yet; use 1, 2 or 3")
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device", "none") != "none":
             raise ValueError(

@@ -67,8 +67,8 @@ class ZeroEngine(ABC):
                 parameter.requires_grad_(arm in wanted)
         self._active = wanted
 
-    def begin_micro_batch(self, *, last: bool) -> None:
-        """Every micro-batch is treated alike."""
+    @abstractmethod
+    def begin_micro_batch(self, *, last: bool) -> None: ...
 
     def backward(self, loss: Tensor) -> None:
         with _reduction_held(self._engine):
@@ -101,10 +101,10 @@ class ZeroEngine(ABC):
     ) -> bool:
         # One engine.step() per micro-batch, as in a stock loop, keeps DeepSpeed's counters, timers, monitor and
         # scheduler at their usual meaning; only the last one is a boundary and steps the optimizer.
-        with _boundary(self._engine, False):
+        with boundary(self._engine, False):
             for _ in range(num_micro_batches - 1):
                 self._engine.step()
-        with _boundary(self._engine, True), self._sparse_optimizer_step(arms, learning_rate_scale, skip):
+        with boundary(self._engine, True), self._sparse_optimizer_step(arms, learning_rate_scale, skip):
             self._engine.step()
         return not self._zero.overflow
 
@@ -120,6 +120,7 @@ class ZeroEngine(ABC):
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:
         """This rank's pieces of a group whose gradient was reduced."""
 
+    @abstractmethod
     def _after_step(self, groups: Sequence[int]) -> None:
         """The optimizer has stepped these groups."""
 
@@ -264,7 +265,7 @@ def _narrowed(holder: Any, keep: Sequence[int], *, lists: Sequence[str], dicts: 
 
 
 @contextlib.contextmanager
-def _boundary(engine: DeepSpeedEngine, is_boundary: bool) -> Iterator[None]:
+def boundary(engine: DeepSpeedEngine, is_boundary: bool) -> Iterator[None]:
     """Within, DeepSpeed takes this for the last micro-batch of its window, or for another one."""
     previous = engine._is_gradient_accumulation_boundary  # may be None: DeepSpeed counts by itself
     try:

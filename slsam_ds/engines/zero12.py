@@ -56,6 +56,9 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     _linked: frozenset[int] = frozenset()
 
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Every micro-batch is treated alike."""
+
     def discard(self) -> None:
         super().discard()
         for group in self._groups(self._groups_of):

@@ -11,7 +11,7 @@ from slsam_ds import RanksDisagreeError
 from tests.distributed.training import Setup, Training, follow_reference, max_error
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", "zero1", "zero2"]
+ENGINES = ["local", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 def spoil(
@@ -138,7 +138,7 @@ def disagree(setup: Setup, what: str) -> str:
         ("step", "the step (rank 0: 2; rank 1: 8)"),
     ],
 )
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero2"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero2", "zero3"])
 def test_ranks_that_differ_stop_with_an_error_that_says_so(engine: str, what: str, named: str) -> None:
     setup = Setup(engine=engine, accumulation=2, slsam={"active_layers": 1})
     for message in run_on_ranks(2, disagree, setup, what):

@@ -1,5 +1,6 @@
 """What is not sampled does not change by a bit: weights, master weights, optimizer moments, step counters."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +18,27 @@ def snapshot(training: Training) -> Snapshot:
     """Copies of everything this rank keeps of each arm."""
     arms = arms_of_llama(training.model)
     parameters = dict(training.model.named_parameters())
-    kept: Snapshot = {arm: [parameters[name].detach().clone() for name in names] for arm, names in enumerate(arms)}
-    optimizer = training.slsam.engine._zero.optimizer if training.engine is not None else training.optimizer
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:  # with ZeRO: this rank's master partition of the group
-            kept[group["arm"]].append(parameter.detach().clone())
-            state = optimizer.state.get(parameter, {})
-            kept[group["arm"]] += [torch.as_tensor(state[name]).clone() for name in sorted(state)]
+    live = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in parameters.items()}
+    kept: Snapshot = {arm: [live[name].detach().clone() for name in names] for arm, names in enumerate(arms)}
+    for arm, parameter, state in optimizer_entries(training):
+        kept[arm].append(parameter.detach().clone())
+        kept[arm] += [torch.as_tensor(state[name]).clone() for name in sorted(state)]
     return kept
+
+
+def optimizer_entries(training: Training) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Arm, parameter and state of all that the torch optimizer steps: with ZeRO, this rank's master partitions."""
+    if training.engine is None:
+        for group in training.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield group["arm"], parameter, training.optimizer.state.get(parameter, {})
+        return
+    zero, groups_of = training.engine.optimizer, training.slsam.engine._groups_of
+    stage3 = training.setup.engine == "zero3"
+    masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+    for arm, groups in groups_of.items():
+        for group in groups:
+            yield arm, masters[group], zero.optimizer.state.get(masters[group], {})
 
 
 def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -44,7 +58,7 @@ def changes(setup: Setup) -> list[dict[int, bool]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2", "zero3"])
 def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)
     per_rank = run_on_ranks(2, changes, setup)
@@ -55,16 +69,15 @@ def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
 
 def optimizer_state_numel(setup: Setup) -> list[int]:
     training = Training(setup)
-    optimizer = training.slsam.engine._zero.optimizer if training.engine is not None else training.optimizer
     sizes = []
     for step, sample in enumerate([[1], [1], [2]], start=1):
         training.step(training.window(step), active=sample)
-        moments: list[Any] = [state.get("exp_avg") for state in optimizer.state.values()]
+        moments: list[Any] = [state.get("exp_avg") for _, _, state in optimizer_entries(training)]
         sizes.append(sum(moment.numel() for moment in moments if moment is not None))
     return sizes
 
 
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2", "zero3"])
 def test_optimizer_state_grows_with_the_layers_selected(engine: str) -> None:
     first, again, other = run_on_ranks(1, optimizer_state_numel, Setup(engine=engine))[0]
     assert first == again

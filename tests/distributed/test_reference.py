@@ -8,7 +8,7 @@ from tests.distributed.training import Setup, Training, follow_reference, follow
 from tests.models import SAMPLES, tiny_llama
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", "zero1", "zero2"]
+ENGINES = ["local", "fsdp2", "zero1", "zero2", "zero3"]
 
 # Sums over ranks and micro-batches are taken in another order than the reference's; ten steps of lr 1e-3 keep that
 # below 1e-6, while the smallest real mistake seen in experiments was 1e-4.

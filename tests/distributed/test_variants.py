@@ -15,7 +15,7 @@ from tests.distributed.training import ADAMW, Setup, Training, max_error
 from tests.models import window
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", "zero1", "zero2"]
+ENGINES = ["local", "fsdp2", "zero1", "zero2", "zero3"]
 TOLERANCE = 1e-6  # as against the reference: sums are taken in another order
 SAMPLES = ([0], [2], [1, 3], [0, 1, 2, 3], [3], [0, 2])
 MakeOptimizer = Callable[..., torch.optim.Optimizer]

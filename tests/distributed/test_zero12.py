@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import slsam_ds
-from tests.distributed.training import ADAMW, Setup, Training, follow_reference, max_error
+from tests.distributed.training import ADAMW, Setup, Training, follow_reference, max_error, whole
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 
-STAGES = ["zero1", "zero2"]
+STAGES = ["zero1", "zero2", "zero3"]
 TOLERANCE = 1e-6
 
 
@@ -93,7 +93,7 @@ def train_decay_groups(engine: str) -> tuple[dict[str, Tensor], list[tuple[int, 
     groups = [(group["arm"], len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups]
     for index, sample in enumerate(SAMPLES, start=1):
         step(window(index, rank, 1), active=sample)
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, groups
+    return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}, groups
 
 
 @pytest.mark.parametrize("engine", STAGES)
@@ -122,7 +122,7 @@ def follow_schedule(setup: Setup, when: str) -> tuple[list[float], dict[str, Ten
         rates.append(engine.get_lr()[0])
         assert len(set(engine.get_lr())) == 1
         engine.train_step(window(index, torch.distributed.get_rank(), 1), active=sample)
-    return rates, {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return rates, {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("when", ["built before", "built by DeepSpeed"])

@@ -24,7 +24,7 @@ class Setup:
     """What is trained, and inside which engine.
 
     Attributes:
-        engine: "local" (single device or replicated), "fsdp2", "zero1" or "zero2".
+        engine: "local" (single device or replicated), "fsdp2", "zero1", "zero2" or "zero3".
         accumulation: Micro-batches per window.
         dtype: Of the weights.
         clip: Largest gradient norm; 0: any.
@@ -132,6 +132,11 @@ class Training:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its shards, detached."""
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0:  # ZeRO-3, and not one that stays gathered
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 

@@ -1,0 +1,214 @@
+"""DeepSpeed ZeRO stage 3: every rank holds a shard of each parameter, and modules gather theirs while they run.
+
+Perturbing and restoring happen on the shards, so nothing that was gathered may outlive a change of them. DeepSpeed
+learns in which order modules fetch their parameters; since backward ends at the lowest active layer, it learns that
+once for each depth.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import Tensor, nn
+
+from slsam_ds.engines.placement import Sharded
+from slsam_ds.engines.zero import ZeroEngine, boundary
+from slsam_ds.layers import LayerMap
+from slsam_ds.protocol import ALWAYS, Shard
+
+
+class ZeroStage3Engine(Sharded, ZeroEngine):
+    """SL-SAM's view of a DeepSpeedEngine with ZeRO stage 3. Its groups are DeepSpeed's sub-groups."""
+
+    zero_class = DeepSpeedZeroOptimizer_Stage3
+
+    # deepspeed/runtime/zero/stage3.py, 0.19.8: everything that DeepSpeedZeroOptimizer_Stage3 keeps per sub-group, but
+    # for what `_only` sees to.
+    per_group_lists = (
+        "fp16_groups",
+        "fp16_partitioned_groups",
+        "fp16_partitioned_groups_flat",
+        "fp16_partitioned_groups_flat_id",
+        "fp16_partitioned_groups_flat_numel",
+        "fp32_partitioned_groups_flat",
+        "groups_padding",
+        "next_swappable_fp32_partitioned_groups",
+        "sub_group_partition_counts",
+        "sub_group_process_groups",
+    )
+    per_group_dicts = ("averaged_gradients",)
+
+    sends_during_backward = True  # weights in every backward, gradients in the window's last
+
+    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        super().__init__(engine, layer_map)
+        self._traces = _FetchTraces(engine)
+        self._is_last_micro_batch = False
+
+    def activate(self, arms: Collection[int] | None) -> None:
+        super().activate(arms)
+        self._traces.use(None if arms is None else min((arm for arm in arms if arm != ALWAYS), default=ALWAYS))
+        self._traces.fetch_after_writes()
+        if arms is not None:
+            for parameter in self._parameters(arms):  # else one that takes no part would keep its last gradient
+                self._reduced_gradient(parameter).zero_()
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        self._is_last_micro_batch = last
+
+    def backward(self, loss: Tensor) -> None:
+        """Until the window's last, gradients stay whole on the parameters; then each is reduced while backward goes on.
+
+        So a window of one never holds more than a bucket of whole gradients, and a longer one reduces once.
+        """
+        if self._reduces_every_micro_batch or not self._is_last_micro_batch:
+            super().backward(loss)
+        else:
+            with self._only(self._active), boundary(self._engine, True):
+                self._run_backward(loss)
+
+    def discard(self) -> None:
+        super().discard()
+        self._zero.zero_grad()  # also makes the next reduction overwrite the partitions instead of adding to them
+        for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
+            bucket.clear_params()
+        self._drop_gathered()
+        self._traces.forget_unfinished()
+
+    def live_weights(self, arms: Collection[int]) -> list[Tensor]:
+        return [_shard(parameter) for parameter in self._parameters(arms)]
+
+    def publish(self, arms: Collection[int]) -> None:
+        self._drop_gathered()
+        self._traces.fetch_after_writes()
+
+    def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
+        return list(self._zero.fp16_groups)
+
+    def _param_group(self, group: int) -> int:
+        return int(self._zero.sub_group_to_group_id[group])
+
+    def _unsupported_features(self) -> dict[str, bool]:
+        zero = self._zero
+        return super()._unsupported_features() | {
+            "zero_optimization.offload_optimizer": zero.offload_optimizer,
+            "zero_optimization.offload_param": zero.offload_param,
+            "zero_optimization.zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
+            "zero_optimization.zero_quantized_weights": zero.parameter_offload.zero_quantized_weights,
+            "zero_optimization.zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
+            "zero_optimization.zero_quantized_gradients": zero.all2all_process_group is not None,
+        }
+
+    def _shards(self, arm: int, group: int) -> Iterator[Shard]:
+        master = self._zero.fp32_partitioned_groups_flat[group].detach()
+        for parameter in self._members[group]:
+            weight, (_, offset, numel) = _shard(parameter), self._grad_position(parameter)
+            # The last shards are padded with whatever the memory held.
+            real = max(0, min(numel, _numel(parameter) - numel * self.ranks.rank))
+            gradient = self._reduced_gradient(parameter)
+            yield Shard(arm, weight[:real], master[offset : offset + real], gradient[:real], self.ranks.rank)
+
+    def _drop_gathered(self) -> None:
+        """Partition whatever is still gathered: forward would read it instead of the shards.
+
+        Small parameters stay gathered over the whole step (stage3_param_persistence_threshold), any may after a pass
+        that raised.
+        """
+        self._zero.empty_partition_cache()
+
+    def _grad_position(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        """Sub-group of a parameter, and where its shard lies in the sub-group's flat buffers: offset and length."""
+        return self._zero.grad_position[self._zero.get_param_id(parameter)]
+
+    def _reduced_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's shard of the averaged gradient, in place. 1-D, padded."""
+        gradient, _ = self._zero._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
+        return gradient
+
+    @contextlib.contextmanager
+    def _only(self, arms: Collection[int]) -> Iterator[None]:
+        zero, groups = self._zero, self._groups(arms)
+        place_of = {group: place for place, group in enumerate(groups)}
+        param_groups = sorted({self._param_group(group) for group in groups})
+        positions = {zero.get_param_id(p): self._grad_position(p) for group in groups for p in self._members[group]}
+        stock = {name: getattr(zero, name) for name in ("sub_group_to_group_id", "grad_position")}
+        shown = {
+            "sub_group_to_group_id": {
+                place: param_groups.index(self._param_group(group)) for group, place in place_of.items()
+            },
+            "grad_position": {key: [place_of[group], *rest] for key, (group, *rest) in positions.items()},
+        }
+        with super()._only(arms):
+            try:
+                vars(zero).update(shown)
+                yield
+            finally:
+                vars(zero).update(stock)
+
+    def _after_step(self, groups: Sequence[int]) -> None:
+        """Nothing to link: DeepSpeed finds a parameter's optimizer state by its place in the flat buffers."""
+
+
+def _shard(parameter: Any) -> Tensor:
+    """This rank's piece of a parameter, which module fetches read and `partition` leaves alone. 1-D, padded."""
+    return parameter.ds_tensor
+
+
+def _numel(parameter: Any) -> int:
+    """Elements over all ranks, without padding."""
+    return int(parameter.ds_numel)
+
+
+class _FetchTraces:
+    """One learned order of fetching parameters for each depth to which backward goes, and DeepSpeed's own outside.
+
+    DeepSpeed learns the order of a forward and backward once, prefetches by it, and starts over when a module comes
+    that it does not expect. With one trace, every change of the lowest active layer would end that, or prefetch what
+    backward never reaches.
+
+    Private structures: DeepSpeedZeRoOffload in deepspeed/runtime/zero/parameter_offload.py, 0.19.8.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._offload: Any = engine.optimizer.parameter_offload
+        self._registry = engine.module.ds_inflight_param_registry
+        self._stream = self._offload._DeepSpeedZeRoOffload__allgather_stream  # None where nothing is asynchronous
+        self._stock = self._offload.param_coordinator
+        self._by_depth: dict[int, PartitionedParameterCoordinator] = {}
+        self._depth: int | None = None
+
+    def use(self, depth: int | None) -> None:
+        """Go by the trace of passes whose lowest active arm is `depth`; None: DeepSpeed's own."""
+        self._depth = depth
+        if depth is not None and depth not in self._by_depth:
+            self._by_depth[depth] = self._new()
+        self._offload.param_coordinator = self._stock if depth is None else self._by_depth[depth]
+
+    def fetch_after_writes(self) -> None:
+        """Let the next fetch see what was written into the shards: on a GPU it runs on a stream that would not wait."""
+        if self._stream is not None:
+            self._stream.wait_stream(get_accelerator().current_stream())
+
+    def forget_unfinished(self) -> None:
+        """Learn anew what was being learned: a pass that raised may have ended anywhere, elsewhere on other ranks."""
+        if self._depth is not None and not self._by_depth[self._depth].is_complete_trace():
+            self._by_depth[self._depth] = self._new()
+            self.use(self._depth)
+
+    def _new(self) -> PartitionedParameterCoordinator:
+        """As DeepSpeedZeRoOffload makes its own."""
+        offload = self._offload
+        return PartitionedParameterCoordinator(
+            prefetch_bucket_sz=offload._prefetch_bucket_sz,
+            max_reuse_distance_in_numel=offload._max_reuse_distance_in_numel,
+            max_available_parameters_in_numel=offload._max_available_parameters_in_numel,
+            allgather_stream=self._stream,
+            inflight_param_registry=self._registry,
+            timers=offload.timers,
+            fast_sharding_for_leaf_module=offload.fast_sharding_for_leaf_module,
+            log_trace_cache_warnings=offload.log_trace_cache_warnings,
+        )
