@@ -4,7 +4,6 @@ import sys
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import Engine
@@ -34,6 +33,8 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
             return ZeroStage12Engine(model, layer_map)
     if optimizer is None:
         raise ValueError("a module needs its optimizer: SLSAM(model, optimizer, config)")
+    from torch.distributed.fsdp import FSDPModule  # half a second that `import slsam_ds` need not take
+
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         from slsam_ds.engines.fsdp2 import FSDP2Engine
 
@@ -51,6 +52,8 @@ def settle(model: nn.Module) -> None:
     Raises:
         ValueError: A wrapper that is not supported.
     """
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
     wrapper = type(model).__name__
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ValueError(f"{wrapper}: not supported; pass the module it wraps, slsam_ds averages gradients over ranks")
