@@ -115,8 +115,6 @@ class SLSAMConfig:
                 )
         if self.reward == "grad_norm_per_cost":
             raise ValueError('slsam.reward="grad_norm_per_cost": not supported yet; use "grad_norm" or "grad_rms"')
-        if self.prefix_reuse is True:
-            raise ValueError('slsam.prefix_reuse=true: not supported yet; use "auto" or false')
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Self:

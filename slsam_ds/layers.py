@@ -6,19 +6,18 @@ Pure: knows torch modules only. No framework, no ranks, no weights are read.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from slsam_ds.config import OtherParameters
+from slsam_ds.forward_order import used_before
 from slsam_ds.protocol import ALWAYS
 
 NamedParameter = tuple[str, nn.Parameter]
-Arms = tuple[list[tuple[str, list[NamedParameter]]], list[NamedParameter]]  # named arms, and what is in none
+Arms = tuple[list[tuple[str, int, list[NamedParameter]]], list[NamedParameter]]  # name, depth; and what is in none
 
 _COMPARABLE = 0.1  # a second stack above this share of the largest one's parameters makes the model ambiguous
 
@@ -31,11 +30,13 @@ class Layer:
         index: The arm's number.
         name: Module path of the block, the pattern it was asked for by, or "before PATH" / "after PATH" of the blocks.
         parameters: Its trainable parameters with their names, in model order. Never empty.
+        depth: How many blocks, from the first, run before anything of it is used; 0 where that is not known.
     """
 
     index: int
     name: str
     parameters: tuple[NamedParameter, ...]
+    depth: int = 0
 
     @property
     def numel(self) -> int:
@@ -51,11 +52,13 @@ class LayerMap:
         layers: The arms, in forward order.
         always: Trained in every step.
         frozen: Trainable, but never trained by SL-SAM.
+        stack: The container of the blocks; None where the arms were named by patterns.
     """
 
     layers: tuple[Layer, ...]
     always: tuple[NamedParameter, ...]
     frozen: tuple[NamedParameter, ...]
+    stack: nn.Module | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -103,19 +106,21 @@ def find_layers(
         ValueError: No stack of blocks or several comparable ones, a pattern that matches nothing trainable, a
             parameter matched by two patterns, or no arm at all.
     """
+    stack = None
     if patterns is None:
-        arms, others = _arms_by_structure(model, with_others=other_parameters == "arms")
+        path, stack = _find_stack(model)
+        arms, others = _arms_by_structure(model, path, stack, with_others=other_parameters == "arms")
     else:
         arms, others = _arms_by_pattern(model, patterns)
-    filled = [(name, tuple(parameters)) for name, parameters in arms if parameters]
+    filled = [(name, tuple(parameters), depth) for name, depth, parameters in arms if parameters]
     if not filled:
         raise ValueError(
             f"no layer of {type(model).__name__} has a trainable parameter: unfreeze some, or set slsam.layers"
         )
-    layers = tuple(Layer(index, name, parameters) for index, (name, parameters) in enumerate(filled))
+    layers = tuple(Layer(index, *arm) for index, arm in enumerate(filled))
     if other_parameters == "always":
-        return LayerMap(layers, always=tuple(others), frozen=())
-    return LayerMap(layers, always=(), frozen=tuple(others))
+        return LayerMap(layers, always=tuple(others), frozen=(), stack=stack)
+    return LayerMap(layers, always=(), frozen=tuple(others), stack=stack)
 
 
 def split_param_groups(
@@ -187,14 +192,13 @@ def _arms_by_pattern(model: nn.Module, patterns: Sequence[str]) -> Arms:
             if id(parameter) in taken:
                 raise ValueError(f"slsam.layers: {name!r} is matched by {taken[id(parameter)]!r} and by {pattern!r}")
             taken[id(parameter)] = pattern
-        arms.append((pattern, arm))
+        arms.append((pattern, 0, arm))
     return arms, [(name, parameter) for name, parameter in trainable if id(parameter) not in taken]
 
 
-def _arms_by_structure(model: nn.Module, *, with_others: bool) -> Arms:
-    path, stack = _find_stack(model)
+def _arms_by_structure(model: nn.Module, path: str, stack: nn.Module, *, with_others: bool) -> Arms:
     blocks = list(stack.named_children())
-    before = _used_before(model, path, [block for _, block in blocks])
+    before = _before_blocks(model, path, [block for _, block in blocks])
     block_of: dict[int, int] = {}
     for index, (_, block) in enumerate(blocks):
         for parameter in block.parameters():
@@ -205,9 +209,9 @@ def _arms_by_structure(model: nn.Module, *, with_others: bool) -> Arms:
         if parameter.requires_grad:
             place = 0 if id(parameter) in before else 1 + block_of.get(id(parameter), len(blocks))
             places[place].append((name, parameter))
-    if with_others:
-        return list(zip(names, places, strict=True)), []
-    return list(zip(names[1:-1], places[1:-1], strict=True)), places[0] + places[-1]
+    depths = [0, *range(len(blocks) + 1)]
+    arms = list(zip(names, depths, places, strict=True))
+    return (arms, []) if with_others else (arms[1:-1], places[0] + places[-1])
 
 
 def _find_stack(model: nn.Module) -> tuple[str, nn.Module]:
@@ -244,100 +248,13 @@ def _is_stack(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and len(classes) > 1 and len(set(classes)) == 1
 
 
-def _used_before(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> set[int]:
+def _before_blocks(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> set[int]:
     """Ids of the parameters that also live outside the blocks and are used before the first of them."""
     prefix = f"{path}." if path else ""
     aliases = model.named_parameters(remove_duplicate=False)
     registered = [(name.startswith(prefix), id(parameter)) for name, parameter in aliases]
     first = next(position for position, (inside, _) in enumerate(registered) if inside)
     early = {parameter for _, parameter in registered[:first]}
-    traced = _trace_uses(model, blocks)
+    traced = used_before(model, blocks)
     # Registration order is only the fallback, for what the trace did not see: OPT registers its final norm first.
     return {parameter for inside, parameter in registered if not inside and traced.get(parameter, parameter in early)}
-
-
-def _trace_uses(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, bool]:
-    """Whether parameters (by id) are first used before the blocks, for all that a run of the model uses.
-
-    What runs is a weightless copy: the model's own hooks must not fire (FSDP2 would gather) and a forward may leave
-    traces in its modules. Empty where the model cannot be run up to its blocks.
-    """
-    runnable = next(filter(_takes_known_inputs, model.modules()), None)
-    if runnable is None:
-        return {}
-    uses: dict[int, bool] = {}
-    reached: list[nn.Module] = []
-    copies: dict[int, nn.Module] = {}
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _NoValues():
-            copy = _weightless_copy(runnable, lambda parameter: uses.setdefault(parameter, not reached), copies)
-            for block in blocks:
-                copies[id(block)].register_forward_pre_hook(lambda block, _: reached.append(block))
-            copy(**_example_inputs(runnable))
-    except Exception:  # anything at all may fail in a stranger's forward on meta tensors
-        for parameter in runnable.parameters():  # in the blocks, for want of a meta kernel: the rest is used later
-            uses.setdefault(id(parameter), False)
-    return uses if reached else {}
-
-
-def _takes_known_inputs(module: nn.Module) -> bool:
-    # Of torch.compile's and DDP's wrappers, the model within: the first has no forward of its own, the second no input.
-    return hasattr(module, "main_input_name") and type(module).forward is not nn.Module.forward
-
-
-def _example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    if model.main_input_name == "input_ids":
-        return {"input_ids": torch.empty(1, 4, dtype=torch.long, device="meta")}
-    config: Any = model.config
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return {str(model.main_input_name): torch.empty(1, config.num_channels, height, width, device="meta")}
-
-
-def _weightless_copy(module: nn.Module, on_use: Callable[[int], object], copies: dict[int, nn.Module]) -> nn.Module:
-    """The module tree in evaluation mode, without hooks, on meta tensors. Plain attributes are shared."""
-    if id(module) in copies:
-        return copies[id(module)]
-    copy: nn.Module = object.__new__(type(module))  # FSDP2 overrides __new__
-    nn.Module.__init__(copy)
-    copies[id(module)] = copy
-    # An instance's own forward (Accelerate) or call (nn.Module.compile) would run the original, not the copy.
-    fresh = {*vars(copy), "forward", "_compiled_call_impl"}
-    vars(copy).update({name: value for name, value in vars(module).items() if name not in fresh})
-    vars(copy)["training"] = False
-    vars(copy)["_parameters"] = _WatchedParameters(module._parameters, on_use)
-    vars(copy)["_buffers"] = {name: _on_meta(buffer) for name, buffer in module._buffers.items()}
-    vars(copy)["_modules"] = {
-        name: None if child is None else _weightless_copy(child, on_use, copies)
-        for name, child in module._modules.items()
-    }
-    return copy
-
-
-class _WatchedParameters(dict[str, Tensor | None]):
-    """A module's parameters on meta, telling when one is looked up: a forward may use a weight without a call."""
-
-    def __init__(self, parameters: Mapping[str, Tensor | None], on_use: Callable[[int], object]) -> None:
-        super().__init__({name: _on_meta(parameter) for name, parameter in parameters.items()})
-        self._ids = {name: id(parameter) for name, parameter in parameters.items()}
-        self._on_use = on_use
-
-    def __getitem__(self, name: str) -> Tensor | None:
-        if name in self._ids:
-            self._on_use(self._ids[name])
-        return super().__getitem__(name)
-
-
-def _on_meta(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None:
-        return None
-    return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
-
-
-class _NoValues(TorchFunctionMode):
-    """Answers questions about values, which meta tensors do not have: masks ask, and either answer will do."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.__bool__, Tensor.__contains__, Tensor.item) and args[0].is_meta:
-            return False
-        return func(*args, **(kwargs or {}))

@@ -83,6 +83,11 @@ class Engine(Protocol):
         """Whether every rank holds whole weights."""
         ...
 
+    @property
+    def may_skip_modules(self) -> bool:
+        """Whether a forward may leave out modules that an earlier one ran."""
+        ...
+
     def activate(self, arms: Collection[int] | None) -> None:
         """Let gradients flow to these arms only; None: to all of them, the state between steps."""
         ...

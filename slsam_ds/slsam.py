@@ -1,5 +1,6 @@
 """SL-SAM around a model and its optimizer: composes bandit, step and engine, and owns the state."""
 
+import logging
 import math
 import os
 import time
@@ -15,12 +16,15 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
+from slsam_ds.prefix import Prefix
 from slsam_ds.protocol import ALWAYS, Engine, RanksDisagreeError
 from slsam_ds.statistics import RewardScale
 from slsam_ds.step import ForwardBackward, Outcome, Plan, take_step
 
 LossFunction = Callable[[Any, Any], Tensor]
 """`loss_fn(model, micro_batch)` → the mean loss of the micro-batch, shape ()."""
+
+logger = logging.getLogger(__name__)
 
 _MAX_UPDATE_SCALE = 10.0
 _STATE_VERSION = 1
@@ -119,6 +123,7 @@ class SLSAM:
             )
         self.engine.activate(None)
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
+        self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
         self._rewards = RewardScale(self.config.reward, [layer.numel for layer in layer_map])
 
@@ -170,7 +175,10 @@ class SLSAM:
         plan = self._plan(
             step, sample, dict.fromkeys(sample, 1.0) if forced else {a: probabilities[a] for a in sample}, len(window)
         )
-        outcome = take_step(self.engine, plan, window, forward_backward)
+        prefix = Prefix.below(self.layers, plan.perturbed) if self._reuses_prefix and plan.rho > 0 else None
+        outcome = take_step(self.engine, plan, window, forward_backward, prefix)
+        if prefix is not None and (prefix.watched or math.isnan(outcome.loss)):
+            self._give_up_prefix_reuse(prefix)
         self.num_steps = step
         if not outcome.skipped:
             self._learn(sample, outcome, forced)
@@ -243,6 +251,25 @@ class SLSAM:
                 "the micro-batches per step": window_length,
             },
         )
+
+    def _can_reuse_prefix(self) -> bool:
+        """Whether the descent may start above the blocks that both passes have in common."""
+        obstacles = {
+            "the layers were named by patterns": self.layers.stack is None,
+            "this engine runs all of the model every time": not self.engine.may_skip_modules,
+        }
+        found = [obstacle for obstacle, present in obstacles.items() if present]
+        if found and self.config.prefix_reuse is True:
+            raise ValueError(f'slsam.prefix_reuse=true: {found[0]}; use "auto" or false')
+        return self.config.prefix_reuse is not False and not found
+
+    def _give_up_prefix_reuse(self, prefix: Prefix) -> None:
+        """What the blocks compute that were not to run again is used elsewhere; NaN stood in for it."""
+        reason = "something keeps what lower layers compute" if prefix.watched else "the perturbed loss is NaN"
+        logger.warning(
+            "step %d: %s: from here on both passes run every layer (prefix_reuse)", self.num_steps + 1, reason
+        )
+        self._reuses_prefix = False
 
     def _learn(self, sample: tuple[int, ...], outcome: Outcome, forced: bool) -> None:
         norms = {arm: outcome.grad_norms[arm] for arm in sample}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slsam_ds.config import AscentScope, Rounding
 from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
+from slsam_ds.prefix import Prefix
 from slsam_ds.protocol import Engine, Shard
 from slsam_ds.rng import RandomState
 from slsam_ds.statistics import local_sq_norms
@@ -73,15 +74,28 @@ class Outcome:
     skipped: bool = False
 
 
-def take_step(engine: Engine, plan: Plan, window: Sequence[Any], forward_backward: ForwardBackward) -> Outcome:
+def take_step(
+    engine: Engine,
+    plan: Plan,
+    window: Sequence[Any],
+    forward_backward: ForwardBackward,
+    prefix: Prefix | None = None,
+) -> Outcome:
     """Ascend, descend, restore, update: one optimizer step over a window of micro-batches.
 
     If a pass raises, the weights are restored, the gathered gradients dropped, and the engine can be used again.
 
+    Args:
+        engine: Where shards live and what must travel.
+        plan: What to do; the same on every rank.
+        window: Micro-batches of this rank.
+        forward_backward: Runs one of them.
+        prefix: The blocks that the descent need not run again.
+
     Raises:
         RanksDisagreeError: Before any gradient travels.
     """
-    run = _Run(engine, plan, forward_backward, len(window))
+    run = _Run(engine, plan, forward_backward, len(window), prefix)
     try:
         engine.discard()  # what a backward outside of SL-SAM may have left
         for part in [[micro_batch] for micro_batch in window] if plan.scope == "micro_batch" else [window]:
@@ -131,11 +145,23 @@ class _Gradient:
         return all(map(math.isfinite, (self.loss, *self.sq_norms.values(), *self.extra)))
 
 
+_Around = Callable[[int], contextlib.AbstractContextManager[None]]
+"""What surrounds the forward and backward of a micro-batch, which has the same number in both passes."""
+
+
 class _Run:
     """One step under way: its passes, and what they add up on this rank until the one all-reduce of the descent."""
 
-    def __init__(self, engine: Engine, plan: Plan, forward_backward: ForwardBackward, num_micro_batches: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        forward_backward: ForwardBackward,
+        num_micro_batches: int,
+        prefix: Prefix | None,
+    ) -> None:
         self._engine, self._plan, self._forward_backward = engine, plan, forward_backward
+        self._keep, self._reuse = (prefix.kept, prefix.reused) if prefix is not None else (_as_it_is, _as_it_is)
         self._check_agreement = engine.ranks.agree(plan.claims)
         self._num_left = num_micro_batches  # of the descent
         self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -149,11 +175,11 @@ class _Run:
             return None
         engine.activate(plan.perturbed)
         if plan.scope == "global":
-            loss = self._forward_backward_all(part, num_left=len(part))
+            loss = self._forward_backward_all(part, self._keep, num_left=len(part))
             self._ascent_loss += loss
             return self._reduce(plan.perturbed, loss)
         with engine.local_gradients() as shards:
-            loss = self._forward_backward_all(part, num_left=len(part))
+            loss = self._forward_backward_all(part, self._keep, num_left=len(part))
         sq_norms = local_sq_norms(shards, plan.perturbed, rank=engine.ranks.rank, device=engine.device)
         if not (loss + sq_norms.sum()).isfinite():  # go nowhere, and let the descent's all-reduce tell the others
             loss, sq_norms = loss * math.nan, torch.zeros_like(sq_norms)
@@ -184,7 +210,7 @@ class _Run:
     def descend(self, part: Sequence[Any]) -> None:
         """Add the gradient at the weights as they are now to the window's."""
         self._engine.activate(self._plan.updated)
-        self._descent_loss += self._forward_backward_all(part, num_left=self._num_left)
+        self._descent_loss += self._forward_backward_all(part, self._reuse, num_left=self._num_left)
         self._num_left -= len(part)
 
     def reduce(self) -> _Gradient:
@@ -205,14 +231,15 @@ class _Run:
             skipped=skipped,
         )
 
-    def _forward_backward_all(self, part: Sequence[Any], *, num_left: int) -> Tensor:
+    def _forward_backward_all(self, part: Sequence[Any], around: _Around, *, num_left: int) -> Tensor:
         """Sum of the weighted losses. Shape (), float64, local."""
         if self._engine.sends_during_backward:
             self._check_agreement()
         local_loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for number, micro_batch in enumerate(part, start=1):
             self._engine.begin_micro_batch(last=number == num_left)
-            local_loss += self._forward_backward(micro_batch)
+            with around(self._num_left - number):
+                local_loss += self._forward_backward(micro_batch)
         return local_loss
 
     def _reduce(self, arms: tuple[int, ...], local_loss: Tensor, extra: Tensor | None = None) -> _Gradient:
@@ -239,6 +266,11 @@ class _Run:
         )
         if shard.owner == engine.ranks.rank:
             self._applied[:2] += measured
+
+
+@contextlib.contextmanager
+def _as_it_is(micro_batch: int) -> Iterator[None]:
+    yield
 
 
 def _clip(descent: _Gradient, max_norm: float) -> None:

@@ -19,6 +19,8 @@ class TorchOptimizerEngine:
         layer_map: The arms. Their parameters are on one device.
     """
 
+    may_skip_modules = True
+
     def __init__(self, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
         self._optimizer = optimizer
         self._parameters = {layer.index: [parameter for _, parameter in layer.parameters] for layer in layer_map}

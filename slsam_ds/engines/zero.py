@@ -40,6 +40,8 @@ class ZeroEngine(ABC):
     per_group_dicts: ClassVar[Sequence[str]]
     """Dicts of the ZeRO optimizer whose keys are groups; a group may be missing."""
 
+    may_skip_modules = False
+
     _apart = False
     """Gradients are this rank's own business: see `Replicated`."""
 

@@ -54,6 +54,8 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         "total_grads_in_partition",
     )
 
+    may_skip_modules = True
+
     _linked: frozenset[int] = frozenset()
 
     def begin_micro_batch(self, *, last: bool) -> None:

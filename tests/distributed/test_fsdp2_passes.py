@@ -51,10 +51,17 @@ def test_only_sampled_layers_are_reduced_and_once_per_window(accumulation: int) 
 
 def test_backward_gathers_nothing_below_the_lowest_sampled_layer() -> None:
     samples = [[5], [4], [2, 4], [1], [0]]
-    seen = run_on_ranks(2, traffic_of_steps, Setup(engine="fsdp2"), samples)[0]
     forward = sum(NUMEL)  # all of the model; FSDP2 keeps the root gathered until backward
     backward = [0, BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK]
+    setup = Setup(engine="fsdp2", slsam={"prefix_reuse": False})
+    seen = run_on_ranks(2, traffic_of_steps, setup, samples)[0]
     assert [traffic["gather"] for traffic, _ in seen] == [2 * (forward + below) for below in backward]
+    # With the prefix reused, the second forward does not gather the blocks below either, where they are two or more.
+    skipped = [4 * BLOCK, 3 * BLOCK, 0, 0, 0]
+    seen = run_on_ranks(2, traffic_of_steps, Setup(engine="fsdp2"), samples)[0]
+    assert [traffic["gather"] for traffic, _ in seen] == [
+        2 * (forward + below) - left_out for below, left_out in zip(backward, skipped, strict=True)
+    ]
 
 
 def follow_with_evaluations(setup: Setup) -> dict[str, Tensor]:

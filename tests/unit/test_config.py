@@ -69,11 +69,11 @@ UNSUPPORTED = [
     ("ascent_source", "previous", '"previous"', 'use "current"'),
     ("budget", 1.0, "1.0", "use null"),
     ("reward", "grad_norm_per_cost", '"grad_norm_per_cost"', 'use "grad_norm" or "grad_rms"'),
-    ("prefix_reuse", True, "true", 'use "auto" or false'),
 ]
 
 ACCEPTED = [
     ("ascent_scope", "rank"),
+    ("prefix_reuse", True),
     ("ascent_scope", "micro_batch"),
     ("rho", 0),
     ("rho", 2.5),
