@@ -42,16 +42,22 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     )
     per_group_dicts = ("averaged_gradients",)
 
+    may_skip_modules = True
     sends_during_backward = True  # weights in every backward, gradients in the window's last
 
     def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
         super().__init__(engine, layer_map)
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
+        self._num_passes = 0  # of this step
+        self._pass_ended = True
 
     def activate(self, arms: Collection[int] | None) -> None:
         super().activate(arms)
-        self._traces.use(None if arms is None else min((arm for arm in arms if arm != ALWAYS), default=ALWAYS))
+        self._num_passes = 0 if arms is None else self._num_passes + 1
+        self._pass_ended = False
+        lowest = min((arm for arm in arms or () if arm != ALWAYS), default=ALWAYS)
+        self._traces.use(None if arms is None else (lowest, self._num_passes))
         self._traces.fetch_after_writes()
         if arms is not None:
             for parameter in self._parameters(arms):  # else one that takes no part would keep its last gradient
@@ -77,7 +83,12 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
             bucket.clear_params()
         self._drop_gathered()
-        self._traces.forget_unfinished()
+        if not self._pass_ended:
+            self._traces.forget_unfinished()
+
+    def reduce(self) -> list[Shard]:
+        self._pass_ended = True
+        return super().reduce()
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [_shard(parameter) for parameter in self._parameters(arms)]
@@ -164,11 +175,11 @@ def _numel(parameter: Any) -> int:
 
 
 class _FetchTraces:
-    """One learned order of fetching parameters for each depth to which backward goes, and DeepSpeed's own outside.
+    """One learned order of fetching parameters for each kind of pass, and DeepSpeed's own outside.
 
     DeepSpeed learns the order of a forward and backward once, prefetches by it, and starts over when a module comes
     that it does not expect. With one trace, every change of the lowest active layer would end that, or prefetch what
-    backward never reaches.
+    backward never reaches; and the descent may start above blocks that the ascent has run.
 
     Private structures: DeepSpeedZeRoOffload in deepspeed/runtime/zero/parameter_offload.py, 0.19.8.
     """
@@ -178,15 +189,15 @@ class _FetchTraces:
         self._registry = engine.module.ds_inflight_param_registry
         self._stream = self._offload._DeepSpeedZeRoOffload__allgather_stream  # None where nothing is asynchronous
         self._stock = self._offload.param_coordinator
-        self._by_depth: dict[int, PartitionedParameterCoordinator] = {}
-        self._depth: int | None = None
+        self._known: dict[tuple[int, int], PartitionedParameterCoordinator] = {}
+        self._key: tuple[int, int] | None = None
 
-    def use(self, depth: int | None) -> None:
-        """Go by the trace of passes whose lowest active arm is `depth`; None: DeepSpeed's own."""
-        self._depth = depth
-        if depth is not None and depth not in self._by_depth:
-            self._by_depth[depth] = self._new()
-        self._offload.param_coordinator = self._stock if depth is None else self._by_depth[depth]
+    def use(self, key: tuple[int, int] | None) -> None:
+        """Go by the trace of such passes: lowest active arm, number of the pass in its step; None: DeepSpeed's own."""
+        self._key = key
+        if key is not None and key not in self._known:
+            self._known[key] = self._new()
+        self._offload.param_coordinator = self._stock if key is None else self._known[key]
 
     def fetch_after_writes(self) -> None:
         """Let the next fetch see what was written into the shards: on a GPU it runs on a stream that would not wait."""
@@ -195,9 +206,9 @@ class _FetchTraces:
 
     def forget_unfinished(self) -> None:
         """Learn anew what was being learned: a pass that raised may have ended anywhere, elsewhere on other ranks."""
-        if self._depth is not None and not self._by_depth[self._depth].is_complete_trace():
-            self._by_depth[self._depth] = self._new()
-            self.use(self._depth)
+        if self._key is not None and not self._known[self._key].is_complete_trace():
+            self._known[self._key] = self._new()
+            self.use(self._key)
 
     def _new(self) -> PartitionedParameterCoordinator:
         """As DeepSpeedZeRoOffload makes its own."""
