@@ -74,10 +74,11 @@ class _FixedCount:
         return {"kind": self.kind, "num_arms": self.num_arms, "k": self.k}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        titles = {"kind": "the selector", "num_arms": "the number of layers", "k": "the number of active layers"}
         for key, expected in _FixedCount.state_dict(self).items():
             if state.get(key) != expected:
                 raise ValueError(
-                    f"the saved selector has {key}={state.get(key)!r}, this one {key}={expected!r}: "
+                    f"{titles[key]} is {state.get(key)!r} in the saved state and {expected!r} here: "
                     "resume with the settings of the saved run"
                 )
 

@@ -1,14 +1,19 @@
 """Building a DeepSpeedEngine whose optimizer keeps one parameter group per arm."""
 
+import difflib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import deepspeed
 import torch
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from slsam_ds.engines.param_groups import regroup
@@ -23,6 +28,15 @@ _AUTO_DEFAULTS: Mapping[str, Any] = {
     "gradient_clipping": 1.0,
 }
 _DEFAULT_LEARNING_RATE = 5e-5
+
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing")
+_NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_USUAL_KEYS = (*_SECTIONS, *_NUMBERS, "slsam")
+_SURELY = 0.8  # no other key that DeepSpeed 0.19 reads is so similar to one of these
+_MODELS: Mapping[str, type[DeepSpeedConfigModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+}
 
 # The private structures that engines/zero12.py relies on were read in these versions.
 _OLDEST_DEEPSPEED = (0, 19, 8)
@@ -68,17 +82,53 @@ def check_config(config: Mapping[str, Any]) -> None:
     ):
         oldest, unknown = (".".join(map(str, version)) for version in (_OLDEST_DEEPSPEED, _FIRST_UNKNOWN_DEEPSPEED))
         raise ValueError(f"slsam_ds supports deepspeed >={oldest},<{unknown}; found {deepspeed.__version__}")
-    zero = config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    _refuse_misspelt(config)
+    for name in _SECTIONS:
+        if not isinstance(config.get(name, {}), Mapping):
+            raise ValueError(f"{name}={config[name]!r}: expected a section, like {{...}}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ValueError(f"zero_optimization.stage={stage}: not supported yet; use 1, 2 or 3")
+    parsed = {name: _parse_section(name, config.get(name, {})) for name in _MODELS}
     for name in ("offload_optimizer", "offload_param"):
-        if zero.get(name, {}).get("device", "none") != "none":
-            raise ValueError(
-                f"zero_optimization.{name}.device={zero[name]['device']}: not supported yet; remove {name}"
-            )
+        offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
+        if offload is not None and offload.device != "none":
+            raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; remove {name}")
     if config.get("fp16", {}).get("enabled") is True:
         raise ValueError("fp16.enabled=true: not supported yet; use bf16 or float32")
+
+
+def _refuse_misspelt(config: Mapping[str, Any]) -> None:
+    """Refuse what was surely meant as another key: DeepSpeed ignores, without a word, any that it does not know."""
+    for key in config:
+        near = difflib.get_close_matches(key, _USUAL_KEYS, n=1, cutoff=_SURELY)
+        if key not in _USUAL_KEYS and near:
+            raise ValueError(f"{key}: unknown key; did you mean {near[0]!r}?")
+
+
+def _parse_section(name: str, values: Mapping[str, Any]) -> DeepSpeedConfigModel:
+    """A section as DeepSpeed will read it."""
+    try:
+        return _MODELS[name](**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join([name, *path])
+    if problem["type"] != "extra_forbidden":
+        reason = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        reason = "expected a section, like {...}" if problem["type"] == "model_type" else reason
+        raise ValueError(f"{where}={problem['input']!r}: {reason}")
+    near = difflib.get_close_matches(path[-1], _known_keys(_MODELS[name], path[:-1]), n=1)
+    raise ValueError(f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else "remove it"))
+
+
+def _known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The keys of a section, or of the section inside it that `path` leads to."""
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]  # most are optional
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return [key for name, field in section.model_fields.items() for key in (name, field.alias) if key]
 
 
 def build_engine(

@@ -50,7 +50,9 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
             return read_samples(settings.data)
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-        model, tokenizer = load_model(settings.model, torch.bfloat16 if args.bf16 else torch.float32)
+        # DeepSpeed keeps float32 masters of bf16 weights; FSDP2 and autocast cast float32 weights themselves.
+        dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
+        model, tokenizer = load_model(settings.model, dtype)
         return model, tokenizer, choose_max_length(settings.data.max_length, model)
 
     def encode() -> list[Dataset | None]:
@@ -74,6 +76,9 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 processing_class=tokenizer,
                 data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             )
+        if settings.checkpoint is not None:
+            with refusals(ValueError, prefix="--resume_from_checkpoint "):
+                trainer.check_checkpoint(settings.checkpoint)
         return trainer, num_arms
 
     say("Reading data and model ...")

@@ -1,9 +1,8 @@
 """SL-SAM inside the Hugging Face Trainer, and inside trainers derived from it."""
 
 import copy
-import json
+import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +10,17 @@ from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.integrations.trainer_state import check_state, read_state, write_state
 from slsam_ds.layers import LayerMap, split_param_groups
 from slsam_ds.protocol import Engine
 from slsam_ds.records import StepWriter, write_layers
 from slsam_ds.slsam import SLSAM, map_layers
-
-STATE_FILE = "slsam_state.json"
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerMethods
@@ -47,38 +46,55 @@ class SLSAMMixin(_TrainerMethods):
 
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.is_deepspeed_enabled:
-            raise ValueError(
-                "SLSAMTrainer runs under DeepSpeed ZeRO stage 1 or 2 today: give TrainingArguments a deepspeed JSON"
-            )
         num_ranks = ProcessGroupRanks(None, self.args.device).world_size
         if self.args.world_size != num_ranks:  # every rank would train on the same data
             raise ValueError(
                 f"TrainingArguments sees {self.args.world_size} process where {num_ranks} train together: "
                 "on a machine without accelerator, give it use_cpu=True"
             )
-        block = _take_block(self.args.hf_deepspeed_config)
-        check_config(self.args.hf_deepspeed_config.config)
+        block = None
+        if self.is_deepspeed_enabled:
+            block = _take_block(self.args.hf_deepspeed_config)
+            check_config(self.args.hf_deepspeed_config.config)
+        else:
+            _check_supported(self)
         self.slsam_config = slsam if isinstance(slsam, SLSAMConfig) else SLSAMConfig.from_dict(slsam or block or {})
         self.slsam: SLSAM | None = None
-        self._layer_map: LayerMap | None = None
+        self._mapped: tuple[torch.nn.Module, LayerMap] | None = None
         self._step_writer: StepWriter | None = None
         self._resumed_from: str | None = None
         self._window: list[Any] = []
+        self._grad_norm = 0.0
         self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, once the checkpoint to resume from is known to fit.
+
+        Raises:
+            ValueError: It does not.
+        """
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if last:
+            self.check_checkpoint(str(last))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint that this trainer cannot resume from, before DeepSpeed tries to.
+
+        Raises:
+            ValueError: It was saved with another model, by another number of ranks, or with other knobs.
+        """
+        check_state(folder, self._map_layers(), self.slsam_config, self._setup())
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, its parameter groups split by layer."""
-        if self._layer_map is None:
-            self._layer_map = map_layers(self.model, self.slsam_config)
+        layer_map = self._map_layers()
         optimizer = super().create_optimizer(*args, **kwargs)
         if isinstance(optimizer, DummyOptim):  # the DeepSpeed JSON brings the optimizer
-            optimizer.params = split_param_groups(
-                [p for p in self.model.parameters() if p.requires_grad], self._layer_map
-            )
+            optimizer.params = split_param_groups([p for p in self.model.parameters() if p.requires_grad], layer_map)
         else:
-            regroup(optimizer, self._layer_map)
+            regroup(optimizer, layer_map)
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -86,6 +102,9 @@ class SLSAMMixin(_TrainerMethods):
         self._window, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._num_seen = 0
         return self._window, num_items_in_batch
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+        return self._grad_norm
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Nothing for all but the window's last micro-batch, then the whole SL-SAM step.
@@ -97,25 +116,49 @@ class SLSAMMixin(_TrainerMethods):
         if self._num_seen < len(self._window):
             return torch.zeros((), device=self.args.device)
         stock_training_step = super().training_step
+        # SL-SAM averages gradients: a DistributedDataParallel around the model must not see these passes.
+        trained = model if self.is_deepspeed_enabled else self.model
 
         def forward_backward(micro_batch: Any) -> Tensor:
-            return stock_training_step(model, copy.copy(micro_batch), num_items_in_batch)
+            return stock_training_step(trained, copy.copy(micro_batch), num_items_in_batch)
 
         assert self.slsam is not None
         result = self.slsam.step_with(self._window, forward_backward)
         if self._step_writer is not None:
             self._step_writer.write(result.to_record())
+        self._grad_norm = math.sqrt(sum(norm**2 for norm in result.grad_norms.values()))
         loss = result.loss if result.ascent_loss is None else result.ascent_loss
         return torch.tensor(loss, device=self.args.device)
 
+    def _setup(self) -> dict[str, Any]:
+        """What a checkpoint depends on: with another world size or dtype, DeepSpeed looks for files of other names."""
+        return {"world_size": self.args.world_size, "bf16": self.args.bf16} if self.is_deepspeed_enabled else {}
+
+    def _map_layers(self) -> LayerMap:
+        """The arms; found once per model, because a step leaves only its own trainable."""
+        if self._mapped is None or self._mapped[0] is not self.model:  # `model_init` makes another
+            self._mapped = (self.model, map_layers(self.model, self.slsam_config))
+        return self._mapped[1]
+
     def _begin_slsam(self, total_steps: int) -> None:
         """Build SL-SAM around the prepared engine, and continue where the checkpoint left off."""
-        self.slsam = SLSAM(
-            self.model_wrapped, None, self.slsam_config, layer_map=self._layer_map, total_steps=total_steps
-        )
-        self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
+        if self.is_deepspeed_enabled:
+            self.slsam = SLSAM(
+                self.model_wrapped, None, self.slsam_config, layer_map=self._map_layers(), total_steps=total_steps
+            )
+            self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
+        else:
+            # The trainer clips and steps as well, and finds no gradients: SL-SAM has done both.
+            self.slsam = SLSAM(
+                self.model,
+                getattr(self.optimizer, "optimizer", self.optimizer),
+                self.slsam_config,
+                layer_map=map_layers(self.model, self.slsam_config),  # FSDP has put other tensors in place
+                total_steps=total_steps,
+                max_grad_norm=self.args.max_grad_norm or None,
+            )
         if self._resumed_from is not None:
-            self.slsam.load_state_dict(_read_state(self._resumed_from))
+            self.slsam.load_state_dict(read_state(self._resumed_from))
         if self.is_world_process_zero():
             write_layers(self.args.output_dir, self.slsam.layers.describe())
             self._step_writer = StepWriter(self.args.output_dir, first_step=self.slsam.num_steps + 1)
@@ -128,7 +171,7 @@ class SLSAMMixin(_TrainerMethods):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self.slsam is not None:
-            Path(output_dir, STATE_FILE).write_text(json.dumps(self.slsam.state_dict()), encoding="utf-8")
+            write_state(output_dir, self.slsam.state_dict(), self._setup())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -163,6 +206,20 @@ class _WindowBackward(DeepSpeedEngineWrapper):
         self._slsam_engine.backward(loss)
 
 
+def _check_supported(trainer: Any) -> None:
+    """Refuse, at construction, what the engines outside DeepSpeed do not support.
+
+    Raises:
+        ValueError: Naming the setting and what to use.
+    """
+    if trainer.args.fp16:
+        raise ValueError("fp16=True: not supported; use bf16=True or float32")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError('FSDP version 1: not supported; use fsdp_config={"fsdp_version": 2, ...}')
+
+
 def _take_block(hf_deepspeed_config: Any) -> dict[str, Any] | None:
     """The `slsam` block, taken out of the JSON, where accelerate would try to resolve its "auto" values.
 
@@ -171,14 +228,3 @@ def _take_block(hf_deepspeed_config: Any) -> dict[str, Any] | None:
     if "slsam" in hf_deepspeed_config.config:
         hf_deepspeed_config.slsam_block = hf_deepspeed_config.config.pop("slsam")
     return getattr(hf_deepspeed_config, "slsam_block", None)
-
-
-def _read_state(checkpoint: str) -> dict[str, Any]:
-    path = Path(checkpoint) / STATE_FILE
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no readable slsam state ({error}); was this checkpoint saved by SLSAMTrainer?"
-        ) from None
-    return state

@@ -1,12 +1,7 @@
 """`launch/train.py` as people start it: a tiny model, a file of samples, real launchers, two ranks."""
 
-import contextlib
-import io
 import json
-import os
-import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slsam_ds.integrations.usage import UsageError, together
+from tests.command_line import NUM_STEPS, launch, make_flags, make_folder
 from tests.models import NUM_BLOCKS, tiny_llama
-from tests.ranks import free_port, run_on_ranks
-from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tokenizers import CHAT_TEMPLATE
 
-ROOT = Path(__file__).parents[2]
 NUM_ARMS = NUM_BLOCKS + 2
-NUM_STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, its tokenizer, and files of samples."""
-    folder = tmp_path_factory.mktemp("command_line")
-    tiny_llama(tied=True).save_pretrained(folder / "model")
-    tiny_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder / "model")
-    generator = random.Random(0)
-    for name, count in (("train", 48), ("validation", 10)):
-        words = ["".join(generator.choices("abcdef", k=8)) for _ in range(count)]
-        rows = [{"question": f"echo {word}", "answer": word} for word in words]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def _launch(launcher: str, folder: Path, *flags: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    port = str(free_port())
-    commands = {
-        "deepspeed": ["deepspeed.launcher.runner", "--master_port", port, "--num_accelerators", "2"],
-        "torchrun": ["torch.distributed.run", "--master_port", port, "--nproc_per_node", "2"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--main_process_port", port],
-    }
-    command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "DS_ACCELERATOR": "cpu",
-    }
-    return subprocess.run(
-        [*command, str(ROOT / "launch" / "train.py"), *flags],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def _flags(folder: Path, output_dir: str, **changes: Any) -> list[str]:
-    flags = {
-        "deepspeed": ROOT / "ds_configs" / "zero2.json",
-        "model_name_or_path": folder / "model",
-        "train_file": folder / "train.jsonl",
-        "prompt_column": "question",
-        "response_column": "answer",
-        "max_steps": NUM_STEPS,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "save_strategy": "no",
-        "output_dir": output_dir,
-    } | changes
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return make_folder(tmp_path_factory.mktemp("command_line"))
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:
@@ -90,7 +32,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def finished(folder: Path) -> subprocess.CompletedProcess[str]:
     """The run that most tests look at: accumulation, evaluation, a checkpoint half way."""
-    flags = _flags(
+    flags = make_flags(
         folder,
         "out",
         validation_file=folder / "validation.jsonl",
@@ -98,7 +40,7 @@ def finished(folder: Path) -> subprocess.CompletedProcess[str]:
         save_strategy="steps",
         save_steps=NUM_STEPS // 2,
     )
-    return _launch("deepspeed", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
+    return launch("deepspeed", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
 
 
 def test_run_ends_well(finished: subprocess.CompletedProcess[str]) -> None:
@@ -147,14 +89,14 @@ def test_stock_transformers_loads_the_output(finished: subprocess.CompletedProce
 def test_resumed_run_is_the_same_run(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
     """From half way: the same layers, no line twice, and the same weights to the last bit."""
     before, weights = _steps(folder / "out"), _weights(folder / "out")
-    flags = _flags(
+    flags = make_flags(
         folder,
         "out",
         validation_file=folder / "validation.jsonl",
         gradient_accumulation_steps=2,
         resume_from_checkpoint=f"out/checkpoint-{NUM_STEPS // 2}",
     )
-    resumed = _launch("deepspeed", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
+    resumed = launch("deepspeed", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     after = _steps(folder / "out")
     for old, new in zip(before, after, strict=True):
@@ -165,14 +107,25 @@ def test_resumed_run_is_the_same_run(finished: subprocess.CompletedProcess[str],
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "python"])
 def test_other_launchers_work(launcher: str, folder: Path) -> None:
-    run = _launch(launcher, folder, *_flags(folder, f"out_{launcher}", max_steps=2))
+    run = launch(launcher, folder, *make_flags(folder, f"out_{launcher}", max_steps=2))
     assert run.returncode == 0, run.stdout + run.stderr
     assert len(_steps(folder / f"out_{launcher}")) == 2
     _weights(folder / f"out_{launcher}")
 
 
+@pytest.mark.parametrize("engine", [[], ["--fsdp"]], ids=["replicated", "fsdp2"])
+def test_it_trains_without_deepspeed(engine: list[str], folder: Path) -> None:
+    output = f"out_without_{len(engine)}"
+    flags = make_flags(folder, output, max_steps=2)
+    start = flags.index("--deepspeed")
+    run = launch("torchrun", folder, *flags[:start], *flags[start + 2 :], *engine)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [step["skipped"] for step in _steps(folder / output)] == [False, False]
+    _weights(folder / output)
+
+
 def test_lora_saves_adapters(folder: Path) -> None:
-    run = _launch("python", folder, *_flags(folder, "out_lora", max_steps=2, peft="lora", lora_r=2))
+    run = launch("python", folder, *make_flags(folder, "out_lora", max_steps=2, peft="lora", lora_r=2))
     assert run.returncode == 0, run.stdout + run.stderr
     assert (folder / "out_lora" / "adapter_model.safetensors").is_file()
     assert len(_steps(folder / "out_lora")) == 2
@@ -181,40 +134,18 @@ def test_lora_saves_adapters(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "extra", "sentence"),
     [
-        ({}, ["--max_stpes", "3"], "error: --max_stpes: unknown flag; did you mean --max_steps?"),
-        ({"train_file": "nothing.jsonl"}, [], "error: --train_file nothing.jsonl: no such file"),
-        ({"train_file": "broken.jsonl"}, [], "error: --train_file broken.jsonl: line 2 is not valid JSON"),
-        ({}, ["--slsam", "active_layers=7"], "error: slsam.active_layers=7: choose"),
+        ({}, ["active_layers=3"], "the number of active layers is 2 in the saved state and 3 here"),
+        ({"bf16": False}, ["active_layers=2"], "was saved with bf16=True, this run has False"),
     ],
-    ids=["misspelt flag", "missing file", "broken file", "more layers than there are"],
+    ids=["other knobs", "other weights"],
 )
-def test_refusal_is_one_sentence_on_all_ranks(
-    folder: Path, changes: dict[str, str], extra: list[str], sentence: str
+def test_resume_of_another_run_is_refused(
+    finished: subprocess.CompletedProcess[str], folder: Path, changes: dict[str, Any], extra: list[str], sentence: str
 ) -> None:
-    (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": oops}\n')
-    run = _launch("deepspeed", folder, *_flags(folder, "refused", **changes), *extra)
-    assert run.returncode == 2
+    checkpoint = f"out/checkpoint-{NUM_STEPS // 2}"
+    flags = make_flags(folder, "refused", resume_from_checkpoint=checkpoint, **changes)
+    run = launch("deepspeed", folder, *flags, "--slsam", *extra)
+    assert run.returncode == 2, run.stdout + run.stderr
     assert run.stderr.count("error: ") == 1, run.stderr
-    assert sentence in run.stderr
+    assert f"error: --resume_from_checkpoint {checkpoint}: {sentence}" in run.stderr
     assert "Traceback" not in run.stderr
-    assert "Failed to load" not in run.stderr + run.stdout  # what `datasets` logs before it raises
-    assert not (folder / "refused" / "slsam_steps.jsonl").exists()
-
-
-def _refuse_on(ranks: list[int]) -> tuple[Any, str]:
-    """What `together` does on this rank when it is refused on some: the exit code, and what is printed."""
-    rank = int(os.environ["RANK"])
-    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate warns
-
-    def build() -> None:
-        if rank in ranks:
-            raise UsageError("no such file")
-
-    with contextlib.redirect_stderr(io.StringIO()) as printed, pytest.raises(SystemExit) as left:
-        together(build)
-    return left.value.code, printed.getvalue()
-
-
-def test_refusal_on_one_rank_stops_all() -> None:
-    results = run_on_ranks(2, _refuse_on, [1], timeout=60)
-    assert results == [(2, "error: no such file (rank 1 of 2)\n"), (2, "")]

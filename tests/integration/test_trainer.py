@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
 from slsam_ds.records import read_steps
+from tests.distributed.training import whole
 from tests.models import arms_of_llama, micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -48,15 +49,33 @@ class RecordingTrainer(SLSAMMixin, Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
-def make_trainer(output_dir: str, *, stage: int = 2, slsam: Any = None, **kwargs: Any) -> RecordingTrainer:
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "reshard_after_forward": True,
+    },
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "none": {"deepspeed": None},
+    "fsdp2": {"deepspeed": None, **FSDP},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+}
+KNOBS = {"active_layers": 2, "rho": 0.02, "seed": 1}
+
+
+def make_trainer(output_dir: str, *, stage: int = 2, **kwargs: Any) -> RecordingTrainer:
     deepspeed = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": stage},
-        "slsam": {"active_layers": 2, "rho": 0.02, "seed": 1},
+        "slsam": KNOBS,
     }
+    slsam = kwargs.pop("slsam", KNOBS if "deepspeed" in kwargs else None)
     settings: dict[str, Any] = {
         "output_dir": output_dir,
         "deepspeed": deepspeed,
@@ -85,18 +104,18 @@ def make_trainer(output_dir: str, *, stage: int = 2, slsam: Any = None, **kwargs
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    return {name: whole(parameter).clone() for name, parameter in trainer.model.named_parameters()}
 
 
-def train(output_dir: str, stage: int) -> tuple[dict[str, Tensor], list[Any], list[dict[str, Any]], int]:
-    trainer = make_trainer(output_dir, stage=stage)
+def train(output_dir: str, engine: str) -> tuple[dict[str, Tensor], list[Any], list[dict[str, Any]], int]:
+    trainer = make_trainer(output_dir, **ENGINES[engine])
     trainer.train()
     return weights(trainer), trainer.windows, trainer.state.log_history, trainer.num_losses
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_it_follows_the_reference_and_records_every_step(stage: int, tmp_path: Path) -> None:
-    per_rank = run_on_ranks(2, train, str(tmp_path), stage)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_follows_the_reference_and_records_every_step(engine: str, tmp_path: Path) -> None:
+    per_rank = run_on_ranks(2, train, str(tmp_path), engine)
     (trained, windows, history, num_losses), (_, other_windows, *_) = per_rank
     assert not torch.equal(windows[0][0]["input_ids"], other_windows[0][0]["input_ids"])
     model = tiny_llama()
@@ -114,20 +133,22 @@ def test_it_follows_the_reference_and_records_every_step(stage: int, tmp_path: P
     assert logged == pytest.approx([record["ascent_loss"] for record in records], abs=1e-3)
 
 
-def train_halves(output_dir: str, stop_at: int | None, resume: bool) -> dict[str, Tensor]:
-    trainer = make_trainer(output_dir, save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=2)
+def train_halves(output_dir: str, engine: str, stop_at: int | None, resume: bool) -> dict[str, Tensor]:
+    schedule = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(output_dir, **ENGINES[engine], **schedule)
     if stop_at:
         trainer.args.max_steps = stop_at
     trainer.train(resume_from_checkpoint=f"{output_dir}/checkpoint-3" if resume else None)
     return weights(trainer)
 
 
-def test_resume_from_a_trainer_checkpoint_is_bit_identical(tmp_path: Path) -> None:
-    whole = run_on_ranks(2, train_halves, str(tmp_path / "whole"), None, False)[0]
-    run_on_ranks(2, train_halves, str(tmp_path / "halves"), 4, False)  # dies after its checkpoint of step 3
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resume_from_a_trainer_checkpoint_is_bit_identical(engine: str, tmp_path: Path) -> None:
+    whole_run = run_on_ranks(2, train_halves, str(tmp_path / "whole"), engine, None, False)[0]
+    run_on_ranks(2, train_halves, str(tmp_path / "halves"), engine, 4, False)  # dies after its checkpoint of step 3
     assert [record["step"] for record in read_steps(tmp_path / "halves")] == [1, 2, 3, 4]
-    resumed = run_on_ranks(2, train_halves, str(tmp_path / "halves"), None, True)[0]
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumed = run_on_ranks(2, train_halves, str(tmp_path / "halves"), engine, None, True)[0]
+    assert all(torch.equal(resumed[name], whole_run[name]) for name in whole_run)
     expected, found = read_steps(tmp_path / "whole"), read_steps(tmp_path / "halves")
     for record in expected + found:
         del record["seconds"]
@@ -144,6 +165,6 @@ def test_what_is_not_supported_is_refused_at_construction(tmp_path: Path) -> Non
     def message(world_size: int, **kwargs: Any) -> str:
         return run_on_ranks(world_size, functools.partial(build, **kwargs), str(tmp_path))[0]
 
-    assert "give TrainingArguments a deepspeed JSON" in message(1, deepspeed=None)
+    assert "use bf16=True" in message(1, deepspeed=None, fp16=True)
     assert "use_cpu=True" in message(2, use_cpu=False)
     assert "did you mean 'rho'?" in message(1, slsam={"rhoo": 0.1})

@@ -363,9 +363,9 @@ def test_state_is_a_copy_both_ways(make: Callable[[], Selector]) -> None:
 @pytest.mark.parametrize(
     ("saved", "difference"),
     [
-        (Uniform(8, 3), "kind='uniform', this one kind='exp3m'"),
-        (Exp3M(9, 3), "num_arms=9, this one num_arms=8"),
-        (Exp3M(8, 2), "k=2, this one k=3"),
+        (Uniform(8, 3), "the selector is 'uniform' in the saved state and 'exp3m' here"),
+        (Exp3M(9, 3), "number of layers is 9 .* 8 here"),
+        (Exp3M(8, 2), "number of active layers is 2 .* 3 here"),
     ],
 )
 def test_a_state_of_another_setup_is_refused(saved: Selector, difference: str) -> None:

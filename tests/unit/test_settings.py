@@ -102,7 +102,8 @@ def _json(path: Path, **changes: object) -> str:
         (["--learning_rate=-1"], "--learning_rate -1.0: choose a finite number of at least 0"),
         (["--learning_rate", "nan"], "--learning_rate nan: choose"),
         (["--optim", "lion_8bit"], "--optim lion_8bit: "),
-        (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run: cannot be made (Not a directory)"),
+        (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run: cannot be written to (Not a directory)"),
+        (["--output_dir", "/proc/self"], "--output_dir /proc/self: cannot be written to ("),
     ],
 )
 def test_bad_flags_are_one_sentence(argv: list[str], sentence: str) -> None:
@@ -115,7 +116,7 @@ def test_bad_flags_are_one_sentence(argv: list[str], sentence: str) -> None:
 def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     cases = [
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3: not supported yet; use 1 or 2"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage=4: not supported yet; use 1, 2 or 3"),
         ({"slsam": {"active_layers": 0}}, "slsam.active_layers=0: choose"),
         ({"slsam": {"rhoo": 0.1}}, "slsam.rhoo: unknown key; did you mean 'rho'?"),
         ({"slsam": [1]}, "slsam"),
@@ -127,6 +128,31 @@ def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
             {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
             "zero_optimization.offload_optimizer='cpu': expected a section",
         ),
+        ({"bf16": True}, "bf16=True: expected a section"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_buckt_size": 5}},
+            "zero_optimization.reduce_buckt_size: unknown key; did you mean 'reduce_bucket_size'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "many"}},
+            "zero_optimization.reduce_bucket_size='many': should be a valid integer",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}},
+            "zero_optimization.reduce_bucket_size=-1: should be greater than 0",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+            "zero_optimization.offload_optimizer.devise: unknown key; did you mean 'device'?",
+        ),
+        ({"zero_optimization": {"stage": 2, "qqqqq": 1}}, "zero_optimization.qqqqq: unknown key; remove it"),
+        (
+            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+            "zero_optimization.offload_optimizer.device=cpu: not supported yet",
+        ),
+        ({"bf16": {"enabld": True}}, "bf16.enabld: unknown key; did you mean 'enabled'?"),
+        ({"slsm": {"rho": 0.1}}, "slsm: unknown key; did you mean 'slsam'?"),
+        ({"gradient_acumulation_steps": 2}, "gradient_acumulation_steps: unknown key; did you mean 'gradient_acc"),
     ]
     for changes, sentence in cases:
         with pytest.raises(UsageError) as refused:
@@ -139,8 +165,8 @@ def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
             read_settings(["--deepspeed", str(path)])
     with pytest.raises(UsageError, match=r"nothing\.json: cannot be read"):
         read_settings(["--deepspeed", str(tmp_path / "nothing.json")])
-    with pytest.raises(UsageError, match="--deepspeed is missing"):
-        read_settings([])
+    with pytest.raises(UsageError, match="--deepspeed and --fsdp exclude each other"):
+        read_settings(["--deepspeed", ZERO2, "--fsdp"])
 
 
 def test_help_is_short_and_ours_comes_first() -> None:

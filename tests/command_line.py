@@ -1,0 +1,71 @@
+"""`launch/train.py` as people start it: real launchers, a tiny model, files of samples."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.models import tiny_llama
+from tests.ranks import free_port
+from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+NUM_STEPS = 6
+
+
+def make_folder(folder: Path) -> Path:
+    """Put a model, its tokenizer, and files of samples into a folder."""
+    tiny_llama(tied=True).save_pretrained(folder / "model")
+    tiny_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(folder / "model")
+    generator = random.Random(0)
+    for name, count in (("train", 48), ("validation", 10)):
+        words = ["".join(generator.choices("abcdef", k=8)) for _ in range(count)]
+        rows = [{"question": f"echo {word}", "answer": word} for word in words]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def launch(launcher: str, folder: Path, *flags: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    """Run the script in `folder` until it ends: on two ranks, but for accelerate and plain python."""
+    port = str(free_port())
+    commands = {
+        "deepspeed": ["deepspeed.launcher.runner", "--master_port", port, "--num_accelerators", "2"],
+        "torchrun": ["torch.distributed.run", "--master_port", port, "--nproc_per_node", "2"],
+        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--main_process_port", port],
+    }
+    command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "DS_ACCELERATOR": "cpu",
+    }
+    return subprocess.run(
+        [*command, str(ROOT / "launch" / "train.py"), *flags],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def make_flags(folder: Path, output_dir: str, **changes: Any) -> list[str]:
+    """A run of `NUM_STEPS` steps on the folder's model and samples, with changes."""
+    flags = {
+        "deepspeed": ROOT / "ds_configs" / "zero2.json",
+        "model_name_or_path": folder / "model",
+        "train_file": folder / "train.jsonl",
+        "prompt_column": "question",
+        "response_column": "answer",
+        "max_steps": NUM_STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "output_dir": output_dir,
+    } | changes
+    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]

@@ -1,0 +1,64 @@
+"""A checkpoint's SL-SAM state: read back as it was, and refused where the run is another one."""
+
+from pathlib import Path
+
+import pytest
+
+from slsam_ds.bandit import make_selector
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.integrations.trainer_state import STATE_FILE, check_state, read_state, write_state
+from slsam_ds.layers import find_layers
+from tests.models import tiny_llama
+
+KNOBS = SLSAMConfig(active_layers=2)
+LAYERS = find_layers(tiny_llama())
+SETUP = {"world_size": 2, "bf16": True}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    state = {"layers": LAYERS.fingerprint(), "selector": make_selector(KNOBS, len(LAYERS)).state_dict(), "step": 3}
+    write_state(tmp_path, state, SETUP)
+    return tmp_path
+
+
+def test_the_same_run_may_resume(checkpoint: Path) -> None:
+    check_state(checkpoint, LAYERS, KNOBS, SETUP)
+    assert read_state(checkpoint)["step"] == 3
+
+
+def test_knobs_that_the_state_does_not_depend_on_may_change(checkpoint: Path) -> None:
+    check_state(checkpoint, LAYERS, SLSAMConfig(active_layers=2, rho=0.01, gamma="auto"), SETUP)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "setup", "sentence"),
+    [
+        ({"active_layers": 3}, {}, "the number of active layers is 2 in the saved state and 3 here"),
+        ({"active_layers": 2, "selector": "uniform"}, {}, "the selector is 'exp3m' in the saved state and 'uniform'"),
+        ({"active_layers": 2}, {"world_size": 3}, "was saved with world_size=2, this run has 3: resume with 2"),
+        ({"active_layers": 2}, {"bf16": False}, "was saved with bf16=True, this run has False: resume with True"),
+    ],
+)
+def test_another_run_is_refused(
+    checkpoint: Path, knobs: dict[str, object], setup: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=r".") as refused:
+        check_state(checkpoint, LAYERS, SLSAMConfig(**knobs), SETUP | setup)  # type: ignore[arg-type]
+    assert str(refused.value).startswith(f"{checkpoint}: ")
+    assert sentence in str(refused.value)
+
+
+def test_another_model_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="was saved for other layers"):
+        check_state(checkpoint, find_layers(tiny_llama(), other_parameters="freeze"), KNOBS, SETUP)
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_a_state_that_is_missing_or_torn_is_refused(checkpoint: Path, text: str | None) -> None:
+    if text is None:
+        (checkpoint / STATE_FILE).unlink()
+    else:
+        (checkpoint / STATE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"slsam_state\.json: no readable slsam state"):
+        check_state(checkpoint, LAYERS, KNOBS, SETUP)
