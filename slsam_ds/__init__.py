@@ -1,8 +1,10 @@
 """Sparse-Layer Sharpness-Aware Minimization for LLM fine-tuning under DeepSpeed ZeRO."""
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.initialization import SLSAMEngine, initialize
+from slsam_ds.micro_batches import windows
 from slsam_ds.protocol import RanksDisagreeError
-from slsam_ds.slsam import SLSAM, SLSAMEngine, StepResult, initialize, windows
+from slsam_ds.slsam import SLSAM, StepResult
 
 __all__ = ["SLSAM", "RanksDisagreeError", "SLSAMConfig", "SLSAMEngine", "StepResult", "initialize", "windows"]
 __version__ = "0.1.0"

@@ -2,9 +2,8 @@
 
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +15,11 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
+from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
 from slsam_ds.prefix import Prefix
-from slsam_ds.protocol import ALWAYS, Engine, RanksDisagreeError
+from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.statistics import RewardScale
 from slsam_ds.step import ForwardBackward, Outcome, Plan, take_step
-
-LossFunction = Callable[[Any, Any], Tensor]
-"""`loss_fn(model, micro_batch)` → the mean loss of the micro-batch, shape ()."""
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +141,11 @@ class SLSAM:
             ValueError: An empty window, or arms that do not exist.
             RanksDisagreeError: Ranks were about to take different steps; nothing was sent or changed.
         """
-        compute_loss = loss_fn or _model_loss
+        compute_loss = loss_fn or model_loss
 
         def forward_backward(micro_batch: Any) -> Tensor:
-            loss = compute_loss(self.model, _to_device(micro_batch, self.engine.device)) / len(window)
-            _check_loss(loss)
+            loss = compute_loss(self.model, to_device(micro_batch, self.engine.device)) / len(window)
+            check_loss(loss)
             self.engine.backward(loss)
             return loss.detach()
 
@@ -282,111 +279,6 @@ class SLSAM:
         )
 
 
-class SLSAMEngine:
-    """A DeepSpeedEngine with SL-SAM's step: everything but `train_step` and checkpoints is the engine's own.
-
-    Args:
-        engine: The DeepSpeedEngine.
-        slsam: SL-SAM around it.
-    """
-
-    def __init__(self, engine: Any, slsam: SLSAM) -> None:
-        vars(self).update(_engine=engine, slsam=slsam)
-
-    def train_step(
-        self,
-        micro_batches: Sequence[Any],
-        loss_fn: LossFunction | None = None,
-        active: Iterable[int] | None = None,
-    ) -> StepResult:
-        """One optimizer step over a window of micro-batches; see `SLSAM.step`."""
-        return self.slsam.step(micro_batches, loss_fn, active)
-
-    def save_checkpoint(
-        self,
-        save_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state riding in the client state."""
-        state = {**(client_state or {}), "slsam": self.slsam.state_dict()}
-        return self._engine.save_checkpoint(save_dir, tag=tag, client_state=state, **kwargs)
-
-    def load_checkpoint(
-        self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
-    ) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included.
-
-        Raises:
-            ValueError: The checkpoint holds no SL-SAM state, or that of another setup.
-        """
-        path, client_state = self._engine.load_checkpoint(load_dir, tag=tag, **kwargs)
-        if path is None:
-            return path, client_state
-        state = client_state.pop("slsam", None)
-        if state is None:
-            raise ValueError(f"{path}: holds no slsam state; it was not saved by slsam_ds")
-        self.slsam.load_state_dict(state)
-        return path, client_state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_engine"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._engine, name, value)
-
-
-def initialize(
-    args: Any = None,
-    model: nn.Module | None = None,
-    optimizer: Any = None,
-    model_parameters: Any = None,
-    *,
-    config: Any = None,
-    slsam: SLSAMConfig | Mapping[str, Any] | None = None,
-    total_steps: int | None = None,
-    **kwargs: Any,
-) -> tuple[SLSAMEngine, Any, Any, Any]:
-    """`deepspeed.initialize`, with SL-SAM's step in the engine it returns.
-
-    Args:
-        args: As in `deepspeed.initialize`; its `deepspeed_config` names the JSON where `config` is not given.
-        model: The module to train.
-        optimizer: A torch optimizer, or a function from parameter groups to one; None: the JSON's, or AdamW.
-        model_parameters: What to train, where the optimizer does not say; None: all trainable parameters.
-        config: DeepSpeed's JSON (path or dict). Its `slsam` block holds SL-SAM's knobs; "auto" values are resolved.
-        slsam: SL-SAM's knobs, in place of the block.
-        total_steps: Length of the run; `gamma="auto"` needs it.
-        **kwargs: Everything else that `deepspeed.initialize` takes: `training_data`, `lr_scheduler`, ...
-
-    Returns:
-        engine, optimizer, dataloader, scheduler.
-
-    Raises:
-        ValueError: Bad settings or an unsupported combination, in one sentence.
-    """
-    from slsam_ds.engines.deepspeed import build_engine, read_config
-
-    if model is None:
-        raise ValueError("slsam_ds.initialize needs a model")
-    config = config if config is not None else getattr(args, "deepspeed_config", None)
-    if config is None:
-        raise ValueError("slsam_ds.initialize needs a DeepSpeed configuration: config=PATH or a dict")
-    ds_config, block = read_config(config)
-    if not isinstance(slsam, SLSAMConfig):
-        slsam = SLSAMConfig.from_dict(slsam if slsam is not None else block or {})
-    layer_map = map_layers(model, slsam, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
-    engine, zero, loader, scheduler = build_engine(
-        model, ds_config, layer_map, optimizer=optimizer, model_parameters=model_parameters, **kwargs
-    )
-    wrapped = SLSAMEngine(engine, SLSAM(engine, None, slsam, layer_map=layer_map, total_steps=total_steps))
-    return wrapped, zero, loader, scheduler
-
-
 def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None) -> LayerMap:
     """Find the arms and freeze what SL-SAM will never train.
 
@@ -403,26 +295,6 @@ def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Opt
     for _, parameter in layer_map.frozen:
         parameter.requires_grad_(False)
     return layer_map
-
-
-def windows(loader: Iterable[Any], length: int, *, drop_last: bool = False) -> Iterator[list[Any]]:
-    """Group a loader's micro-batches into windows, one per optimizer step.
-
-    Args:
-        loader: Yields micro-batches.
-        length: Micro-batches per window: the gradient accumulation steps.
-        drop_last: Leave out a last window that is shorter; it is averaged over what it holds otherwise.
-    """
-    if length < 1:
-        raise ValueError(f"length={length}: a window needs at least one micro-batch")
-    window: list[Any] = []
-    for micro_batch in loader:
-        window.append(micro_batch)
-        if len(window) == length:
-            yield window
-            window = []
-    if window and not drop_last:
-        yield window
 
 
 def _checked_max_grad_norm(max_grad_norm: float | None, engine: Engine) -> float | None:
@@ -442,45 +314,3 @@ def _checked_sample(active: Iterable[int], num_arms: int) -> tuple[int, ...]:
     if not sample or sample[0] < 0 or sample[-1] >= num_arms:
         raise ValueError(f"active={list(sample)}: choose arms from 0 to {num_arms - 1}")
     return sample
-
-
-def _model_loss(model: Any, micro_batch: Any) -> Tensor:
-    if not isinstance(micro_batch, Mapping):
-        raise ValueError(f"a micro-batch of type {type(micro_batch).__name__}: give a dict of tensors, or a loss_fn")
-    output = model(**micro_batch)
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is None:
-        raise ValueError("the model returned no loss: put labels into the micro-batches, or give a loss_fn")
-    return loss
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        raise ValueError(f"the loss must be a tensor of shape (), got {getattr(loss, 'shape', type(loss).__name__)}")
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss does not depend on any active layer; with reentrant gradient checkpointing, use "
-            "use_reentrant=False or call model.enable_input_require_grads()"
-        )
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_device(item, device) for item in value)
-    return value
-
-
-__all__ = [
-    "SLSAM",
-    "RanksDisagreeError",
-    "SLSAMConfig",
-    "SLSAMEngine",
-    "StepResult",
-    "initialize",
-    "map_layers",
-    "windows",
-]

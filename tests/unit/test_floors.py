@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
+COMPOSITION = {"__init__", "initialization", "slsam"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 
 
@@ -21,7 +22,7 @@ def floor(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     if len(relative.parts) > 1:
         return relative.parts[0]
-    return {"__init__.py": "slsam", "slsam.py": "slsam", "step.py": "step"}.get(relative.name, "pure")
+    return "slsam" if relative.stem in COMPOSITION else "step" if relative.stem == "step" else "pure"
 
 
 def imported(path: Path) -> Iterator[str]:

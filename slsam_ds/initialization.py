@@ -1,0 +1,117 @@
+"""`slsam_ds.initialize`: a DeepSpeedEngine that steps with SL-SAM."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.micro_batches import LossFunction
+from slsam_ds.slsam import SLSAM, StepResult, map_layers
+
+
+class SLSAMEngine:
+    """A DeepSpeedEngine with SL-SAM's step: everything but `train_step` and checkpoints is the engine's own.
+
+    Args:
+        engine: The DeepSpeedEngine.
+        slsam: SL-SAM around it.
+    """
+
+    def __init__(self, engine: Any, slsam: SLSAM) -> None:
+        vars(self).update(_engine=engine, slsam=slsam)
+
+    def train_step(
+        self,
+        micro_batches: Sequence[Any],
+        loss_fn: LossFunction | None = None,
+        active: Iterable[int] | None = None,
+    ) -> StepResult:
+        """One optimizer step over a window of micro-batches; see `SLSAM.step`."""
+        return self.slsam.step(micro_batches, loss_fn, active)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state riding in the client state."""
+        state = {**(client_state or {}), "slsam": self.slsam.state_dict()}
+        return self._engine.save_checkpoint(save_dir, tag=tag, client_state=state, **kwargs)
+
+    def load_checkpoint(
+        self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included.
+
+        Raises:
+            ValueError: The checkpoint holds no SL-SAM state, or that of another setup.
+        """
+        path, client_state = self._engine.load_checkpoint(load_dir, tag=tag, **kwargs)
+        if path is None:
+            return path, client_state
+        state = client_state.pop("slsam", None)
+        if state is None:
+            raise ValueError(f"{path}: holds no slsam state; it was not saved by slsam_ds")
+        self.slsam.load_state_dict(state)
+        return path, client_state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_engine"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._engine, name, value)
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    *,
+    config: Any = None,
+    slsam: SLSAMConfig | Mapping[str, Any] | None = None,
+    total_steps: int | None = None,
+    **kwargs: Any,
+) -> tuple[SLSAMEngine, Any, Any, Any]:
+    """`deepspeed.initialize`, with SL-SAM's step in the engine it returns.
+
+    Args:
+        args: As in `deepspeed.initialize`; its `deepspeed_config` names the JSON where `config` is not given.
+        model: The module to train.
+        optimizer: A torch optimizer, or a function from parameter groups to one; None: the JSON's, or AdamW.
+        model_parameters: What to train, where the optimizer does not say; None: all trainable parameters.
+        config: DeepSpeed's JSON (path or dict). Its `slsam` block holds SL-SAM's knobs; "auto" values are resolved.
+        slsam: SL-SAM's knobs, in place of the block.
+        total_steps: Length of the run; `gamma="auto"` needs it.
+        **kwargs: Everything else that `deepspeed.initialize` takes: `training_data`, `lr_scheduler`, ...
+
+    Returns:
+        engine, optimizer, dataloader, scheduler.
+
+    Raises:
+        ValueError: Bad settings or an unsupported combination, in one sentence.
+    """
+    from slsam_ds.engines.deepspeed import build_engine, read_config
+
+    if model is None:
+        raise ValueError("slsam_ds.initialize needs a model")
+    config = config if config is not None else getattr(args, "deepspeed_config", None)
+    if config is None:
+        raise ValueError("slsam_ds.initialize needs a DeepSpeed configuration: config=PATH or a dict")
+    ds_config, block = read_config(config)
+    if not isinstance(slsam, SLSAMConfig):
+        slsam = SLSAMConfig.from_dict(slsam if slsam is not None else block or {})
+    layer_map = map_layers(model, slsam, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
+    engine, zero, loader, scheduler = build_engine(
+        model, ds_config, layer_map, optimizer=optimizer, model_parameters=model_parameters, **kwargs
+    )
+    wrapped = SLSAMEngine(engine, SLSAM(engine, None, slsam, layer_map=layer_map, total_steps=total_steps))
+    return wrapped, zero, loader, scheduler

@@ -1,0 +1,71 @@
+"""Micro-batches: grouping them into windows, moving them to the device, and the loss of one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""`loss_fn(model, micro_batch)` → the mean loss of the micro-batch, shape ()."""
+
+
+def windows(loader: Iterable[Any], length: int, *, drop_last: bool = False) -> Iterator[list[Any]]:
+    """Group a loader's micro-batches into windows, one per optimizer step.
+
+    Args:
+        loader: Yields micro-batches.
+        length: Micro-batches per window: the gradient accumulation steps.
+        drop_last: Leave out a last window that is shorter; it is averaged over what it holds otherwise.
+    """
+    if length < 1:
+        raise ValueError(f"length={length}: a window needs at least one micro-batch")
+    window: list[Any] = []
+    for micro_batch in loader:
+        window.append(micro_batch)
+        if len(window) == length:
+            yield window
+            window = []
+    if window and not drop_last:
+        yield window
+
+
+def model_loss(model: Any, micro_batch: Any) -> Tensor:
+    """The loss that a transformers model computes itself.
+
+    Raises:
+        ValueError: The micro-batch is no mapping, or holds no labels.
+    """
+    if not isinstance(micro_batch, Mapping):
+        raise ValueError(f"a micro-batch of type {type(micro_batch).__name__}: give a dict of tensors, or a loss_fn")
+    output = model(**micro_batch)
+    loss: Tensor | None = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ValueError("the model returned no loss: put labels into the micro-batches, or give a loss_fn")
+    return loss
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what backward could not start from.
+
+    Raises:
+        ValueError: Not a tensor of shape (), or one without a gradient.
+    """
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        raise ValueError(f"the loss must be a tensor of shape (), got {getattr(loss, 'shape', type(loss).__name__)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss does not depend on any active layer; with reentrant gradient checkpointing, use "
+            "use_reentrant=False or call model.enable_input_require_grads()"
+        )
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Every tensor in a nest of mappings, lists and tuples, on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_device(item, device) for item in value)
+    return value
