@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Where DeepSpeed compiles its operators: two environments that share a place compile theirs in turn, again and again.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint format type clean
