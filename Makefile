@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format type clean
+.PHONY: help install demo test test-slow test-full lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: $(INSTALLED)  ## all tests but the slow ones
 
 test-slow: $(INSTALLED)  ## the slow tests
 	pytest -m slow
+
+test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
+	pytest
 
 lint: $(INSTALLED) type  ## ruff and mypy
 	ruff check .

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.training import Setup, Training
+from tests.distributed.training import ALSO_ZERO1, Setup, Training
 from tests.models import SAMPLES, arms_of_llama
 from tests.ranks import run_on_ranks
 
@@ -58,7 +58,7 @@ def changes(setup: Setup) -> list[dict[int, bool]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"])
 def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)
     per_rank = run_on_ranks(2, changes, setup)
@@ -77,7 +77,7 @@ def optimizer_state_numel(setup: Setup) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"])
 def test_optimizer_state_grows_with_the_layers_selected(engine: str) -> None:
     first, again, other = run_on_ranks(1, optimizer_state_numel, Setup(engine=engine))[0]
     assert first == again

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,6 +15,9 @@ import slsam_ds
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
 from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.reference import Reference
+
+ALSO_ZERO1 = pytest.param("zero1", marks=pytest.mark.slow)
+"""Our code is the same for stages 1 and 2: what `make test` shows for 2 is shown for 1 by `make test-slow`."""
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
 # A larger eps than Adam's own: a smaller one turns rounding noise into moves of ±lr where a gradient is nearly zero.
