@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,20 @@ class StepWriter:
 
 def read_steps(output_dir: str | Path) -> list[dict[str, Any]]:
     """The records written so far; a last line torn by a crash is left out."""
+    return list(iterate_steps(output_dir))
+
+
+def iterate_steps(output_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """As `read_steps`, one at a time: a long run of a deep model leaves gigabytes."""
     path = Path(output_dir) / STEPS_FILE
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:  # where a crash tore it there may be any bytes
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
 
 
 def _finite(value: Any) -> Any:

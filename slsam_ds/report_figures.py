@@ -1,0 +1,433 @@
+"""The pictures of a report. The only module that needs matplotlib; whoever draws imports it then.
+
+A panel is drawn the same way into the one large picture and, alone, into the page.
+"""
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from slsam_ds.report_bins import StepBins
+from slsam_ds.report_facts import DENSE_SAM_PRICE, active_shares, layer_facts, loss_rises, step_prices
+from slsam_ds.report_history import Floats, RunHistory
+
+_WIDTH, _HEIGHT, _WIDE = 5.5, 2.9, 11.0  # inches; small ones are for a phone as well
+_DPI = 160
+_MAX_COLUMNS = 320  # of a heat map
+_MAX_POINTS = 160  # of a curve
+_MAX_LAYER_LABELS = 18
+_MAX_LABEL_LENGTH = 26
+_DASHES = (0, (4, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """Colours for one background."""
+
+    background: str
+    ink: str
+    muted: str
+    faint: str
+    blue: str
+    orange: str
+    red: str
+    selection: tuple[str, ...]
+    probability: tuple[str, ...]
+    norm: tuple[str, ...]
+
+    def style(self) -> dict[str, Any]:
+        """As matplotlib's settings."""
+        return {
+            "figure.facecolor": self.background,
+            "savefig.facecolor": self.background,
+            "axes.facecolor": self.background,
+            "axes.edgecolor": self.muted,
+            "axes.labelcolor": self.muted,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlecolor": self.ink,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlepad": 9,
+            "axes.labelsize": 9,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "axes.axisbelow": True,
+            "grid.color": self.faint,
+            "grid.linewidth": 0.8,
+            "text.color": self.ink,
+            "text.parse_math": False,  # a layer may be named by a regular expression, which ends in $
+            "xtick.color": self.muted,
+            "ytick.color": self.muted,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "font.size": 9,
+            "legend.frameon": False,
+            "legend.fontsize": 8.5,
+            "legend.labelcolor": self.ink,
+            "lines.linewidth": 1.7,
+            "lines.solid_capstyle": "round",
+        }
+
+
+LIGHT = Theme(
+    background="#ffffff",
+    ink="#1f2733",
+    muted="#667085",
+    faint="#e6e9ef",
+    blue="#2f6bd8",
+    orange="#d9731a",
+    red="#cc2f45",
+    selection=("#f4f7fd", "#b9cff6", "#5e8ff0", "#2757b8", "#14316e"),
+    probability=("#f2faf8", "#b4e2d7", "#4fb8a3", "#17826f", "#0a4a40"),
+    norm=("#fdf6ee", "#fbd3a2", "#f29a4a", "#c7571b", "#6d2410"),
+)
+DARK = Theme(
+    background="#171c25",
+    ink="#e8ecf3",
+    muted="#98a3b5",
+    faint="#2a3240",
+    blue="#6ea0ff",
+    orange="#f5a353",
+    red="#ff6b7d",
+    selection=("#1e2531", "#2a4478", "#3f74d6", "#83b0ff", "#dce9ff"),
+    probability=("#1d2830", "#1d5a54", "#2a9a87", "#6fd8c3", "#dcfaf3"),
+    norm=("#292521", "#6b3a1c", "#bf6423", "#f5a353", "#ffe6c7"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One picture: what it shows, how to read it, and how it is drawn."""
+
+    title: str
+    caption: str
+    draw: Callable[[FigureBase, RunHistory, Theme], None]
+    wide: bool = False
+
+
+def draw_panel(panel: Panel, history: RunHistory, theme: Theme, *, wide: bool = False) -> bytes:
+    """One panel, without its title, as PNG."""
+    with rc_context(theme.style()):
+        figure = Figure(figsize=(_WIDE if wide else _WIDTH, _HEIGHT), layout="constrained")
+        panel.draw(figure, history, theme)
+        return _png(figure)
+
+
+def draw_report(history: RunHistory, title: str, subtitle: str, theme: Theme = LIGHT) -> bytes:
+    """All panels with their titles in one picture, as PNG."""
+    wide = [panel for panel in PANELS if panel.wide]
+    narrow = [panel for panel in PANELS if not panel.wide]
+    num_rows = len(wide) + -(-len(narrow) // 2)
+    header = 0.9
+    with rc_context(theme.style()):
+        figure = Figure(figsize=(2 * _WIDTH + 0.4, header + num_rows * (_HEIGHT + 0.45)), layout="constrained")
+        heights = [header] + [_HEIGHT + 0.45] * num_rows
+        rows = figure.subfigures(num_rows + 1, 1, height_ratios=heights, hspace=0.02)
+        rows[0].text(0.012, 0.72, title, size=18, weight="bold", va="center")
+        rows[0].text(0.012, 0.28, subtitle, size=10.5, color=theme.muted, va="center")
+        places = list(rows[1 : len(wide) + 1])
+        for row in rows[len(wide) + 1 :]:
+            places += list(row.subfigures(1, 2, wspace=0.03))
+        for place, panel in zip(places, wide + narrow, strict=False):
+            panel.draw(place, history, theme)
+            place.axes[0].set_title(panel.title)
+        return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return buffer.getvalue()
+
+
+_COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
+_PLAIN = FuncFormatter(lambda value, _: f"{value:.4g}")
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+
+
+def _draw_selection(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    bins = StepBins(history.steps, _MAX_COLUMNS)
+    shares = bins.means(history.active.astype(np.float32))
+    label = "active" if bins.width == 1 else "share of steps"
+    axes, side = _heat_map(figure, history, theme, bins, shares, colors=theme.selection, label=label)
+    _mark_skipped(axes, history, theme)
+    totals = [layer.share_active for layer in layer_facts(history)]
+    _bars(side, totals, theme.blue)
+    side.set_xlabel("of all steps")
+    side.xaxis.set_major_formatter(_PERCENT)
+
+
+def _draw_probabilities(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    bins = StepBins(history.steps, _MAX_COLUMNS)
+    means = bins.means(history.probabilities)
+    _, side = _heat_map(figure, history, theme, bins, means, colors=theme.probability, label="probability")
+    _bars(side, history.probabilities[-1], theme.probability[-2])
+    side.set_xlabel("last step")
+
+
+def _draw_grad_norms(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    bins = StepBins(history.steps, _MAX_COLUMNS)
+    positive = np.where(history.grad_norms > 0, history.grad_norms, np.nan)
+    norms = np.exp(bins.means(np.log(positive)))
+    known = positive[~np.isnan(positive)]
+    low, high = (float(bound) for bound in np.quantile(known, (0.01, 0.99))) if known.size else (1.0, 1.0)
+    low, high = min(low, math.sqrt(low * high) / 1.5), max(high, math.sqrt(low * high) * 1.5)
+    _, side = _heat_map(figure, history, theme, bins, norms, colors=theme.norm, label="norm", scale=LogNorm(low, high))
+    chosen = [layer for layer, column in enumerate(positive.T) if not np.isnan(column).all()]
+    ranges = [np.nanquantile(positive[:, layer], (0.1, 0.5, 0.9)) for layer in chosen]
+    lowest, middle, highest = np.array(ranges).reshape(-1, 3).T
+    side.hlines(chosen, lowest, highest, color=theme.norm[2], linewidth=1.4)
+    side.plot(middle, chosen, "o", color=theme.norm[-2], markersize=3)
+    side.set_xscale("log")
+    side.set_xticks([low, high], [f"{low:.1g}", f"{high:.1g}"])
+    side.set_xticks([], minor=True)
+    side.set_xlabel("median, 10 to 90%")
+
+
+def _draw_loss(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    if not np.isnan(history.ascent_loss).all():
+        _curve(axes, history, history.ascent_loss, theme.blue, "at the weights")
+        _curve(axes, history, history.loss, theme.orange, "at the perturbed weights")
+        _legend(axes)
+    else:
+        _curve(axes, history, history.loss, theme.blue, "at the weights")
+    _mark_skipped(axes, history, theme)
+
+
+def _draw_rise(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    _curve(axes, history, loss_rises(history), theme.orange)
+    axes.axhline(0, color=theme.muted, linewidth=0.9)
+    axes.yaxis.set_major_formatter(_PERCENT)
+
+
+def _draw_radius(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    reached = np.where(history.skipped, np.nan, history.perturbation_norm)
+    _curve(axes, history, reached, theme.blue, "change made")
+    _levels(axes, history, history.rho, theme, "rho")
+    _from_zero(axes, reached, history.rho)
+    _legend(axes)
+
+
+def _draw_projection(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    _curve(axes, history, history.perturbation_projection, theme.blue)
+    axes.axhline(1, color=theme.muted, linewidth=0.9, linestyle=_DASHES)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.95), max(high, 1.05))
+
+
+def _draw_active_share(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    shares = active_shares(history)
+    _curve(axes, history, shares, theme.blue, banded=False)
+    axes.axhline(shares.mean(), color=theme.muted, linewidth=0.9, linestyle=_DASHES)
+    _from_zero(axes, shares)
+    axes.yaxis.set_major_formatter(_PERCENT)
+
+
+def _draw_price(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    full, reused = (step_prices(history, prefix_reuse=reuse) for reuse in (False, True))
+    _curve(axes, history, full, theme.blue, "two full passes", banded=False)
+    if not np.allclose(full, reused):
+        _curve(axes, history, reused, theme.orange, "with prefix reuse", banded=False)
+        _legend(axes)
+    for price, name in ((1.0, "AdamW"), (DENSE_SAM_PRICE, "dense SAM")):
+        axes.axhline(price, color=theme.muted, linewidth=0.9, linestyle=_DASHES)
+        place = {"xy": (1, price), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axes.annotate(name, xytext=(-2, 3), ha="right", color=theme.muted, size=8.5, **place)
+    axes.set_ylim(0, 2.35)
+
+
+def _draw_seconds(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    axes = _curve_axes(figure, history)
+    _curve(axes, history, history.seconds, theme.blue)
+    known = history.seconds[~np.isnan(history.seconds)]
+    if known.size:
+        axes.set_ylim(0, 1.6 * float(np.quantile(known, 0.95)) or 1.0)
+    _mark_skipped(axes, history, theme)
+
+
+PANELS: Sequence[Panel] = (
+    Panel(
+        "Which layers were active",
+        "Every column is a step, or the average over several; the first layer is at the bottom. A red mark below "
+        "is a skipped step. At the right: in how many of all steps.",
+        _draw_selection,
+        wide=True,
+    ),
+    Panel(
+        "Loss",
+        "Training loss of the step's window at the weights themselves (ascent pass), and where the perturbation "
+        "led (descent pass). The band holds 80% of the steps. A red mark is a skipped step.",
+        _draw_loss,
+        wide=True,
+    ),
+    Panel(
+        "Inclusion probabilities",
+        "How likely the selector was to choose a layer, before it drew; they sum to the number of active layers.",
+        _draw_probabilities,
+    ),
+    Panel(
+        "Gradient norms",
+        "Of the descent gradient, where a layer was active; logarithmic. At the right: median and range over the run.",
+        _draw_grad_norms,
+    ),
+    Panel(
+        "Rise of the loss under perturbation",
+        "What the ascent climbed, relative to the loss at the weights. A few percent is usual; where it jumps, "
+        "halve rho; near zero, the perturbation does nothing.",
+        _draw_rise,
+    ),
+    Panel(
+        "Size of the perturbation",
+        "Norm of the change really made to the weights. In bf16 rounding adds noise to it: it may exceed rho.",
+        _draw_radius,
+    ),
+    Panel(
+        "How much of the perturbation arrived",
+        "The change made, projected on the one asked for: 1 where all of it reached the weights.",
+        _draw_projection,
+    ),
+    Panel(
+        "Active parameters", "Share of the weights that a step trains; the dashed line is the mean.", _draw_active_share
+    ),
+    Panel("Estimated price of a step", "Forward and backward work relative to AdamW; assumptions below.", _draw_price),
+    Panel("Seconds per step", "Wall clock of the first rank. Steps far above the others are cut off.", _draw_seconds),
+)
+
+
+def _heat_map(
+    figure: FigureBase,
+    history: RunHistory,
+    theme: Theme,
+    bins: StepBins,
+    values: Floats,
+    *,
+    colors: tuple[str, ...],
+    label: str,
+    scale: Normalize | None = None,
+) -> tuple[Axes, Axes]:
+    """Steps from left to right, layers from bottom to top; returns its axes and those of one bar per layer."""
+    axes, side = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
+    num_layers = len(history.names)
+    if scale is None:
+        highest = float(np.nanmax(values))
+        scale = Normalize(0, highest if highest > 0 else 1)
+    image = axes.imshow(
+        values.T,
+        origin="lower",
+        aspect="auto",
+        cmap=_colormap(colors, theme),
+        norm=scale,
+        extent=(bins.edges[0], bins.edges[-1], -0.5, num_layers - 0.5),
+        interpolation="nearest" if num_layers <= 200 else "antialiased",
+    )
+    _label_steps(axes, history)
+    labelled = _labelled_layers(num_layers)
+    axes.set_yticks(labelled, [_short(history.names[layer]) for layer in labelled])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    side.tick_params(axis="y", length=0, labelleft=False)
+    side.spines["left"].set_color(theme.faint)
+    side.grid(True, axis="x")
+    side.grid(False, axis="y")
+    side.xaxis.set_major_locator(MaxNLocator(2))
+    bar = figure.colorbar(image, ax=[axes, side], location="right", fraction=0.03, pad=0.01, aspect=30)
+    bar.outline.set_visible(False)
+    bar.set_label(label)
+    if isinstance(scale, LogNorm):
+        bar.set_ticks(LogLocator(subs=(1.0, 2.0, 5.0)), minor=False)
+        bar.minorticks_off()
+    bar.ax.yaxis.set_major_formatter(_PLAIN)
+    return axes, side
+
+
+def _bars(side: Axes, lengths: Sequence[float], color: str) -> None:
+    """One for every layer; with gaps only where there is room for them."""
+    height = 0.75 if len(lengths) <= 60 else 1.0
+    side.barh(range(len(lengths)), lengths, height=height, color=color, linewidth=0, antialiased=height < 1)
+
+
+def _label_steps(axes: Axes, history: RunHistory) -> None:
+    axes.set_xlabel("step")
+    num_labels = 6 if history.steps[-1] < 10_000 else 4
+    axes.xaxis.set_major_locator(MaxNLocator(num_labels, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(_COUNT)
+
+
+def _curve_axes(figure: FigureBase, history: RunHistory) -> Axes:
+    axes = figure.subplots()
+    assert isinstance(axes, Axes)
+    axes.set_xlim(history.steps[0] - 0.5, history.steps[-1] + 0.5)
+    _label_steps(axes, history)
+    axes.yaxis.set_major_formatter(_PLAIN)
+    return axes
+
+
+def _curve(
+    axes: Axes, history: RunHistory, values: Floats, color: str, label: str = "", *, banded: bool = True
+) -> None:
+    """Every step, where they are few; else the mean over spans, within a band that holds 80% of the steps."""
+    bins = StepBins(history.steps, _MAX_POINTS if len(history) > 2 * _MAX_POINTS else 2 * _MAX_POINTS)
+    marker = "o" if len(history) <= 40 else ""
+    axes.plot(bins.centers, bins.means(values), color=color, label=label, marker=marker, markersize=3.5)
+    if bins.width > 1 and banded:
+        low, high = bins.quantiles(values, 0.1, 0.9)
+        axes.fill_between(bins.centers, low, high, color=color, alpha=0.16, linewidth=0)
+
+
+def _levels(axes: Axes, history: RunHistory, values: Floats, theme: Theme, label: str) -> None:
+    """What was asked for: dashed."""
+    bins = StepBins(history.steps, _MAX_POINTS)
+    axes.stairs(
+        bins.means(values), bins.edges, baseline=None, color=theme.muted, linewidth=1.1, linestyle=_DASHES, label=label
+    )
+
+
+def _from_zero(axes: Axes, *series: Floats) -> None:
+    highest = max((float(values[~np.isnan(values)].max(initial=0.0)) for values in series), default=0.0)
+    axes.set_ylim(0, 1.15 * highest or 1.0)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=2, borderaxespad=0, handlelength=1.6)
+
+
+def _mark_skipped(axes: Axes, history: RunHistory, theme: Theme) -> None:
+    skipped = history.steps[history.skipped]
+    if skipped.size:
+        bottom = axes.get_xaxis_transform()
+        axes.plot(skipped, [0.0] * skipped.size, "^", color=theme.red, markersize=4, transform=bottom, clip_on=False)
+
+
+def _colormap(colors: tuple[str, ...], theme: Theme) -> Colormap:
+    colormap = LinearSegmentedColormap.from_list("report", colors)
+    return colormap.with_extremes(bad=theme.background)
+
+
+def _labelled_layers(num_layers: int) -> list[int]:
+    """The first, the last, and as many between them, at equal distances, as there is room for."""
+    stride = -(-num_layers // _MAX_LAYER_LABELS)
+    return [*range(0, num_layers - stride, stride), num_layers - 1]
+
+
+def _short(name: str) -> str:
+    """The end of a module path tells layers apart, the beginning is the same for all."""
+    return name if len(name) <= _MAX_LABEL_LENGTH else "…" + name[-_MAX_LABEL_LENGTH + 1 :]

@@ -1,0 +1,180 @@
+"""A run's records as arrays, checked: what every report is computed from."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slsam_ds.records import LAYERS_FILE, STEPS_FILE, iterate_steps
+
+Floats = NDArray[np.floating[Any]]
+
+_NUMBERS = ("loss", "ascent_loss", "rho", "perturbation_norm", "perturbation_projection", "seconds")
+
+
+class RecordsError(ValueError):
+    """The records are missing, or are not what slsam_ds writes. The message is one sentence for the user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunHistory:
+    """T steps of L layers. Where a record holds null, or nothing about a layer, there is NaN.
+
+    Attributes:
+        names: Name of every layer.
+        numels: Its weights. Shape (L,), int64.
+        steps: Numbers of the steps, ascending. Shape (T,), int64.
+        active: Which layers a step chose. Shape (T, L), bool.
+        probabilities: Inclusion probabilities. Shape (T, L), float32.
+        grad_norms: Descent-gradient norms of the active layers. Shape (T, L), float32.
+        skipped: Steps that changed nothing. Shape (T,), bool.
+        loss: Mean loss at the perturbed point. This and all below: shape (T,), float64.
+        ascent_loss: Mean loss at the weights themselves.
+        rho: Radius asked for.
+        perturbation_norm: Radius reached.
+        perturbation_projection: Share of the perturbation that reached the weights.
+        seconds: Wall-clock time.
+    """
+
+    names: tuple[str, ...]
+    numels: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    active: NDArray[np.bool_]
+    probabilities: Floats
+    grad_norms: Floats
+    skipped: NDArray[np.bool_]
+    loss: Floats
+    ascent_loss: Floats
+    rho: Floats
+    perturbation_norm: Floats
+    perturbation_projection: Floats
+    seconds: Floats
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def loss_at_weights(self) -> Floats:
+        """The loss that compares to any other optimizer's: before the ascent where there was one. Shape (T,)."""
+        return np.where(np.isnan(self.ascent_loss), self.loss, self.ascent_loss)
+
+    @classmethod
+    def from_records(cls, layers: Any, steps: Iterable[Any]) -> Self:
+        """Check records and put them into arrays.
+
+        Args:
+            layers: The contents of `slsam_layers.json`.
+            steps: The records of `slsam_steps.jsonl`; may be read as they are needed.
+
+        Raises:
+            RecordsError: They are not such records, do not belong together, or there is none.
+        """
+        names, numels = _read_layers(layers)
+        rows = []
+        for line, record in enumerate(steps, start=1):
+            try:
+                rows.append(_Row.read(record, len(names)))
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+                raise RecordsError(f"{STEPS_FILE}, line {line}: not a record of these layers ({problem})") from None
+            if len(rows) > 1 and rows[-2].step >= rows[-1].step:
+                raise RecordsError(
+                    f"{STEPS_FILE}, line {line}: step {rows[-1].step} after step {rows[-2].step}; "
+                    "did two runs write into one folder?"
+                )
+        if not rows:
+            raise RecordsError(f"{STEPS_FILE}: holds no step yet, or was not written by slsam_ds")
+        numbers = np.array([row.numbers for row in rows])
+        return cls(
+            names=names,
+            numels=numels,
+            steps=np.array([row.step for row in rows]),
+            active=np.stack([row.active for row in rows]),
+            probabilities=np.stack([row.probabilities for row in rows]),
+            grad_norms=np.stack([row.grad_norms for row in rows]),
+            skipped=np.array([row.skipped for row in rows]),
+            **dict(zip(_NUMBERS, numbers.T, strict=True)),
+        )
+
+
+def read_history(output_dir: str | Path) -> RunHistory:
+    """The run whose files are in a folder, as far as it has come.
+
+    Raises:
+        RecordsError: There is no such folder, it lacks the files, or they are not what slsam_ds writes.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        raise RecordsError(f"{folder}: no such folder; give the --output_dir of a run")
+    for name in (LAYERS_FILE, STEPS_FILE):
+        if not (folder / name).is_file():
+            raise RecordsError(f"{folder}: holds no {name}; give the --output_dir of a run that has started to train")
+    try:
+        layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, or not even text
+        raise RecordsError(f"{folder / LAYERS_FILE}: not JSON; was it written by slsam_ds?") from None
+    try:
+        return RunHistory.from_records(layers, iterate_steps(folder))
+    except RecordsError as error:
+        raise RecordsError(f"{folder}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One record, as small as it gets: there may be many, of many layers."""
+
+    step: int
+    active: NDArray[np.bool_]
+    probabilities: Floats
+    grad_norms: Floats
+    skipped: bool
+    numbers: tuple[float, ...]
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], num_layers: int) -> Self:
+        """Raises one of the errors that `from_records` turns into a sentence, on what is not a record."""
+        if not isinstance(record, Mapping):
+            raise ValueError("not a JSON object")
+        probabilities = np.array(record["probabilities"], dtype=np.float32)
+        if probabilities.shape != (num_layers,):
+            raise ValueError(f"{probabilities.size} probabilities for {num_layers} layers")
+        active, grad_norms = np.zeros(num_layers, dtype=bool), np.full(num_layers, np.nan, dtype=np.float32)
+        active[_checked_arms(record["active"], num_layers)] = True
+        arms = _checked_arms([int(arm) for arm in record["grad_norms"]], num_layers)
+        grad_norms[arms] = [_number(norm) for norm in record["grad_norms"].values()]
+        return cls(
+            step=int(record["step"]),
+            active=active,
+            probabilities=probabilities,
+            grad_norms=grad_norms,
+            skipped=bool(record["skipped"]),
+            numbers=tuple(_number(record[name]) for name in _NUMBERS),
+        )
+
+
+def _read_layers(layers: Any) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    try:
+        names = tuple(str(layer["name"]) for layer in layers)
+        numels = np.array([int(layer["numel"]) for layer in layers], dtype=np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise RecordsError(f"{LAYERS_FILE}: not a list of layers; was it written by slsam_ds?") from None
+    if not names or numels.min() < 1:
+        raise RecordsError(f"{LAYERS_FILE}: lists no layers with weights; was it written by slsam_ds?")
+    return names, numels
+
+
+def _checked_arms(arms: Sequence[int], num_layers: int) -> list[int]:
+    for arm in arms:
+        if not isinstance(arm, int) or not 0 <= arm < num_layers:
+            raise ValueError(f"layer {arm!r} of {num_layers}")
+    return list(arms)
+
+
+def _number(value: Any) -> float:
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan
