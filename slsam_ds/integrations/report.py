@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from slsam_ds.records import LAYERS_FILE, STEPS_FILE
-from slsam_ds.report_facts import layer_facts, run_facts
-from slsam_ds.report_history import RunHistory
+from slsam_ds.report.facts import layer_facts, run_facts
+from slsam_ds.report.history import RunHistory
 
 _BAR = 24  # characters of the longest bar
 _MAX_ROWS = 18  # more layers than that go into two columns

@@ -46,8 +46,9 @@ ALLOWED = {
     "pure": {"pure"},
     "step": {"pure"},
     "engines": {"pure", "engines"},
+    "report": {"pure", "report"},
     "slsam": {"pure", "step", "engines", "slsam"},
-    "integrations": {"pure", "step", "engines", "slsam", "integrations"},
+    "integrations": {"pure", "step", "engines", "slsam", "report", "integrations"},
 }
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from slsam_ds.integrations.report import summarize
 from slsam_ds.records import LAYERS_FILE, STEPS_FILE, read_steps
-from slsam_ds.report import PAGE_FILE, PICTURE_FILE, main
-from slsam_ds.report_bins import StepBins
-from slsam_ds.report_facts import active_shares, layer_facts, loss_rises, run_facts, step_prices
-from slsam_ds.report_history import RecordsError, RunHistory, read_history
-from slsam_ds.report_tables import layer_table, progress_table
+from slsam_ds.report.bins import StepBins
+from slsam_ds.report.command import PAGE_FILE, PICTURE_FILE, main
+from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, run_facts, step_prices
+from slsam_ds.report.history import RecordsError, RunHistory, read_history
+from slsam_ds.report.tables import layer_table, progress_table
 
 NUMELS = (10, 20, 30, 40)
 
@@ -229,7 +229,7 @@ def wide_run() -> list[dict[str, Any]]:
 )
 @pytest.mark.filterwarnings("error")
 def test_odd_runs_can_be_drawn(steps: Callable[[], list[dict[str, Any]]], num_layers: int) -> None:
-    figures = pytest.importorskip("slsam_ds.report_figures", exc_type=ImportError)
+    figures = pytest.importorskip("slsam_ds.report.figures", exc_type=ImportError)
     history = history_of(*steps(), numels=tuple(range(1, num_layers + 1)))
     assert str(layer_table(history))
     assert str(progress_table(history))
@@ -315,7 +315,7 @@ def test_without_matplotlib_there_are_tables_and_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "slsam_ds.report_figures", raising=False)
+    monkeypatch.delitem(sys.modules, "slsam_ds.report.figures", raising=False)
     run = write_run(tmp_path, [make_step(1)])
     assert main([str(run)]) == 2
     printed = capsys.readouterr()
@@ -332,7 +332,7 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "none: no such folder" in run.stderr
     loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
-    assert "slsam_ds.report_history" in loaded
+    assert "slsam_ds.report.history" in loaded
     assert not loaded & {"deepspeed", "transformers", "matplotlib"}
 
 

@@ -1,4 +1,4 @@
-"""What a run did, in pictures and tables: `python -m slsam_ds.report OUTPUT_DIR`."""
+"""The command: reads the records, prints the tables, writes the pictures and the page."""
 
 import argparse
 import os
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slsam_ds.records import LAYERS_FILE, STEPS_FILE
-from slsam_ds.report_facts import PRICE_ASSUMPTIONS, run_facts
-from slsam_ds.report_history import RecordsError, RunHistory, read_history
-from slsam_ds.report_page import Picture, build_page
-from slsam_ds.report_tables import layer_table, progress_table
+from slsam_ds.report.facts import PRICE_ASSUMPTIONS, run_facts
+from slsam_ds.report.history import RecordsError, RunHistory, read_history
+from slsam_ds.report.page import Picture, build_page
+from slsam_ds.report.tables import layer_table, progress_table
 
 PICTURE_FILE = "slsam_report.png"
 PAGE_FILE = "slsam_report.html"
@@ -90,7 +90,7 @@ def write_report(history: RunHistory, name: str, target: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: The files cannot be written.
     """
-    from slsam_ds.report_figures import DARK, LIGHT, PANELS, draw_panel, draw_report
+    from slsam_ds.report.figures import DARK, LIGHT, PANELS, draw_panel, draw_report
 
     target.mkdir(parents=True, exist_ok=True)
     title = f"SL-SAM: {name}"
@@ -125,7 +125,3 @@ def _write(path: Path, content: bytes) -> None:
 def _refuse(sentence: str) -> int:
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     return _EXIT_CODE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

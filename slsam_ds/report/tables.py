@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slsam_ds.report_bins import StepBins
-from slsam_ds.report_facts import active_shares, layer_facts, loss_rises, step_prices
-from slsam_ds.report_history import RunHistory
+from slsam_ds.report.bins import StepBins
+from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, step_prices
+from slsam_ds.report.history import RunHistory
 
 _NUM_SPANS = 10
 

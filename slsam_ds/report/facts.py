@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slsam_ds.report_history import Floats, RunHistory
+from slsam_ds.report.history import Floats, RunHistory
 
 PRICE_ASSUMPTIONS = (
     "The price is an estimate, counted, not measured. A layer costs one unit per weight for its forward, one for the "

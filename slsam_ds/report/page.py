@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from slsam_ds.report_facts import Fact
-from slsam_ds.report_tables import Table
+from slsam_ds.report.facts import Fact
+from slsam_ds.report.tables import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normal
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from slsam_ds.report_bins import StepBins
-from slsam_ds.report_facts import DENSE_SAM_PRICE, active_shares, layer_facts, loss_rises, step_prices
-from slsam_ds.report_history import Floats, RunHistory
+from slsam_ds.report.bins import StepBins
+from slsam_ds.report.facts import DENSE_SAM_PRICE, active_shares, layer_facts, loss_rises, step_prices
+from slsam_ds.report.history import Floats, RunHistory
 
 _WIDTH, _HEIGHT, _WIDE = 5.5, 2.9, 11.0  # inches; small ones are for a phone as well
 _DPI = 160

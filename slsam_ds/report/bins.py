@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slsam_ds.report_history import Floats
+from slsam_ds.report.history import Floats
 
 
 class StepBins:
