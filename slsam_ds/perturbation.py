@@ -76,11 +76,11 @@ def perturb_(
 
     Args:
         weight: What forward reads, or casts to `read_dtype` and reads. float32 or bfloat16, 1-D.
-        master: The same elements in full precision (may be `weight` itself). 1-D.
-        gradient: The same elements of the ascent gradient. 1-D.
+        master: The same elements in full precision (may be `weight` itself, or on another device). 1-D.
+        gradient: The same elements of the ascent gradient, on any device. 1-D.
         scale: rho / global gradient norm.
         rounding: How ε reaches weights that forward reads as bfloat16; float32 needs none.
-        generator: Source of the rounding noise.
+        generator: Source of the rounding noise, on the device of `weight`.
         read_dtype: Dtype in which forward reads the weight; None: its own.
 
     Returns:
@@ -90,12 +90,12 @@ def perturb_(
     measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
     chunks = zip(*(torch.split(tensor, _CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
-        epsilon = gradient_chunk.to(torch.float32) * scale
+        epsilon = gradient_chunk.to(weight.device, torch.float32) * scale
         before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
         if read_dtype == torch.bfloat16 and rounding == "stochastic":
             weight_chunk.copy_(stochastic_round(before + epsilon, generator))
         else:
-            weight_chunk.copy_(master_chunk.to(torch.float32) + epsilon)
+            weight_chunk.copy_(master_chunk.to(weight.device, torch.float32) + epsilon)
         applied = weight_chunk.to(read_dtype).to(torch.float32) - before
         measured[0] += (applied * epsilon).sum(dtype=torch.float64)
         measured[1] += applied.square().sum(dtype=torch.float64)

@@ -19,6 +19,8 @@ ALWAYS = -1
 class Shard:
     """This rank's piece of an active arm. The three tensors hold the same elements, 1-D.
 
+    Each may be on a device of its own: what DeepSpeed offloads stays on the host.
+
     Attributes:
         arm: The arm it belongs to.
         weight: What forward reads, or is cast from; writable in place. In its own dtype.

@@ -254,7 +254,7 @@ class _Run:
 
     def _perturb(self, shard: Shard, scale: float, piece: int) -> None:
         engine, plan = self._engine, self._plan
-        generator = rounding_generator(engine.device, plan.seed, plan.step, shard.owner, self._num_left, piece)
+        generator = rounding_generator(shard.weight.device, plan.seed, plan.step, shard.owner, self._num_left, piece)
         measured = perturb_(
             shard.weight,
             shard.master,
@@ -265,7 +265,7 @@ class _Run:
             read_dtype=shard.read_dtype,
         )
         if shard.owner == engine.ranks.rank:
-            self._applied[:2] += measured
+            self._applied[:2] += measured.to(self._applied.device)
 
 
 @contextlib.contextmanager

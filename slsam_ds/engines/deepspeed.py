@@ -92,8 +92,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     parsed = {name: _parse_section(name, config.get(name, {})) for name in _MODELS}
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
-        if offload is not None and offload.device != "none":
-            raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; remove {name}")
+        if offload is not None and offload.device not in ("none", "cpu"):
+            raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; use cpu")
     if config.get("fp16", {}).get("enabled") is True:
         raise ValueError("fp16.enabled=true: not supported yet; use bf16 or float32")
 

@@ -8,6 +8,7 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -35,10 +36,12 @@ class ZeroEngine(ABC):
     """
 
     zero_class: ClassVar[type[ZeROOptimizer]]
-    per_group_lists: ClassVar[Sequence[str]]
+    per_group_lists: Sequence[str]
     """Lists of the ZeRO optimizer with one entry per group."""
-    per_group_dicts: ClassVar[Sequence[str]]
+    per_group_dicts: Sequence[str]
     """Dicts of the ZeRO optimizer whose keys are groups; a group may be missing."""
+    private: Sequence[str]
+    """Whatever else of the ZeRO optimizer is relied on and not documented, by dotted path."""
 
     may_skip_modules = False
 
@@ -159,6 +162,11 @@ class ZeroEngine(ABC):
             container = found[attribute]
             if not isinstance(container, kind) or (isinstance(container, list) and len(container) != num_groups):
                 raise ValueError(f"{name}.{attribute} is not the {kind.__name__} per group that slsam_ds knows")
+        for path in self.private:
+            try:
+                attrgetter(path)(zero)
+            except AttributeError:
+                raise ValueError(f"{name}.{path} is not there: slsam_ds does not know this DeepSpeed") from None
         for feature, present in self._unsupported_features().items():
             if present:
                 raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds yet; switch it off")
@@ -202,11 +210,15 @@ class ZeroEngine(ABC):
     @contextlib.contextmanager
     def _only(self, arms: Collection[int]) -> Iterator[None]:
         """Within, the ZeRO optimizer and its inner optimizer consist of these arms' groups alone, renumbered from 0."""
-        groups = self._groups(arms)
+        zero, groups = self._zero, self._groups(arms)
         param_groups = sorted({self._param_group(group) for group in groups})
+        place_of = {group: place for place, group in enumerate(groups)}
+        positions = getattr(zero, "grad_position", {})  # of a parameter: its group, and where in the group it is
+        shown = {key: [place_of[group], *rest] for key, (group, *rest) in positions.items() if group in place_of}
         with (
-            _narrowed(self._zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
-            _narrowed(self._zero.optimizer, param_groups, lists=["param_groups"]),
+            _narrowed(zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
+            _narrowed(zero.optimizer, param_groups, lists=["param_groups"]),
+            replaced(zero, "grad_position", shown),
         ):
             yield
 
@@ -264,6 +276,20 @@ def _narrowed(holder: Any, keep: Sequence[int], *, lists: Sequence[str], dicts: 
                 else:
                     whole.pop(group, None)
             setattr(holder, name, whole)
+
+
+@contextlib.contextmanager
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, another value of an attribute; one that is not there stays away."""
+    if name not in vars(holder):
+        yield
+        return
+    stock = vars(holder)[name]
+    try:
+        setattr(holder, name, value)
+        yield
+    finally:
+        setattr(holder, name, stock)
 
 
 @contextlib.contextmanager

@@ -7,13 +7,15 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import all_gather_dp_groups
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.zero import ZeroEngine
+from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import Shard
 
 
@@ -23,7 +25,7 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
     zero_class = DeepSpeedZeroOptimizer
 
     # deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8: everything that DeepSpeedZeroOptimizer keeps per parameter group.
-    per_group_lists = (
+    per_group_lists: Sequence[str] = (
         "bit16_groups",
         "bit16_groups_flat",
         "first_offset",
@@ -41,7 +43,7 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         "round_robin_bit16_padding",
         "single_partition_of_fp32_groups",
     )
-    per_group_dicts = (
+    per_group_dicts: Sequence[str] = (
         "all_grad_tensors",
         "averaged_gradients",
         "first_param_index_in_partition",
@@ -54,9 +56,17 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         "total_grads_in_partition",
     )
 
+    private = ("_coalesce_grad_reduction", "_hp_optimizer_states_linked", "nccl_start_alignment_factor")
+
     may_skip_modules = True
 
     _linked: frozenset[int] = frozenset()
+
+    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        self._offloaded = getattr(engine.optimizer, "cpu_offload", False)
+        if self._offloaded:
+            self.per_group_lists = (*self.per_group_lists, "param_buffer_of_bit16_for_cpu_offload_groups")
+        super().__init__(engine, layer_map)
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Every micro-batch is treated alike."""
@@ -66,6 +76,9 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         for group in self._groups(self._groups_of):
             self._zero.averaged_gradients[group] = None
             self._zero.all_grad_tensors[group] = None
+        if self._offloaded:  # the next gradient shall not be added to this one, nor its bad numbers be blamed on it
+            self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
+            self._zero.reset_cpu_buffers()
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [self._zero.bit16_groups_flat[group] for group in self._groups(arms)]
@@ -86,9 +99,6 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
     def _param_group(self, group: int) -> int:
         return group
 
-    def _unsupported_features(self) -> dict[str, bool]:
-        return super()._unsupported_features() | {"zero_optimization.offload_optimizer": self._zero.cpu_offload}
-
     def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters([arm]))
 
@@ -101,9 +111,11 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:
         """This rank's partition of a group, in the pieces DeepSpeed keeps its reduced gradient in (no copy)."""
         weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
-        master = self._zero.single_partition_of_fp32_groups[group].detach()
-        offset = 0
-        for piece in self._zero.averaged_gradients[group]:
+        whole_master = self._zero.single_partition_of_fp32_groups[group]
+        if self._offloaded:
+            self._zero._wait_for_offload_copies()
+        master, offset = whole_master.detach(), 0
+        for piece in [whole_master.grad] if self._offloaded else self._zero.averaged_gradients[group]:
             end = min(offset + piece.numel(), weight.numel())
             yield Shard(arm, weight[offset:end], master[offset:end], piece.view(-1)[: end - offset], self.ranks.rank)
             offset = end

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from slsam_ds.engines.placement import Sharded
-from slsam_ds.engines.zero import ZeroEngine, boundary
+from slsam_ds.engines.zero import ZeroEngine, boundary, replaced
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Shard
 
@@ -28,7 +28,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     # deepspeed/runtime/zero/stage3.py, 0.19.8: everything that DeepSpeedZeroOptimizer_Stage3 keeps per sub-group, but
     # for what `_only` sees to.
-    per_group_lists = (
+    per_group_lists: Sequence[str] = (
         "fp16_groups",
         "fp16_partitioned_groups",
         "fp16_partitioned_groups_flat",
@@ -40,22 +40,36 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         "sub_group_partition_counts",
         "sub_group_process_groups",
     )
-    per_group_dicts = ("averaged_gradients",)
+    per_group_dicts: Sequence[str] = ("averaged_gradients",)
+
+    private = (
+        "_coalesce_grad_reduction",
+        "_get_fp32_grad_state_partition",
+        "grad_position",
+        "ipg_buckets",
+        "parameter_offload._DeepSpeedZeRoOffload__allgather_stream",
+        "parameter_offload._max_available_parameters_in_numel",
+        "parameter_offload._max_reuse_distance_in_numel",
+        "parameter_offload._prefetch_bucket_sz",
+        "parameter_offload.fast_sharding_for_leaf_module",
+        "parameter_offload.param_coordinator",
+        "sub_group_to_group_id",
+    )
 
     may_skip_modules = True
     sends_during_backward = True  # weights in every backward, gradients in the window's last
 
     def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        if getattr(engine.optimizer, "offload_optimizer", False):
+            self.per_group_dicts = (*self.per_group_dicts, "subgroup_to_device")
         super().__init__(engine, layer_map)
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
         self._num_passes = 0  # of this step
-        self._pass_ended = True
 
     def activate(self, arms: Collection[int] | None) -> None:
         super().activate(arms)
         self._num_passes = 0 if arms is None else self._num_passes + 1
-        self._pass_ended = False
         lowest = min((arm for arm in arms or () if arm != ALWAYS), default=ALWAYS)
         self._traces.use(None if arms is None else (lowest, self._num_passes))
         self._traces.fetch_after_writes()
@@ -83,12 +97,6 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
             bucket.clear_params()
         self._drop_gathered()
-        if not self._pass_ended:
-            self._traces.forget_unfinished()
-
-    def reduce(self) -> list[Shard]:
-        self._pass_ended = True
-        return super().reduce()
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [_shard(parameter) for parameter in self._parameters(arms)]
@@ -106,8 +114,9 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def _unsupported_features(self) -> dict[str, bool]:
         zero = self._zero
         return super()._unsupported_features() | {
-            "zero_optimization.offload_optimizer": zero.offload_optimizer,
-            "zero_optimization.offload_param": zero.offload_param,
+            "zero_optimization.offload_optimizer to NVMe": zero.swap_optimizer,
+            "zero_optimization.offload_optimizer.ratio": zero.offload_optimizer and zero.partial_offload != 1.0,
+            "zero_optimization.offload_param to NVMe": zero.params_in_nvme_and_cpu,
             "zero_optimization.zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
             "zero_optimization.zero_quantized_weights": zero.parameter_offload.zero_quantized_weights,
             "zero_optimization.zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
@@ -142,23 +151,11 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     @contextlib.contextmanager
     def _only(self, arms: Collection[int]) -> Iterator[None]:
-        zero, groups = self._zero, self._groups(arms)
-        place_of = {group: place for place, group in enumerate(groups)}
-        param_groups = sorted({self._param_group(group) for group in groups})
-        positions = {zero.get_param_id(p): self._grad_position(p) for group in groups for p in self._members[group]}
-        stock = {name: getattr(zero, name) for name in ("sub_group_to_group_id", "grad_position")}
-        shown = {
-            "sub_group_to_group_id": {
-                place: param_groups.index(self._param_group(group)) for group, place in place_of.items()
-            },
-            "grad_position": {key: [place_of[group], *rest] for key, (group, *rest) in positions.items()},
-        }
-        with super()._only(arms):
-            try:
-                vars(zero).update(shown)
-                yield
-            finally:
-                vars(zero).update(stock)
+        param_group_of = [self._param_group(group) for group in self._groups(arms)]
+        shown = sorted(set(param_group_of))
+        renumbered = {place: shown.index(param_group) for place, param_group in enumerate(param_group_of)}
+        with super()._only(arms), replaced(self._zero, "sub_group_to_group_id", renumbered):
+            yield
 
     def _after_step(self, groups: Sequence[int]) -> None:
         """Nothing to link: DeepSpeed finds a parameter's optimizer state by its place in the flat buffers."""
@@ -190,11 +187,9 @@ class _FetchTraces:
         self._stream = self._offload._DeepSpeedZeRoOffload__allgather_stream  # None where nothing is asynchronous
         self._stock = self._offload.param_coordinator
         self._known: dict[tuple[int, int], PartitionedParameterCoordinator] = {}
-        self._key: tuple[int, int] | None = None
 
     def use(self, key: tuple[int, int] | None) -> None:
         """Go by the trace of such passes: lowest active arm, number of the pass in its step; None: DeepSpeed's own."""
-        self._key = key
         if key is not None and key not in self._known:
             self._known[key] = self._new()
         self._offload.param_coordinator = self._stock if key is None else self._known[key]
@@ -203,12 +198,6 @@ class _FetchTraces:
         """Let the next fetch see what was written into the shards: on a GPU it runs on a stream that would not wait."""
         if self._stream is not None:
             self._stream.wait_stream(get_accelerator().current_stream())
-
-    def forget_unfinished(self) -> None:
-        """Learn anew what was being learned: a pass that raised may have ended anywhere, elsewhere on other ranks."""
-        if self._key is not None and not self._known[self._key].is_complete_trace():
-            self._known[self._key] = self._new()
-            self.use(self._key)
 
     def _new(self) -> PartitionedParameterCoordinator:
         """As DeepSpeedZeRoOffload makes its own."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.training import ADAMW, ALSO_ZERO1, Setup, Training, max_error
+from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training, max_error
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 
@@ -86,7 +86,7 @@ def follow_bf16(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor], lis
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 3)])
-@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, accumulation=accumulation, slsam={"rounding": rounding})
     per_rank = run_on_ranks(world_size, follow_bf16, setup)
@@ -101,7 +101,7 @@ def test_forced_samples(engine: str, world_size: int, accumulation: int, roundin
     assert max_error(live, dict(reference.model.named_parameters())) == 0.0
 
 
-@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_the_perturbation_arrives_whole(engine: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, model={"hidden": 64}, slsam={"rho": 0.02})
     *_, projections = run_on_ranks(2, follow_bf16, setup)[0]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from slsam_ds import RanksDisagreeError
-from tests.distributed.training import ALSO_ZERO1, Setup, Training, follow_reference, max_error
+from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training, follow_reference, max_error
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"]
+ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
 
 
 def spoil(

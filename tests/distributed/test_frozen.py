@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.training import ALSO_ZERO1, Setup, Training
+from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training
 from tests.models import SAMPLES, arms_of_llama
 from tests.ranks import run_on_ranks
 
@@ -34,7 +34,7 @@ def optimizer_entries(training: Training) -> Iterator[tuple[int, Tensor, dict[st
                 yield group["arm"], parameter, training.optimizer.state.get(parameter, {})
         return
     zero, groups_of = training.engine.optimizer, training.slsam.engine._groups_of
-    stage3 = training.setup.engine == "zero3"
+    stage3 = training.engine.zero_optimization_stage() == 3
     masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
     for arm, groups in groups_of.items():
         for group in groups:
@@ -58,7 +58,7 @@ def changes(setup: Setup) -> list[dict[int, bool]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)
     per_rank = run_on_ranks(2, changes, setup)
@@ -77,7 +77,7 @@ def optimizer_state_numel(setup: Setup) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_optimizer_state_grows_with_the_layers_selected(engine: str) -> None:
     first, again, other = run_on_ranks(1, optimizer_state_numel, Setup(engine=engine))[0]
     assert first == again

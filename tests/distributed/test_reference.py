@@ -4,11 +4,19 @@ import pytest
 import torch
 
 from slsam_ds import SLSAM, StepResult
-from tests.distributed.training import ALSO_ZERO1, Setup, Training, follow_reference, follow_samples, max_error
+from tests.distributed.training import (
+    ALSO_OFFLOADED,
+    ALSO_ZERO1,
+    Setup,
+    Training,
+    follow_reference,
+    follow_samples,
+    max_error,
+)
 from tests.models import SAMPLES, tiny_llama
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", "zero1", "zero2", "zero3"]
+ENGINES = ["local", "fsdp2", "zero1", "zero2", "zero3", *ALSO_OFFLOADED]
 
 # Sums over ranks and micro-batches are taken in another order than the reference's; ten steps of lr 1e-3 keep that
 # below 1e-6, while the smallest real mistake seen in experiments was 1e-4.

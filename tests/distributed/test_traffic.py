@@ -1,5 +1,8 @@
 """Communication shrinks with the sampled layers."""
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 
@@ -46,10 +49,52 @@ def test_a_local_ascent_sends_nothing(engine: str, scope: str) -> None:
     assert run_on_ranks(2, bytes_of_a_step, setup, [1]) == run_on_ranks(2, bytes_of_a_step, flat, [1])
 
 
-@pytest.mark.parametrize("engine", ["local", ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", ["local", ALSO_ZERO1, "zero2", "zero3"])
 def test_without_radius_the_gradient_is_reduced_once(engine: str) -> None:
     setup = Setup(engine=engine, model={"hidden": 64}, slsam=EQUAL_LAYERS)
     flat = Setup(engine=engine, model={"hidden": 64}, slsam={**EQUAL_LAYERS, "rho": 0.0})
     two_passes, *_ = run_on_ranks(2, bytes_of_a_step, setup, [1])
     one_pass, *_ = run_on_ranks(2, bytes_of_a_step, flat, [1])
     assert one_pass["reduce"] / two_passes["reduce"] == pytest.approx(0.5, rel=TOLERANCE)
+
+
+def bytes_of_steps(setup: Setup, samples: list[list[int]], learning: int) -> Counter[str]:
+    """What a step sends once DeepSpeed has learned the order of fetches, on average."""
+    training = Training(setup)
+    training.follow(samples[:learning])
+    with Traffic() as traffic:
+        training.follow(samples[learning:])
+    return Counter({kind: total // (len(samples) - learning) for kind, total in traffic.bytes.items()})
+
+
+SHARDED = {
+    "everything gathered once": {},
+    "gathered again for backward": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
+    "some of it gathered again": {"stage3_prefetch_bucket_size": 90_000, "stage3_max_live_parameters": 250_000},
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_zero3_gathers_and_reduces_less(name: str) -> None:
+    """A fifth of the layers, drawn at random: at most 0.70 of what dense SAM sends."""
+    settings = Setup(engine="zero3").zero_optimization(stage3_param_persistence_threshold=0, **SHARDED[name])
+    setup = Setup(
+        engine="zero3",
+        deepspeed={"zero_optimization": settings},
+        model={"num_blocks": 10, "hidden": 64},
+        slsam=EQUAL_LAYERS,
+    )
+    drawn = random.Random(1)
+    samples = [sorted(drawn.sample(range(10), 2)) for _ in range(60)]
+    sparse, *_ = run_on_ranks(2, bytes_of_steps, setup, samples, 40)
+    dense, *_ = run_on_ranks(2, bytes_of_steps, setup, [list(range(10))] * 6, 3)
+    assert sparse["reduce"] / dense["reduce"] == pytest.approx(0.2, rel=TOLERANCE)
+    assert sparse.total() / dense.total() <= 0.70
+
+
+def test_zero3_reduces_once_per_window() -> None:
+    one, three = (
+        run_on_ranks(2, bytes_of_a_step, Setup(engine="zero3", accumulation=length, slsam=EQUAL_LAYERS), [1, 3])[0]
+        for length in (1, 3)
+    )
+    assert one["reduce"] == three["reduce"]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import slsam_ds
-from tests.distributed.training import ADAMW, Setup, Training, follow_reference, max_error, whole
+from tests.distributed.training import ADAMW, ALSO_OFFLOADED, Setup, Training, follow_reference, max_error, whole
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 
-STAGES = ["zero1", "zero2", "zero3"]
+STAGES = ["zero1", "zero2", "zero3", *ALSO_OFFLOADED]
 TOLERANCE = 1e-6
 
 

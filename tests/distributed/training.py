@@ -17,6 +17,7 @@ from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.reference import Reference
 
 ALSO_ZERO1 = pytest.param("zero1", marks=pytest.mark.slow)
+ALSO_OFFLOADED = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")]
 """Our code is the same for stages 1 and 2: what `make test` shows for 2 is shown for 1 by `make test-slow`."""
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
@@ -28,7 +29,8 @@ class Setup:
     """What is trained, and inside which engine.
 
     Attributes:
-        engine: "local" (single device or replicated), "fsdp2", "zero1", "zero2" or "zero3".
+        engine: "local" (single device or replicated), "fsdp2", "zero1", "zero2", "zero3",
+            "zero2_offload" (optimizer) or "zero3_offload" (optimizer and parameters, to the CPU).
         accumulation: Micro-batches per window.
         dtype: Of the weights.
         clip: Largest gradient norm; 0: any.
@@ -74,10 +76,23 @@ class Setup:
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.clip,
             "bf16": {"enabled": self.dtype == torch.bfloat16},
-            "zero_optimization": {"stage": int(self.engine[-1]), "overlap_comm": False},
+            "zero_optimization": self.zero_optimization(),
+            "zero_force_ds_cpu_optimizer": False,  # a torch optimizer will do, where it is offloaded
             "slsam": dict(self.slsam),
             **self.deepspeed,
         }
+
+    def zero_optimization(self, **settings: Any) -> dict[str, Any]:
+        """DeepSpeed's section of that name; with stage 3, the norms are small enough to stay gathered."""
+        stage = int(self.engine[len("zero")])
+        section: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+        if stage == 3:
+            section["stage3_param_persistence_threshold"] = 100
+        if self.engine.endswith("_offload"):
+            section["offload_optimizer"] = {"device": "cpu"}
+            if stage == 3:
+                section["offload_param"] = {"device": "cpu"}
+        return section | settings
 
 
 class Training:
