@@ -163,8 +163,11 @@ def build_engine(
         trained = list(model_parameters) if model_parameters is not None else _trained_parameters(layer_map)
         model_parameters = split_param_groups(trained, layer_map)
         if optimizer is None and "optimizer" not in config:
-            logger.info("no optimizer given: torch.optim.AdamW with lr=%g", _DEFAULT_LEARNING_RATE)
-            optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
+            logger.info("no optimizer given: AdamW with lr=%g", _DEFAULT_LEARNING_RATE)
+            if _offloads_optimizer(config):  # torch's would be slow on the CPU, DeepSpeed has one of its own
+                config["optimizer"] = {"type": "AdamW", "params": {"lr": _DEFAULT_LEARNING_RATE, "weight_decay": 0.01}}
+            else:
+                optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
     return deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -173,6 +176,11 @@ def build_engine(
         config=config,
         **kwargs,
     )
+
+
+def _offloads_optimizer(config: Mapping[str, Any]) -> bool:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 def _trained_parameters(layer_map: LayerMap) -> list[nn.Parameter]:

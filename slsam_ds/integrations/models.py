@@ -34,7 +34,8 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype) -> tuple[PreTraine
         if tokenizer.eos_token_id is None:
             raise UsageError(f"{tokenizer.name_or_path}: its tokenizer has neither a padding nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so the token does not matter
-    num_rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    num_rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor where it partitions
     if len(tokenizer) > num_rows:
         raise UsageError(
             f"{tokenizer.name_or_path}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for "
