@@ -17,8 +17,8 @@ from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.reference import Reference
 
 ALSO_ZERO1 = pytest.param("zero1", marks=pytest.mark.slow)
-ALSO_OFFLOADED = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")]
 """Our code is the same for stages 1 and 2: what `make test` shows for 2 is shown for 1 by `make test-slow`."""
+ALSO_OFFLOADED = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")]
 
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
 # A larger eps than Adam's own: a smaller one turns rounding noise into moves of ±lr where a gradient is nearly zero.
