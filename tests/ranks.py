@@ -20,7 +20,7 @@ class RankFailedError(AssertionError):
     """A rank raised or did not finish."""
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh gloo group.
 
     Args:
