@@ -19,7 +19,6 @@ from slsam_ds.integrations.rows import read_files, read_named
 from slsam_ds.integrations.settings import Settings
 from slsam_ds.integrations.usage import refusals, say, together
 from slsam_ds.records import LAYERS_FILE, read_steps
-from slsam_ds.slsam import map_layers
 
 _NUM_DEMO_VALIDATION = 64
 
@@ -62,11 +61,9 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 for samples in (training, validation)
             ]
 
-    def build() -> tuple[SLSAMTrainer, int]:
+    def build() -> SLSAMTrainer:
         args.eval_on_start = held_out is not None
         with refusals(ValueError):
-            num_arms = len(map_layers(model, settings.slsam))
-            settings.slsam.num_active(num_arms)  # refuses more than there are
             trainer = SLSAMTrainer(
                 model=model,
                 args=args,
@@ -76,17 +73,19 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 processing_class=tokenizer,
                 data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
             )
+            settings.slsam.num_active(len(trainer.layer_map))  # refuses more than there are
         if settings.checkpoint is not None:
             with refusals(ValueError, prefix="--resume_from_checkpoint "):
                 trainer.check_checkpoint(settings.checkpoint)
-        return trainer, num_arms
+        return trainer
 
     say("Reading data and model ...")
     training, validation = together(read)
     model, tokenizer, length = together(load)
     trained_on, held_out = together(encode)
-    trainer, num_arms = together(build)
+    trainer = together(build)
     name = settings.model.model_name_or_path or demo.MODEL_TITLE
+    num_arms = len(trainer.layer_map)
     num_active = settings.slsam.num_active(num_arms)
     ranks = f"{args.world_size} rank{'s' if args.world_size > 1 else ''}"
     say(f"Model: {name}; {model.num_parameters():,} weights, {num_active} of {num_arms} layers per step, on {ranks}")
@@ -125,13 +124,13 @@ def read_samples(data: DataArguments) -> tuple[Samples, Samples | None]:
 def train(trainer: SLSAMTrainer, settings: Settings) -> None:
     """Train, save, and print what happened."""
     trainer.train(resume_from_checkpoint=settings.checkpoint)
+    trainer.save_model()
     held_out = None
     if trainer.eval_dataset is not None:
         after = trainer.evaluate()["eval_loss"]
         # Measured at the start; a resumed run finds it in the history that its checkpoint brought.
         before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
         held_out = (before, after)
-    trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         output_dir = trainer.args.output_dir

@@ -68,6 +68,13 @@ class SLSAMMixin(_TrainerMethods):
         self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
 
+    @property
+    def layer_map(self) -> LayerMap:
+        """The model's arms; found once per model, because a step leaves only its own trainable."""
+        if self._mapped is None or self._mapped[0] is not self.model:  # `model_init` makes another
+            self._mapped = (self.model, map_layers(self.model, self.slsam_config))
+        return self._mapped[1]
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, once the checkpoint to resume from is known to fit.
 
@@ -85,11 +92,11 @@ class SLSAMMixin(_TrainerMethods):
         Raises:
             ValueError: It was saved with another model, by another number of ranks, or with other knobs.
         """
-        check_state(folder, self._map_layers(), self.slsam_config, self._setup())
+        check_state(folder, self.layer_map, self.slsam_config, self._setup())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, its parameter groups split by layer."""
-        layer_map = self._map_layers()
+        layer_map = self.layer_map  # first: it freezes what the optimizer should not get to see
         optimizer = super().create_optimizer(*args, **kwargs)
         if isinstance(optimizer, DummyOptim):  # the DeepSpeed JSON brings the optimizer
             optimizer.params = split_param_groups([p for p in self.model.parameters() if p.requires_grad], layer_map)
@@ -104,6 +111,7 @@ class SLSAMMixin(_TrainerMethods):
         return self._window, num_items_in_batch
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
+        """What the trainer logs. By the time it asks, the gradients are gone."""
         return self._grad_norm
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -120,6 +128,7 @@ class SLSAMMixin(_TrainerMethods):
         trained = model if self.is_deepspeed_enabled else self.model
 
         def forward_backward(micro_batch: Any) -> Tensor:
+            # A copy, because `compute_loss` may take entries out of the batch, which passes here twice.
             return stock_training_step(trained, copy.copy(micro_batch), num_items_in_batch)
 
         assert self.slsam is not None
@@ -134,17 +143,11 @@ class SLSAMMixin(_TrainerMethods):
         """What a checkpoint depends on: with another world size or dtype, DeepSpeed looks for files of other names."""
         return {"world_size": self.args.world_size, "bf16": self.args.bf16} if self.is_deepspeed_enabled else {}
 
-    def _map_layers(self) -> LayerMap:
-        """The arms; found once per model, because a step leaves only its own trainable."""
-        if self._mapped is None or self._mapped[0] is not self.model:  # `model_init` makes another
-            self._mapped = (self.model, map_layers(self.model, self.slsam_config))
-        return self._mapped[1]
-
     def _begin_slsam(self, total_steps: int) -> None:
         """Build SL-SAM around the prepared engine, and continue where the checkpoint left off."""
         if self.is_deepspeed_enabled:
             self.slsam = SLSAM(
-                self.model_wrapped, None, self.slsam_config, layer_map=self._map_layers(), total_steps=total_steps
+                self.model_wrapped, None, self.slsam_config, layer_map=self.layer_map, total_steps=total_steps
             )
             self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
         else:

@@ -1,5 +1,6 @@
 """Everything the command line and the DeepSpeed JSON say, checked as far as possible without model and data."""
 
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -147,4 +148,10 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
     for name in ("trainer_state.json", STATE_FILE):
         if not Path(asked, name).is_file():
             raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
+    with refusals(ValueError, KeyError, prefix=f"--resume_from_checkpoint {asked}: trainer_state.json: "):
+        num_steps = json.loads(Path(asked, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
+        raise UsageError(
+            f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"
+        )
     return str(asked)

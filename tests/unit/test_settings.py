@@ -9,6 +9,7 @@ import torch
 from slsam_ds.integrations.arguments import ModelArguments, build_parser
 from slsam_ds.integrations.models import choose_max_length, load_model
 from slsam_ds.integrations.settings import read_settings
+from slsam_ds.integrations.trainer_state import STATE_FILE
 from slsam_ds.integrations.usage import UsageError, together
 from tests.models import tiny_llama
 from tests.tokenizers import tiny_tokenizer
@@ -147,8 +148,8 @@ def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
         ),
         ({"zero_optimization": {"stage": 2, "qqqqq": 1}}, "zero_optimization.qqqqq: unknown key; remove it"),
         (
-            {"zero_optimization": {"stage": 2, "cpu_offload": True}},
-            "zero_optimization.offload_optimizer.device=cpu: not supported yet",
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+            "zero_optimization.offload_optimizer.device=nvme: not supported yet; use cpu",
         ),
         ({"bf16": {"enabld": True}}, "bf16.enabld: unknown key; did you mean 'enabled'?"),
         ({"slsm": {"rho": 0.1}}, "slsm: unknown key; did you mean 'slsam'?"),
@@ -167,6 +168,22 @@ def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
         read_settings(["--deepspeed", str(tmp_path / "nothing.json")])
     with pytest.raises(UsageError, match="--deepspeed and --fsdp exclude each other"):
         read_settings(["--deepspeed", ZERO2, "--fsdp"])
+
+
+def test_checkpoint_is_resumed_only_where_steps_are_left(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / STATE_FILE).write_text("{}")
+    flags = ["--deepspeed", ZERO2, "--output_dir", str(tmp_path), "--resume_from_checkpoint"]
+    for text, sentence in [("{", "trainer_state.json: "), ("{}", "trainer_state.json: 'global_step'")]:
+        (checkpoint / "trainer_state.json").write_text(text)
+        with pytest.raises(UsageError, match=sentence):
+            read_settings([*flags, str(checkpoint)])
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
+    for asked in (str(checkpoint), "true"):
+        assert read_settings([*flags, asked, "--max_steps", "5"]).checkpoint == str(checkpoint)
+        with pytest.raises(UsageError, match=r"--max_steps 4: nothing left to do, .*checkpoint-4 is of step 4"):
+            read_settings([*flags, asked, "--max_steps", "4"])
 
 
 def test_help_is_short_and_ours_comes_first() -> None:
