@@ -83,11 +83,21 @@ class Prefix:
             watch.remove()
             self.watched |= watch.alarmed
 
+    def reusable(self, micro_batch: int) -> bool:
+        """Whether what the blocks put out was kept and may be handed on. Local: ranks may differ in it."""
+        kept = self._kept.get(micro_batch)
+        return bool(kept) and not self.watched and all(call.intact for call in kept or ())
+
+    def forget(self, micro_batch: int) -> None:
+        """Run the blocks on this micro-batch again."""
+        self._kept.pop(micro_batch, None)
+
     @contextlib.contextmanager
     def reused(self, micro_batch: int) -> Iterator[None]:
         """Within, the model's runs on this micro-batch start above the blocks, if what they put out was kept."""
+        reusable = self.reusable(micro_batch)
         kept = self._kept.pop(micro_batch, [])
-        if self.watched or not kept or not all(call.intact for call in kept):
+        if not reusable:
             yield
             return
         calls = _Calls(kept)

@@ -161,6 +161,7 @@ class _Run:
         prefix: Prefix | None,
     ) -> None:
         self._engine, self._plan, self._forward_backward = engine, plan, forward_backward
+        self._prefix = prefix
         self._keep, self._reuse = (prefix.kept, prefix.reused) if prefix is not None else (_as_it_is, _as_it_is)
         self._check_agreement = engine.ranks.agree(plan.claims)
         self._num_left = num_micro_batches  # of the descent
@@ -177,7 +178,9 @@ class _Run:
         if plan.scope == "global":
             loss = self._forward_backward_all(part, self._keep, num_left=len(part))
             self._ascent_loss += loss
-            return self._reduce(plan.perturbed, loss)
+            ascent = self._reduce(plan.perturbed, loss, self._reusable(len(part)))
+            self._agree_on_prefix(ascent.extra)
+            return ascent
         with engine.local_gradients() as shards:
             loss = self._forward_backward_all(part, self._keep, num_left=len(part))
         sq_norms = local_sq_norms(shards, plan.perturbed, rank=engine.ranks.rank, device=engine.device)
@@ -241,6 +244,18 @@ class _Run:
             with around(self._num_left - number):
                 local_loss += self._forward_backward(micro_batch)
         return local_loss
+
+    def _reusable(self, num_micro_batches: int) -> Tensor:
+        """1 for each micro-batch whose prefix this rank could reuse, else 0. Shape (num_micro_batches,), float64."""
+        prefix, numbers = self._prefix, range(num_micro_batches)
+        flags = [prefix is not None and prefix.reusable(number) for number in numbers]
+        return torch.tensor(flags, dtype=torch.float64, device=self._engine.device)
+
+    def _agree_on_prefix(self, num_ranks_able: Sequence[float]) -> None:
+        """Reuse what every rank kept: where weights are sharded, all must gather for the blocks, or none."""
+        for number, num_ranks in enumerate(num_ranks_able):
+            if self._prefix is not None and num_ranks < self._engine.ranks.world_size:
+                self._prefix.forget(number)
 
     def _reduce(self, arms: tuple[int, ...], local_loss: Tensor, extra: Tensor | None = None) -> _Gradient:
         """One reduction of the gradients, one all-reduce of their statistics and whatever else there is to add up."""

@@ -38,7 +38,7 @@ def test_a_longer_window_reduces_no_more(engine: str) -> None:
         run_on_ranks(2, bytes_of_a_step, Setup(engine=engine, accumulation=length, slsam=EQUAL_LAYERS), [1, 3])[0]
         for length in (1, 3)
     ]
-    assert per_length[0] == per_length[1]
+    assert per_length[0] == pytest.approx(per_length[1], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("scope", ["rank", "micro_batch"])
@@ -97,4 +97,4 @@ def test_zero3_reduces_once_per_window() -> None:
         run_on_ranks(2, bytes_of_a_step, Setup(engine="zero3", accumulation=length, slsam=EQUAL_LAYERS), [1, 3])[0]
         for length in (1, 3)
     )
-    assert one["reduce"] == three["reduce"]
+    assert one["reduce"] == pytest.approx(three["reduce"], rel=TOLERANCE)

@@ -181,6 +181,30 @@ def test_whole_gradients_do_not_pile_up(accumulation: int) -> None:
     assert run_on_ranks(2, whole_gradients, Setup(engine="zero3", accumulation=accumulation))[0] == [0] * 4
 
 
+def keep_less(setup: Setup) -> tuple[dict[str, Tensor], list[int]]:
+    """Ranks that may keep hidden states of two micro-batches, and of none or one."""
+    from slsam_ds import prefix
+
+    training = Training(setup)
+    room = 2 - training.rank
+    prefix.Prefix.__init__.__kwdefaults__["max_bytes"] = room * 2 * 12 * 32 * 4
+    runs, block = [0], training.model.get_submodule("model.layers.0")
+    block.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    for step in (1, 2, 3):
+        training.step(training.window(step), active=[4, 5])
+    return training.weights(), runs
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_ranks_reuse_the_same_prefixes(engine: str) -> None:
+    """Else one would gather for blocks that another leaves out, and wait for ever."""
+    setup = Setup(engine=engine, accumulation=3)
+    expected, _ = follow_reference(setup, 2, [[4, 5]] * 3)
+    for weights, runs in run_on_ranks(2, keep_less, setup):
+        assert max_error(weights, expected) <= TOLERANCE
+        assert runs == [3 * (3 + 2)]  # three ascend, and two of them run the blocks again
+
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "overlapped": {"overlap_comm": True},
     "no prefetch": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
