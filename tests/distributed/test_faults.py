@@ -11,7 +11,7 @@ from slsam_ds import RanksDisagreeError
 from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training, follow_reference, max_error
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
+ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", pytest.param("zero3", marks=pytest.mark.slow), *ALSO_OFFLOADED]
 
 
 def spoil(

@@ -15,7 +15,7 @@ from tests.distributed.training import ADAMW, ALSO_ZERO1, Setup, Training, max_e
 from tests.models import window
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"]
+ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", pytest.param("zero3", marks=pytest.mark.slow)]
 TOLERANCE = 1e-6  # as against the reference: sums are taken in another order
 SAMPLES = ([0], [2], [1, 3], [0, 1, 2, 3], [3], [0, 2])
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
