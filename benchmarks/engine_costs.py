@@ -17,7 +17,7 @@ from tests.distributed.training import Setup, Training
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
 
-ENGINES = ("local", "zero1", "zero2", "zero3", "fsdp2")
+ENGINES = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 QUANTITIES = ("reduce", "gather", "gradients", "activations")
 
 

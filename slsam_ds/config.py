@@ -67,13 +67,16 @@ class SLSAMConfig:
     """How the perturbation reaches low-precision weights."""
 
     prefix_reuse: bool | Literal["auto"] = "auto"
-    """Start the descent forward at the lowest active layer. "auto" uses it where it pays (nowhere yet)."""
+    """Start the descent forward at the lowest active layer. "auto" uses it wherever it is exact."""
 
     other_parameters: OtherParameters = "arms"
     """Embeddings, final norm and head: one arm before and one after the blocks, trained every step, or frozen."""
 
     layers: tuple[str, ...] | None = None
     """Module paths or regular expressions over parameter names, one per arm. None: found from the model's structure."""
+
+    offload_optimizer_state: bool = False
+    """Keep the optimizer's state of a layer on the CPU between the steps that select it."""
 
     seed: int = 0
     """Seed of the selection and of stochastic rounding."""

@@ -38,8 +38,12 @@ def rounding_generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16, up or down with probability proportional to nearness: exact in expectation.
+# How many of float32's bits a dtype lacks at the lower end.
+_BITS_CUT = {torch.bfloat16: 16, torch.float16: 13}
+
+
+def stochastic_round(values: Tensor, generator: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Round float32 to a dtype of 16 bits, up or down with probability proportional to nearness: exact in expectation.
 
     A perturbation is per element far below half a bf16 ulp of a typical weight: rounding to nearest loses a quarter of
     it at 1e7 parameters and half at 5e7, stochastic rounding loses nothing.
@@ -47,15 +51,17 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     Args:
         values: float32, any shape, finite.
         generator: On the device of `values`.
+        dtype: bfloat16 or float16.
 
     Returns:
-        bfloat16 of the same shape.
+        `dtype`, of the same shape. float16 below its normal range (6e-5) is rounded to the nearest, 3e-8 away at most.
     """
-    # bf16 is the upper half of a float32: adding uniform noise below the cut and truncating rounds up with the right
-    # probability, and carries into the exponent where it must.
+    # Both keep the upper bits of a float32's mantissa: adding uniform noise below the cut and truncating rounds up with
+    # the right probability, and carries into the exponent where it must.
+    cut = 2 ** _BITS_CUT[dtype]
     bits = values.contiguous().view(torch.int32)
-    noise = torch.randint(0, 2**16, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return (bits + noise).bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+    noise = torch.randint(0, cut, bits.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return (bits + noise).bitwise_and_(-cut).view(torch.float32).to(dtype)
 
 
 def perturb_(
@@ -72,14 +78,14 @@ def perturb_(
 
     Stochastic rounding starts from the value that forward reads, so an element without gradient does not move;
     rounding to nearest starts from the master weight, without which ε would vanish below half an ulp. A float32 weight
-    that forward reads as bfloat16 is written on the bfloat16 grid, which the later cast keeps as it is.
+    that forward reads with 16 bits is written on their grid, which the later cast keeps as it is.
 
     Args:
-        weight: What forward reads, or casts to `read_dtype` and reads. float32 or bfloat16, 1-D.
+        weight: What forward reads, or casts to `read_dtype` and reads. float32, bfloat16 or float16, 1-D.
         master: The same elements in full precision (may be `weight` itself, or on another device). 1-D.
         gradient: The same elements of the ascent gradient, on any device. 1-D.
-        scale: rho / global gradient norm.
-        rounding: How ε reaches weights that forward reads as bfloat16; float32 needs none.
+        scale: rho / global gradient norm, over the loss scale where the gradient has one.
+        rounding: How ε reaches weights that forward reads with 16 bits; float32 needs none.
         generator: Source of the rounding noise, on the device of `weight`.
         read_dtype: Dtype in which forward reads the weight; None: its own.
 
@@ -92,8 +98,8 @@ def perturb_(
     for weight_chunk, master_chunk, gradient_chunk in chunks:
         epsilon = gradient_chunk.to(weight.device, torch.float32) * scale
         before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
-        if read_dtype == torch.bfloat16 and rounding == "stochastic":
-            weight_chunk.copy_(stochastic_round(before + epsilon, generator))
+        if read_dtype in _BITS_CUT and rounding == "stochastic":
+            weight_chunk.copy_(stochastic_round(before + epsilon, generator, read_dtype))
         else:
             weight_chunk.copy_(master_chunk.to(weight.device, torch.float32) + epsilon)
         applied = weight_chunk.to(read_dtype).to(torch.float32) - before

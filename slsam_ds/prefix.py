@@ -38,6 +38,7 @@ class Prefix:
     Attributes:
         watched: Something else than the next block holds on to what one of these blocks computed (hidden states for a
             loss, attention maps, router logits): then they are run again after all.
+        handed_on: A descent has started above the blocks.
     """
 
     def __init__(self, stack: nn.Module, depth: int, *, max_bytes: int = _MAX_BYTES) -> None:
@@ -45,7 +46,7 @@ class Prefix:
         self._bytes_left = max_bytes
         # One entry per call of the model: a loss may run it more than once on a micro-batch.
         self._kept: defaultdict[int, list[_Kept]] = defaultdict(list)
-        self.watched = False
+        self.watched = self.handed_on = False
 
     @classmethod
     def below(cls, layer_map: LayerMap, arms: Collection[int]) -> "Prefix | None":
@@ -100,6 +101,7 @@ class Prefix:
         if not reusable:
             yield
             return
+        self.handed_on = True
         calls = _Calls(kept)
         blocks = dict(list(self._stack._modules.items())[: self._depth])
         for number, (name, block) in enumerate(blocks.items(), start=1):

@@ -25,7 +25,8 @@ class Shard:
         arm: The arm it belongs to.
         weight: What forward reads, or is cast from; writable in place. In its own dtype.
         master: The same elements in full precision; `weight` itself where there is no master copy.
-        gradient: Mean gradient over the window and all ranks. What a torch optimizer will read, writable in place.
+        gradient: Mean gradient over the window and all ranks, times the engine's `loss_scale`. What the optimizer will
+            read, writable in place.
         owner: The rank that speaks for these elements in sums over ranks. Sharded: this rank. Replicated: one rank
             for all, so that nothing is counted twice and every replica draws the same rounding noise.
         read_dtype: What forward casts `weight` to on its way; None: it reads `weight` as it is.
@@ -63,7 +64,14 @@ class RanksDisagreeError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Where shards live and what must travel, for one sharding regime."""
+    """Where shards live and what must travel, for one sharding regime.
+
+    Attributes:
+        optimizer_state_home: Where the optimizer's state of a layer waits until the layer is selected again; None: it
+            stays where it was made.
+    """
+
+    optimizer_state_home: torch.device | None
 
     @property
     def ranks(self) -> Ranks:
@@ -88,6 +96,11 @@ class Engine(Protocol):
     @property
     def may_skip_modules(self) -> bool:
         """Whether a forward may leave out modules that an earlier one ran."""
+        ...
+
+    @property
+    def loss_scale(self) -> float:
+        """What `backward` multiplies losses by (float16): gradients are this many times too large. Fixed in a step."""
         ...
 
     def activate(self, arms: Collection[int] | None) -> None:

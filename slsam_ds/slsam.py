@@ -119,6 +119,8 @@ class SLSAM:
                 'sharded (ZeRO-3, FSDP), use "global"'
             )
         self.engine.activate(None)
+        if self.config.offload_optimizer_state:
+            self.engine.optimizer_state_home = torch.device("cpu")
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
@@ -174,7 +176,7 @@ class SLSAM:
         )
         prefix = Prefix.below(self.layers, plan.perturbed) if self._reuses_prefix and plan.rho > 0 else None
         outcome = take_step(self.engine, plan, window, forward_backward, prefix)
-        if prefix is not None and (prefix.watched or math.isnan(outcome.loss)):
+        if prefix is not None and (prefix.watched or (prefix.handed_on and math.isnan(outcome.loss))):
             self._give_up_prefix_reuse(prefix)
         self.num_steps = step
         if not outcome.skipped:

@@ -183,7 +183,7 @@ class _Run:
             return ascent
         with engine.local_gradients() as shards:
             loss = self._forward_backward_all(part, self._keep, num_left=len(part))
-        sq_norms = local_sq_norms(shards, plan.perturbed, rank=engine.ranks.rank, device=engine.device)
+        sq_norms = self._local_sq_norms(shards, plan.perturbed)
         if not (loss + sq_norms.sum()).isfinite():  # go nowhere, and let the descent's all-reduce tell the others
             loss, sq_norms = loss * math.nan, torch.zeros_like(sq_norms)
         self._ascent_loss += loss
@@ -262,10 +262,15 @@ class _Run:
         engine = self._engine
         self._check_agreement()
         shards = engine.reduce()
-        sq_norms = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
+        sq_norms = self._local_sq_norms(shards, arms)
         local = [local_loss[None] / engine.ranks.world_size, sq_norms, *([extra] if extra is not None else [])]
         loss, *rest = engine.ranks.all_reduce(torch.cat(local)).tolist()
         return _Gradient(shards, loss, dict(zip(arms, rest, strict=False)), tuple(rest[len(arms) :]))
+
+    def _local_sq_norms(self, shards: list[Shard], arms: tuple[int, ...]) -> Tensor:
+        engine = self._engine
+        scaled = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
+        return scaled / engine.loss_scale**2
 
     def _perturb(self, shard: Shard, scale: float, piece: int) -> None:
         engine, plan = self._engine, self._plan
@@ -274,7 +279,7 @@ class _Run:
             shard.weight,
             shard.master,
             shard.gradient,
-            scale=scale,
+            scale=scale / engine.loss_scale,
             rounding=plan.rounding,
             generator=generator,
             read_dtype=shard.read_dtype,

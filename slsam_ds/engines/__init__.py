@@ -1,6 +1,7 @@
 """One engine per sharding regime, chosen once, here. The only home of collectives and of DeepSpeed."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,13 +25,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
         from deepspeed.runtime.engine import DeepSpeedEngine
 
         if isinstance(model, DeepSpeedEngine):
-            if model.zero_optimization_stage() == 3:
-                from slsam_ds.engines.zero3 import ZeroStage3Engine
-
-                return ZeroStage3Engine(model, layer_map)
-            from slsam_ds.engines.zero12 import ZeroStage12Engine
-
-            return ZeroStage12Engine(model, layer_map)
+            return _select_deepspeed_engine(model, layer_map)
     if optimizer is None:
         raise ValueError("a module needs its optimizer: SLSAM(model, optimizer, config)")
     from torch.distributed.fsdp import FSDPModule  # half a second that `import slsam_ds` need not take
@@ -42,6 +37,22 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
     from slsam_ds.engines.local import LocalEngine
 
     return LocalEngine(optimizer, layer_map)
+
+
+def _select_deepspeed_engine(model: Any, layer_map: LayerMap) -> Engine:
+    from slsam_ds.engines.zero0 import ZeroStage0Engine
+    from slsam_ds.engines.zero3 import ZeroStage3Engine
+    from slsam_ds.engines.zero12 import ZeroStage12Engine
+
+    match int(model.zero_optimization_stage()):
+        case 0:
+            return ZeroStage0Engine(model, layer_map)
+        case 1 | 2:
+            return ZeroStage12Engine(model, layer_map)
+        case 3:
+            return ZeroStage3Engine(model, layer_map)
+        case stage:
+            raise ValueError(f"DeepSpeed ZeRO stage {stage}: not supported; use 0, 1, 2 or 3")
 
 
 def settle(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 from torch import nn
@@ -36,9 +36,10 @@ _SURELY = 0.8  # no other key that DeepSpeed 0.19 reads is so similar to one of 
 _MODELS: Mapping[str, type[DeepSpeedConfigModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
 }
 
-# The private structures that engines/zero12.py relies on were read in these versions.
+# The private structures that engines/zero*.py rely on were read in these versions.
 _OLDEST_DEEPSPEED = (0, 19, 8)
 _FIRST_UNKNOWN_DEEPSPEED = (0, 20)
 
@@ -87,15 +88,15 @@ def check_config(config: Mapping[str, Any]) -> None:
         if not isinstance(config.get(name, {}), Mapping):
             raise ValueError(f"{name}={config[name]!r}: expected a section, like {{...}}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ValueError(f"zero_optimization.stage={stage}: not supported yet; use 1, 2 or 3")
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
     parsed = {name: _parse_section(name, config.get(name, {})) for name in _MODELS}
     for name in ("offload_optimizer", "offload_param"):
         offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
         if offload is not None and offload.device not in ("none", "cpu"):
             raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; use cpu")
-    if config.get("fp16", {}).get("enabled") is True:
-        raise ValueError("fp16.enabled=true: not supported yet; use bf16 or float32")
+    if stage == 0 and config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("fp16.enabled=true: needs zero_optimization.stage 1, 2 or 3; or use bf16 or float32")
 
 
 def _refuse_misspelt(config: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """One device, or plain data parallelism: every rank holds whole weights and a whole optimizer."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -22,12 +22,11 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
 
     def reduce(self) -> list[Shard]:
         active = list(self._gradients())
-        self.ranks.average([gradient for _, _, gradient in active])
-        shards = []
-        for arm, parameter, gradient in active:
-            weight = parameter.detach().view(-1)
-            shards.append(Shard(arm, weight, weight, gradient.view(-1), owner=0))
-        return shards
+        self._average([gradient for _, _, gradient in active])
+        return [
+            Shard(arm, parameter.detach().view(-1), self._master(parameter), gradient.view(-1), owner=0)
+            for arm, parameter, gradient in active
+        ]
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [parameter for arm in arms for parameter in self._parameters[arm]]
@@ -37,3 +36,11 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
 
     def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters[arm])
+
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        """Mean over ranks, in place; the gradients of all that is active."""
+        self.ranks.average(gradients)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter in full precision, flat."""
+        return parameter.detach().view(-1)

@@ -1,10 +1,11 @@
 """Parameter groups by arm: so that an optimizer, a scheduler and a sharded engine can tell the layers apart."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slsam_ds.layers import LayerMap, split_param_groups
 
@@ -64,3 +65,38 @@ def scaled_learning_rates(param_groups: list[dict[str, Any]], scale: Mapping[int
     finally:
         for group, learning_rate in zip(param_groups, original, strict=True):
             group["lr"] = learning_rate
+
+
+def stepped_parameters(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> list[Tensor]:
+    """What the optimizer steps for these arms."""
+    return [parameter for group in optimizer.param_groups if group["arm"] in arms for parameter in group["params"]]
+
+
+@contextlib.contextmanager
+def state_fetched(
+    optimizer: torch.optim.Optimizer, stepped: Collection[Tensor], *, home: torch.device | None
+) -> Iterator[None]:
+    """Bring the state of what is stepped to where its parameters are, and all state home afterwards.
+
+    Args:
+        optimizer: The torch optimizer that steps.
+        stepped: The parameters it will step: a layer's moments come into being with its first step.
+        home: Where state waits; None: it stays where it is.
+    """
+    if home is None:
+        yield
+        return
+    for parameter in stepped:
+        _move(optimizer.state.get(parameter, {}), parameter.device)
+    try:
+        yield
+    finally:
+        for state in optimizer.state.values():  # all of it: a checkpoint may have been loaded
+            _move(state, home)
+
+
+def _move(state: MutableMapping[str, Any], device: torch.device) -> None:
+    for name, value in state.items():
+        # Step counters stay: torch keeps them where the kernel that reads them wants them.
+        if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
+            state[name] = value.to(device)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from slsam_ds.engines.param_groups import scaled_learning_rates
+from slsam_ds.engines.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS
@@ -20,6 +20,8 @@ class TorchOptimizerEngine:
     """
 
     may_skip_modules = True
+    loss_scale = 1.0
+    optimizer_state_home: torch.device | None = None
 
     def __init__(self, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
         self._optimizer = optimizer
@@ -49,7 +51,11 @@ class TorchOptimizerEngine:
         self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
     ) -> bool:
         if not skip:
-            with scaled_learning_rates(self._optimizer.param_groups, learning_rate_scale):
+            stepped = stepped_parameters(self._optimizer, arms)
+            with (
+                scaled_learning_rates(self._optimizer.param_groups, learning_rate_scale),
+                state_fetched(self._optimizer, stepped, home=self.optimizer_state_home),
+            ):
                 self._optimizer.step()
         self.discard()
         return not skip

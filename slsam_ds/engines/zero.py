@@ -6,8 +6,8 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 """
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -16,13 +16,13 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from slsam_ds.engines.param_groups import scaled_learning_rates
+from slsam_ds.engines.deepspeed_step import DeepSpeedStep, narrowed, overlaid
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Shard
 
 
-class ZeroEngine(ABC):
+class ZeroEngine(DeepSpeedStep):
     """SL-SAM's view of a DeepSpeedEngine with a ZeRO optimizer.
 
     A group is what the stage steps at once: an optimizer's parameter group, or a part of one.
@@ -65,6 +65,10 @@ class ZeroEngine(ABC):
     def sends_during_backward(self) -> bool:
         return self._reduces_every_micro_batch
 
+    @property
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
     def activate(self, arms: Collection[int] | None) -> None:
         wanted = set(self._groups_of) if arms is None else set(arms)
         for arm in wanted ^ self._active:
@@ -101,18 +105,6 @@ class ZeroEngine(ABC):
     @abstractmethod
     def publish(self, arms: Collection[int]) -> None: ...
 
-    def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
-    ) -> bool:
-        # One engine.step() per micro-batch, as in a stock loop, keeps DeepSpeed's counters, timers, monitor and
-        # scheduler at their usual meaning; only the last one is a boundary and steps the optimizer.
-        with boundary(self._engine, False):
-            for _ in range(num_micro_batches - 1):
-                self._engine.step()
-        with boundary(self._engine, True), self._sparse_optimizer_step(arms, learning_rate_scale, skip):
-            self._engine.step()
-        return not self._zero.overflow
-
     @abstractmethod
     def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
         """The parameters of each group."""
@@ -125,15 +117,11 @@ class ZeroEngine(ABC):
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:
         """This rank's pieces of a group whose gradient was reduced."""
 
-    @abstractmethod
-    def _after_step(self, groups: Sequence[int]) -> None:
-        """The optimizer has stepped these groups."""
-
     def _unsupported_features(self) -> dict[str, bool]:
         """DeepSpeed features that are not supported, by what people call them, and whether they are on."""
         engine, zero = self._engine, self._zero
         return {
-            "fp16": zero.dtype == torch.float16,
+            "torch_autocast with a gradient scaler": zero.torch_autocast_gradscaler is not None,
             "zero_optimization.zenflow": bool(zero.zenflow),
             "mixture-of-experts parameter groups": engine.has_moe_layers,
             "the Muon optimizer": "muon" in type(zero.optimizer).__name__.lower(),
@@ -216,91 +204,11 @@ class ZeroEngine(ABC):
         positions = getattr(zero, "grad_position", {})  # of a parameter: its group, and where in the group it is
         shown = {key: [place_of[group], *rest] for key, (group, *rest) in positions.items() if group in place_of}
         with (
-            _narrowed(zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
-            _narrowed(zero.optimizer, param_groups, lists=["param_groups"]),
-            replaced(zero, "grad_position", shown),
+            narrowed(zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
+            narrowed(zero.optimizer, param_groups, lists=["param_groups"]),
+            overlaid(zero, "grad_position", shown) if positions else contextlib.nullcontext(),
         ):
             yield
-
-    @contextlib.contextmanager
-    def _sparse_optimizer_step(
-        self, arms: Collection[int], learning_rate_scale: Mapping[int, float], skip: bool
-    ) -> Iterator[None]:
-        """Within, the `optimizer.step()` that engine.step() calls steps these arms alone, or reports an overflow.
-
-        Only that one call sees the view: the scheduler, which engine.step() advances right after, sees all groups.
-        """
-        zero = self._zero
-        stock_step = zero.step
-
-        def step(*args: Any, **kwargs: Any) -> None:
-            if skip:
-                _report_overflow(zero)
-                return
-            with self._only(arms), scaled_learning_rates(zero.optimizer.param_groups, learning_rate_scale):
-                stock_step(*args, **kwargs)
-            if not zero.overflow:
-                self._after_step(self._groups(arms))
-
-        zero.step = step
-        try:
-            yield
-        finally:
-            zero.step = stock_step
-
-
-@contextlib.contextmanager
-def _narrowed(holder: Any, keep: Sequence[int], *, lists: Sequence[str], dicts: Sequence[str] = ()) -> Iterator[None]:
-    """Within, these containers of `holder` have only the entries `keep`, renumbered from 0.
-
-    Entries rebound inside are carried back into the original containers, which others hold on to.
-    """
-    whole_lists = {name: getattr(holder, name) for name in lists}
-    whole_dicts = {name: getattr(holder, name) for name in dicts}
-    try:
-        for name, whole in whole_lists.items():
-            setattr(holder, name, [whole[group] for group in keep])
-        for name, whole in whole_dicts.items():
-            setattr(holder, name, {place: whole[group] for place, group in enumerate(keep) if group in whole})
-        yield
-    finally:
-        for name, whole in whole_lists.items():
-            for group, value in zip(keep, getattr(holder, name), strict=True):
-                whole[group] = value
-            setattr(holder, name, whole)
-        for name, whole in whole_dicts.items():
-            shown = getattr(holder, name)
-            for place, group in enumerate(keep):
-                if place in shown:
-                    whole[group] = shown[place]
-                else:
-                    whole.pop(group, None)
-            setattr(holder, name, whole)
-
-
-@contextlib.contextmanager
-def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
-    """Within, another value of an attribute; one that is not there stays away."""
-    if name not in vars(holder):
-        yield
-        return
-    stock = vars(holder)[name]
-    try:
-        setattr(holder, name, value)
-        yield
-    finally:
-        setattr(holder, name, stock)
-
-
-@contextlib.contextmanager
-def boundary(engine: DeepSpeedEngine, is_boundary: bool) -> Iterator[None]:
-    """Within, DeepSpeed takes this for the last micro-batch of its window, or for another one."""
-    previous = engine._is_gradient_accumulation_boundary  # may be None: DeepSpeed counts by itself
-    try:
-        engine.set_gradient_accumulation_boundary(is_boundary)
-        yield
-    finally:
-        engine.set_gradient_accumulation_boundary(previous)
 
 
 @contextlib.contextmanager
@@ -317,10 +225,3 @@ def _reduction_held(engine: DeepSpeedEngine) -> Iterator[None]:
     finally:
         engine.optimizer._coalesce_grad_reduction = False
         engine.inside_no_sync_ctxt = False
-
-
-def _report_overflow(zero: Any) -> None:
-    """What `step` leaves behind when it finds an overflow: the engine counts a skipped step, the scheduler waits."""
-    zero.overflow = True
-    zero._global_grad_norm = float("inf")
-    zero.zero_grad(set_to_none=True)

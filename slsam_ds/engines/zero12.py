@@ -130,16 +130,17 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         finally:
             self._zero._hp_optimizer_states_linked = linked
 
-    def _after_step(self, groups: Sequence[int]) -> None:
+    def _after_step(self, arms: Collection[int]) -> None:
         """Link each group's optimizer state to its parameters when it first exists.
 
         `_lazy_init_hp_params_optimizer_state` does it once for all groups at the first step, when most have no state
         yet; universal checkpoints and `safe_get_full_optimizer_state` would miss them.
         """
-        for group in set(groups) - self._linked:
+        groups = set(self._groups(arms))
+        for group in groups - self._linked:
             lazy_init_hp_params_optimizer_state(
                 self._zero.bit16_groups[group],
                 self._zero.single_partition_of_fp32_groups[group],
                 self._zero.optimizer.state,
             )
-        self._linked |= set(groups)
+        self._linked |= groups

@@ -15,8 +15,9 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from slsam_ds.engines.deepspeed_step import boundary, overlaid
 from slsam_ds.engines.placement import Sharded
-from slsam_ds.engines.zero import ZeroEngine, boundary, replaced
+from slsam_ds.engines.zero import ZeroEngine
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Shard
 
@@ -43,6 +44,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     per_group_dicts: Sequence[str] = ("averaged_gradients",)
 
     private = (
+        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
         "_coalesce_grad_reduction",
         "_get_fp32_grad_state_partition",
         "grad_position",
@@ -60,7 +62,8 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     sends_during_backward = True  # weights in every backward, gradients in the window's last
 
     def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
-        if getattr(engine.optimizer, "offload_optimizer", False):
+        self._offloaded = getattr(engine.optimizer, "offload_optimizer", False)
+        if self._offloaded:
             self.per_group_dicts = (*self.per_group_dicts, "subgroup_to_device")
         super().__init__(engine, layer_map)
         self._traces = _FetchTraces(engine)
@@ -74,8 +77,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         self._traces.use(None if arms is None else (lowest, self._num_passes))
         self._traces.fetch_after_writes()
         if arms is not None:
-            for parameter in self._parameters(arms):  # else one that takes no part would keep its last gradient
-                self._reduced_gradient(parameter).zero_()
+            self._clear_reduced(arms)  # else a parameter that takes no part would keep its last gradient
 
     def begin_micro_batch(self, *, last: bool) -> None:
         self._is_last_micro_batch = last
@@ -94,6 +96,8 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def discard(self) -> None:
         super().discard()
         self._zero.zero_grad()  # also makes the next reduction overwrite the partitions instead of adding to them
+        if self._num_passes > 0:
+            self._clear_reduced(self._active)
         for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
             bucket.clear_params()
         self._drop_gathered()
@@ -140,6 +144,14 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         """
         self._zero.empty_partition_cache()
 
+    def _clear_reduced(self, arms: Collection[int]) -> None:
+        """Zero these arms' averaged gradients, bad numbers of a lost step too: DeepSpeed looks for them in all arms."""
+        received = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for parameter in self._parameters(arms):
+            self._reduced_gradient(parameter).zero_()
+            if self._offloaded:  # there it arrived, on its way to the host
+                received[self._zero.get_param_id(parameter)].zero_()
+
     def _grad_position(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         """Sub-group of a parameter, and where its shard lies in the sub-group's flat buffers: offset and length."""
         return self._zero.grad_position[self._zero.get_param_id(parameter)]
@@ -154,10 +166,14 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         param_group_of = [self._param_group(group) for group in self._groups(arms)]
         shown = sorted(set(param_group_of))
         renumbered = {place: shown.index(param_group) for place, param_group in enumerate(param_group_of)}
-        with super()._only(arms), replaced(self._zero, "sub_group_to_group_id", renumbered):
+        with super()._only(arms), overlaid(self._zero, "sub_group_to_group_id", renumbered):
             yield
 
-    def _after_step(self, groups: Sequence[int]) -> None:
+    def _stepped(self, arms: Collection[int]) -> list[Tensor]:
+        # A sub-group is in the inner optimizer only while DeepSpeed steps it. The list is a view of these arms now.
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def _after_step(self, arms: Collection[int]) -> None:
         """Nothing to link: DeepSpeed finds a parameter's optimizer state by its place in the flat buffers."""
 
 

@@ -152,7 +152,7 @@ class TrainingFlags(TrainingArguments):
 
 
 _USUAL_TRAINING_FLAGS = {
-    "deepspeed": ("JSON", "DeepSpeed configuration; ZeRO stage 1, 2 or 3. Without: every rank holds the whole model."),
+    "deepspeed": ("JSON", "DeepSpeed configuration, of any ZeRO stage. Without: every rank holds the whole model."),
     "fsdp": ("[True]", "In place of --deepspeed: shard the model by FSDP2."),
     "output_dir": ("DIR", "Model, checkpoints, slsam_layers.json and slsam_steps.jsonl."),
     "num_train_epochs": ("N", "Passes over the data."),

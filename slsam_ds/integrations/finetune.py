@@ -49,8 +49,9 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
             return read_samples(settings.data)
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-        # DeepSpeed keeps float32 masters of bf16 weights; FSDP2 and autocast cast float32 weights themselves.
-        dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32
+        # DeepSpeed keeps float32 masters of 16-bit weights; FSDP2 and autocast cast float32 weights themselves.
+        low_precision = torch.float16 if args.fp16 else torch.bfloat16
+        dtype = low_precision if args.deepspeed and (args.bf16 or args.fp16) else torch.float32
         model, tokenizer = load_model(settings.model, dtype)
         return model, tokenizer, choose_max_length(settings.data.max_length, model)
 

@@ -216,7 +216,7 @@ def _check_supported(trainer: Any) -> None:
         ValueError: Naming the setting and what to use.
     """
     if trainer.args.fp16:
-        raise ValueError("fp16=True: not supported; use bf16=True or float32")
+        raise ValueError("fp16=True: needs DeepSpeed, which scales the loss; or use bf16=True")
     if trainer.args.n_gpu > 1:
         raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:

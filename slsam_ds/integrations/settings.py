@@ -58,6 +58,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
     slsam = _read_slsam(given.deepspeed, given.slsam)
     if _is_demo(given):
         parser.set_defaults(**_demo_defaults(argv))
+    if given.fp16:
+        parser.set_defaults(bf16=False)
     with refusals(ValueError, ImportError, NotImplementedError, OSError):
         model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
     _check_training(training)
@@ -76,8 +78,8 @@ def _demo_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _check_combinations(given: Any) -> None:
-    if given.fp16:
-        raise UsageError("--fp16: not supported yet; use bf16 (the default), or --bf16 False for float32")
+    if given.fp16 and given.deepspeed is None:
+        raise UsageError("--fp16: needs --deepspeed, which scales the loss; or use bf16 (the default)")
     if given.train_file and given.dataset_name is not None:
         raise UsageError("--train_file and --dataset_name exclude each other: give one")
     if given.validation_file and _is_demo(given):

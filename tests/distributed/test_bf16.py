@@ -1,4 +1,4 @@
-"""bf16: the trajectory of a reference that rounds where the engine rounds; a perturbation that arrives whole."""
+"""bf16 and fp16: the trajectory of a reference that rounds where the engine rounds; perturbations that arrive whole."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,16 +7,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training, max_error
+from tests.distributed.training import (
+    ADAMW,
+    ALSO_OFFLOADED,
+    ALSO_ZERO1,
+    LOSS_SCALE_POWER,
+    Setup,
+    Training,
+    max_error,
+)
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 
 
 class RoundingReference:
-    """SL-SAM with bf16 weights under float32 masters, in one process. Shares no code with the package.
+    """SL-SAM with 16-bit weights under float32 masters, in one process. Shares no code with the package.
 
     The engine's perturbed weights are given to it and judged: whatever the noise, each must be a neighbour of w + ε.
-    AdamW is torch's: bf16 weights follow masters across rounding boundaries, so that a last bit decides.
+    AdamW is torch's: 16-bit weights follow masters across rounding boundaries, so that a last bit decides.
     """
 
     def __init__(self, setup: Setup, world_size: int) -> None:
@@ -26,18 +34,19 @@ class RoundingReference:
         self.arms = arms_of_llama(self.model)
         self.masters = {name: nn.Parameter(weight.float()) for name, weight in self.model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(self.masters.values(), **ADAMW)
+        self.loss_scale = 2**LOSS_SCALE_POWER if setup.dtype == torch.float16 else 1
 
     def gradient(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Each rank adds up its window in bf16, and the mean over ranks is taken in bf16 too."""
+        """Each rank adds up its window in 16 bits, and the mean over ranks is taken in 16 bits too."""
         total: dict[str, Tensor] = {}
         for rank in range(self.world_size):
             self.model.zero_grad()
             for batch in window(step, rank, self.setup.accumulation):
-                (self.model(**batch).loss / self.setup.accumulation).backward()
+                (self.model(**batch).loss / self.setup.accumulation * self.loss_scale).backward()
             for name in names:
                 share = self.model.get_parameter(name).grad / self.world_size
                 total[name] = total[name] + share if name in total else share
-        return {name: grad.float() for name, grad in total.items()}
+        return {name: grad.float() / self.loss_scale for name, grad in total.items()}
 
     def follow(self, step: int, sample: Sequence[int], perturbed: Mapping[str, Tensor]) -> None:
         names = [name for arm in sample for name in self.arms[arm]]
@@ -61,9 +70,10 @@ class RoundingReference:
 
 
 def assert_rounded(rounded: Tensor, exact: Tensor, *, ulps: float) -> None:
-    """Every bf16 value is within so many units in the last place of the exact one."""
-    exponent = torch.floor(torch.log2(exact.abs().clamp_min(1e-30)))
-    ulp = torch.finfo(torch.bfloat16).eps * torch.exp2(exponent)
+    """Every value is within so many units in the last place of the exact one."""
+    dtype = torch.finfo(rounded.dtype)
+    exponent = torch.floor(torch.log2(exact.abs().clamp_min(dtype.smallest_normal)))
+    ulp = dtype.eps * torch.exp2(exponent)
     float32_error = 1e-8  # of a sum of numbers around 0.1
     assert ((rounded.float() - exact).abs() <= ulps * ulp + float32_error).all()
 
@@ -86,9 +96,21 @@ def follow_bf16(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor], lis
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 3)])
-@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize("engine", ["zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, accumulation=accumulation, slsam={"rounding": rounding})
+    judge(setup, world_size)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+def test_forced_samples_in_float16(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
+    setup = Setup(engine=engine, dtype=torch.float16, accumulation=accumulation, slsam={"rounding": rounding})
+    judge(setup, world_size)
+
+
+def judge(setup: Setup, world_size: int) -> None:
     per_rank = run_on_ranks(world_size, follow_bf16, setup)
     live, masters, perturbed, _ = per_rank[0]
     for other in per_rank[1:]:
@@ -101,7 +123,7 @@ def test_forced_samples(engine: str, world_size: int, accumulation: int, roundin
     assert max_error(live, dict(reference.model.named_parameters())) == 0.0
 
 
-@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize("engine", ["zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_the_perturbation_arrives_whole(engine: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, model={"hidden": 64}, slsam={"rho": 0.02})
     *_, projections = run_on_ranks(2, follow_bf16, setup)[0]

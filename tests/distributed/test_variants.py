@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
-from tests.distributed.training import ADAMW, ALSO_ZERO1, Setup, Training, max_error
+from tests.distributed.training import ADAMW, ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error
 from tests.models import window
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO1, "zero2", pytest.param("zero3", marks=pytest.mark.slow)]
+ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3]
 TOLERANCE = 1e-6  # as against the reference: sums are taken in another order
 SAMPLES = ([0], [2], [1, 3], [0, 1, 2, 3], [3], [0, 2])
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -103,15 +103,16 @@ def on_engine(setup: Setup, engine: str) -> Setup:
     return dataclasses.replace(setup, engine=engine)
 
 
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_engine_trains_alike(variant: str, engine: str) -> None:
+def test_every_engine_trains_alike(variant: str, engine: str, world_size: int) -> None:
     setup, make_optimizer = VARIANTS[variant]
-    expected, judged = judge(setup, make_optimizer, world_size=2)
+    expected, judged = judge(setup, make_optimizer, world_size)
     assert (
         max_error(expected, {name: weight.detach() for name, weight in setup.build_model().named_parameters()}) > 1e-3
     )
-    per_rank = run_on_ranks(2, follow, on_engine(setup, engine), make_optimizer)
+    per_rank = run_on_ranks(world_size, follow, on_engine(setup, engine), make_optimizer)
     for weights, results in per_rank:
         assert max_error(weights, expected) <= TOLERANCE
         for result, other in zip(results, judged, strict=True):

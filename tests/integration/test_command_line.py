@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.command_line import NUM_STEPS, launch, make_flags, make_folder
+from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.models import NUM_BLOCKS, tiny_llama
 from tests.tokenizers import CHAT_TEMPLATE
 
@@ -113,7 +113,10 @@ def test_other_launchers_work(launcher: str, folder: Path) -> None:
     _weights(folder / f"out_{launcher}")
 
 
-@pytest.mark.parametrize("engine", [[], ["--fsdp"]], ids=["replicated", "fsdp2"])
+FSDP2 = ["--fsdp", "--fsdp_config", str(ROOT / "ds_configs" / "fsdp2.json")]
+
+
+@pytest.mark.parametrize("engine", [[], FSDP2], ids=["replicated", "fsdp2"])
 def test_it_trains_without_deepspeed(engine: list[str], folder: Path) -> None:
     output = f"out_without_{len(engine)}"
     flags = make_flags(folder, output, max_steps=2)

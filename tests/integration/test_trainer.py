@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
 from slsam_ds.records import read_steps
-from tests.distributed.training import ALSO_ZERO1, whole
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, whole
 from tests.models import arms_of_llama, micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -60,6 +60,7 @@ FSDP = {
 ENGINES: dict[str, dict[str, Any]] = {
     "none": {"deepspeed": None},
     "fsdp2": {"deepspeed": None, **FSDP},
+    "zero0": {"stage": 0},
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
 }
@@ -113,7 +114,7 @@ def train(output_dir: str, engine: str) -> tuple[dict[str, Tensor], list[Any], l
     return weights(trainer), trainer.windows, trainer.state.log_history, trainer.num_losses
 
 
-@pytest.mark.parametrize("engine", ["none", "fsdp2", ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", ["none", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2"])
 def test_it_follows_the_reference_and_records_every_step(engine: str, tmp_path: Path) -> None:
     per_rank = run_on_ranks(2, train, str(tmp_path), engine)
     (trained, windows, history, num_losses), (_, other_windows, *_) = per_rank
@@ -142,7 +143,7 @@ def train_halves(output_dir: str, engine: str, stop_at: int | None, resume: bool
     return weights(trainer)
 
 
-@pytest.mark.parametrize("engine", ["none", "fsdp2", ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", ["none", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2"])
 def test_resume_from_a_trainer_checkpoint_is_bit_identical(engine: str, tmp_path: Path) -> None:
     whole_run = run_on_ranks(2, train_halves, str(tmp_path / "whole"), engine, None, False)[0]
     run_on_ranks(2, train_halves, str(tmp_path / "halves"), engine, 4, False)  # dies after its checkpoint of step 3
@@ -165,6 +166,6 @@ def test_what_is_not_supported_is_refused_at_construction(tmp_path: Path) -> Non
     def message(world_size: int, **kwargs: Any) -> str:
         return run_on_ranks(world_size, functools.partial(build, **kwargs), str(tmp_path))[0]
 
-    assert "use bf16=True" in message(1, deepspeed=None, fp16=True)
+    assert "needs DeepSpeed" in message(1, deepspeed=None, fp16=True)
     assert "use_cpu=True" in message(2, use_cpu=False)
     assert "did you mean 'rho'?" in message(1, slsam={"rhoo": 0.1})

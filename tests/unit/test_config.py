@@ -58,6 +58,7 @@ BAD_VALUES = [
     ("layers", (), "[]", "name at least one layer, or null"),
     ("layers", "blocks", '"blocks"', "expected a list of strings or null"),
     ("layers", (1, 2), "[1, 2]", "expected a list of strings or null"),
+    ("offload_optimizer_state", "cpu", '"cpu"', "true or false"),
     ("seed", -1, "-1", "choose an integer from 0 to 2^63 - 1"),
     ("seed", 2**63, str(2**63), "choose an integer from 0 to 2^63 - 1"),
     ("seed", 0.5, "0.5", "expected an integer"),
@@ -98,6 +99,7 @@ ACCEPTED = [
     ("other_parameters", "always"),
     ("other_parameters", "freeze"),
     ("layers", ("model.layers.0", r"model\.layers\.(1|2)\..*")),
+    ("offload_optimizer_state", True),
     ("seed", 2**63 - 1),
 ]
 
@@ -155,6 +157,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "prefix_reuse": "auto",
         "other_parameters": "arms",
         "layers": None,
+        "offload_optimizer_state": False,
         "seed": 0,
     }
     assert SLSAMConfig.from_dict({}) == SLSAMConfig()

@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2: what raises no error when it goes wrong, and what users of a DeepSpeedEngine rely on."""
+"""DeepSpeed: what raises no error when it goes wrong, and what users of a DeepSpeedEngine rely on."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,21 @@ import torch
 from torch import Tensor, nn
 
 import slsam_ds
-from tests.distributed.training import ADAMW, ALSO_OFFLOADED, Setup, Training, follow_reference, max_error, whole
+from tests.distributed.training import (
+    ADAMW,
+    ALSO_OFFLOADED,
+    ALSO_ZERO1,
+    Setup,
+    Training,
+    follow_reference,
+    max_error,
+    whole,
+)
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 
-STAGES = ["zero1", "zero2", "zero3", *ALSO_OFFLOADED]
+SHARDED = [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
+STAGES = ["zero0", *SHARDED]
 TOLERANCE = 1e-6
 
 
@@ -61,7 +71,7 @@ def moments(setup: Setup, samples: list[list[int]]) -> dict[str, Tensor | None]:
     }
 
 
-@pytest.mark.parametrize("engine", STAGES)
+@pytest.mark.parametrize("engine", SHARDED)
 def test_optimizer_state_is_linked_when_a_layer_is_first_selected(engine: str) -> None:
     """DeepSpeed links all groups at the first step only; universal checkpoints read these links."""
     samples = [[1], [1, 4], [2]]
@@ -193,6 +203,32 @@ def test_float32_accumulation_of_bf16_gradients() -> None:
     weights, losses = run_on_ranks(2, accumulate_in_float32, setup)[0]
     assert max_error(weights, exact) < 0.01  # bf16 forward: it follows, roughly
     assert losses[-1] < losses[0]
+
+
+FUSED = {"optimizer": {"type": "AdamW", "params": dict(ADAMW)}}
+"""DeepSpeed's own AdamW, in whose wrapper master weights and gradients lie flat."""
+
+
+def follow_fused(setup: Setup) -> tuple[dict[str, Tensor], dict[int, int], str]:
+    model = setup.build_model()
+    engine, *_ = slsam_ds.initialize(model=model, config=setup.deepspeed_config())
+    for index, sample in enumerate(SAMPLES, start=1):
+        engine.train_step(window(index, torch.distributed.get_rank(), setup.accumulation), active=sample)
+    inner = engine.optimizer.optimizer
+    steps = {group["arm"]: int(inner.state[group["params"][0]]["step"]) for group in inner.param_groups}
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return weights, steps, type(engine.optimizer).__name__
+
+
+def test_stage_0_with_deepspeeds_fused_adam() -> None:
+    """Its state is made by a step on zeros, which must not count, and its norm's masks by its first step."""
+    setup = Setup(engine="zero0", dtype=torch.bfloat16, accumulation=2, deepspeed=FUSED)
+    torch_adam = Setup(engine="zero0", dtype=torch.bfloat16, accumulation=2)
+    expected = run_on_ranks(2, follow_live, torch_adam)[0]
+    weights, steps, wrapper = run_on_ranks(2, follow_fused, setup)[0]
+    assert wrapper == "FP16_Optimizer"
+    assert max_error(weights, expected) <= 0.002  # an ulp of bf16 where rounding differs
+    assert steps == {arm: sum(arm in sample for sample in SAMPLES) for arm in range(6)}
 
 
 def resume(setup: Setup, folder: str, stage: str) -> tuple[dict[str, Tensor], list[tuple[int, ...]], dict[str, Any]]:
