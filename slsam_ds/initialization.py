@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.metrics import step_metrics
 from slsam_ds.micro_batches import LossFunction
 from slsam_ds.slsam import SLSAM, StepResult, map_layers
 
@@ -29,8 +30,13 @@ class SLSAMEngine:
         loss_fn: LossFunction | None = None,
         active: Iterable[int] | None = None,
     ) -> StepResult:
-        """One optimizer step over a window of micro-batches; see `SLSAM.step`."""
-        return self.slsam.step(micro_batches, loss_fn, active)
+        """One optimizer step over a window of micro-batches; see `SLSAM.step`.
+
+        DeepSpeed's monitor, where one is configured, gets the loss and `slsam_ds.metrics` of every step.
+        """
+        result = self.slsam.step(micro_batches, loss_fn, active)
+        self._tell_monitor(result)
+        return result
 
     def save_checkpoint(
         self,
@@ -59,6 +65,17 @@ class SLSAMEngine:
             raise ValueError(f"{path}: holds no slsam state; it was not saved by slsam_ds")
         self.slsam.load_state_dict(state)
         return path, client_state
+
+    def _tell_monitor(self, result: StepResult) -> None:
+        engine = self._engine
+        if not engine.monitor.enabled or engine.global_rank != 0:
+            return
+        loss = result.loss if result.ascent_loss is None else result.ascent_loss  # at the weights, as everywhere else
+        metrics = {"train_loss": loss, **step_metrics(result.to_record(), self.slsam.layers.numels)}
+        # Named and counted as the engine's own events are.
+        engine.monitor.write_events(
+            [(f"Train/Samples/{name}", value, engine.global_samples) for name, value in metrics.items()]
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)

@@ -69,6 +69,11 @@ class LayerMap:
     def __getitem__(self, index: int) -> Layer:
         return self.layers[index]
 
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of weights of each arm, over all ranks."""
+        return tuple(layer.numel for layer in self.layers)
+
     def describe(self) -> list[dict[str, Any]]:
         """The arms as JSON-serialisable records: the contents of `slsam_layers.json`."""
         return [

@@ -43,6 +43,8 @@ class StepResult:
         perturbation_projection: That change along the one asked for: 1 where all of it arrived; None without one.
         skipped: A non-finite loss or gradient stopped the step; nothing changed.
         seconds: Wall-clock time of the step on this rank.
+        ascent_seconds: Of that, the ascent with its reduction.
+        descent_seconds: And the descent.
     """
 
     step: int
@@ -56,6 +58,8 @@ class StepResult:
     perturbation_projection: float | None
     skipped: bool
     seconds: float
+    ascent_seconds: float
+    descent_seconds: float
 
     def to_record(self) -> dict[str, Any]:
         """The line of `slsam_steps.jsonl`."""
@@ -71,6 +75,8 @@ class StepResult:
             "perturbation_projection": self.perturbation_projection,
             "skipped": self.skipped,
             "seconds": self.seconds,
+            "ascent_seconds": self.ascent_seconds,
+            "descent_seconds": self.descent_seconds,
         }
 
 
@@ -111,6 +117,7 @@ class SLSAM:
 
             regroup(optimizer, layer_map)
         self.layers = layer_map
+        self._fingerprint = layer_map.fingerprint()
         self.selector = make_selector(self.config, len(layer_map), total_steps=total_steps)
         self.engine = select_engine(model, optimizer, layer_map)
         if self.config.ascent_scope != "global" and not self.engine.replicated:
@@ -124,7 +131,7 @@ class SLSAM:
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
-        self._rewards = RewardScale(self.config.reward, [layer.numel for layer in layer_map])
+        self._rewards = RewardScale(self.config.reward, layer_map.numels)
 
     def step(
         self,
@@ -193,6 +200,8 @@ class SLSAM:
             perturbation_projection=outcome.perturbation_projection,
             skipped=outcome.skipped,
             seconds=time.perf_counter() - started,
+            ascent_seconds=outcome.ascent_seconds,
+            descent_seconds=outcome.descent_seconds,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,7 +212,7 @@ class SLSAM:
         return {
             "version": _STATE_VERSION,
             "step": self.num_steps,
-            "layers": self.layers.fingerprint(),
+            "layers": self._fingerprint,
             "selector": self.selector.state_dict(),
             "reward_maximum": self._rewards.maximum,
         }
@@ -216,7 +225,7 @@ class SLSAM:
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"slsam state version {state.get('version')!r}: expected {_STATE_VERSION}")
-        if state["layers"] != self.layers.fingerprint():
+        if state["layers"] != self._fingerprint:
             raise ValueError(
                 "the slsam state was saved for other layers (another model, other trainable parameters, or another "
                 "`layers` or `other_parameters` setting): resume with the setup of the saved run"
@@ -246,7 +255,7 @@ class SLSAM:
                 "the bandit's state": self.selector.state_dict(),
                 "the slsam settings": self.config.to_dict(),
                 "max_grad_norm": self._max_grad_norm,
-                "the model's layers": self.layers.fingerprint(),
+                "the model's layers": self._fingerprint,
                 "the micro-batches per step": window_length,
             },
         )

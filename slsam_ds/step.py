@@ -6,6 +6,7 @@ rho = 0 skips the ascent pass (AdamW with all arms, LISA with a uniform sample);
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class Outcome:
         perturbation_norm: Norm of the change really made to the weights; includes rounding noise.
         perturbation_projection: ⟨applied, ε⟩ / rho², 1 where the perturbation arrived whole; None without one.
         skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
+        ascent_seconds: Wall-clock time of the ascent on this rank, its reduction included.
+        descent_seconds: Likewise of the descent; 0 where it did not run.
     """
 
     loss: float
@@ -72,6 +75,8 @@ class Outcome:
     perturbation_norm: float = 0.0
     perturbation_projection: float | None = None
     skipped: bool = False
+    ascent_seconds: float = 0.0
+    descent_seconds: float = 0.0
 
 
 def take_step(
@@ -165,29 +170,38 @@ class _Run:
         self._keep, self._reuse = (prefix.kept, prefix.reused) if prefix is not None else (_as_it_is, _as_it_is)
         self._check_agreement = engine.ranks.agree(plan.claims)
         self._num_left = num_micro_batches  # of the descent
+        self._started = time.perf_counter()
+        self._ascent_seconds = self._descent_seconds = 0.0
         self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
         # ⟨applied, ε⟩, ‖applied‖² and the number of perturbations, each counted by the ranks it belongs to.
         self._applied = torch.zeros(3, dtype=torch.float64, device=engine.device)
 
     def ascend(self, part: Sequence[Any]) -> _Gradient | None:
         """The gradient at x to climb along; None where rho is 0."""
-        engine, plan = self._engine, self._plan
-        if plan.rho == 0:
+        if self._plan.rho == 0:
             return None
-        engine.activate(plan.perturbed)
-        if plan.scope == "global":
+        started = time.perf_counter()
+        self._engine.activate(self._plan.perturbed)
+        ascent = self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
+        self._ascent_seconds += time.perf_counter() - started  # numbers were read back: a GPU is done by now, too
+        return ascent
+
+    def _global_ascent(self, part: Sequence[Any]) -> _Gradient:
+        loss = self._forward_backward_all(part, self._keep, num_left=len(part))
+        self._ascent_loss += loss
+        ascent = self._reduce(self._plan.perturbed, loss, self._reusable(len(part)))
+        self._agree_on_prefix(ascent.extra)
+        return ascent
+
+    def _local_ascent(self, part: Sequence[Any]) -> _Gradient:
+        perturbed = self._plan.perturbed
+        with self._engine.local_gradients() as shards:
             loss = self._forward_backward_all(part, self._keep, num_left=len(part))
-            self._ascent_loss += loss
-            ascent = self._reduce(plan.perturbed, loss, self._reusable(len(part)))
-            self._agree_on_prefix(ascent.extra)
-            return ascent
-        with engine.local_gradients() as shards:
-            loss = self._forward_backward_all(part, self._keep, num_left=len(part))
-        sq_norms = self._local_sq_norms(shards, plan.perturbed)
+        sq_norms = self._local_sq_norms(shards, perturbed)
         if not (loss + sq_norms.sum()).isfinite():  # go nowhere, and let the descent's all-reduce tell the others
             loss, sq_norms = loss * math.nan, torch.zeros_like(sq_norms)
         self._ascent_loss += loss
-        return _Gradient(shards, 0.0, dict(zip(plan.perturbed, sq_norms.tolist(), strict=True)))
+        return _Gradient(shards, 0.0, dict(zip(perturbed, sq_norms.tolist(), strict=True)))
 
     @contextlib.contextmanager
     def perturbed(self, ascent: _Gradient | None) -> Iterator[None]:
@@ -219,7 +233,9 @@ class _Run:
     def reduce(self) -> _Gradient:
         """The window's descent gradient, and every statistic of the step, over all ranks."""
         local = torch.cat([self._applied, self._ascent_loss[None] / self._engine.ranks.world_size])
-        return self._reduce(self._plan.updated, self._descent_loss, local)
+        descent = self._reduce(self._plan.updated, self._descent_loss, local)
+        self._descent_seconds = time.perf_counter() - self._started - self._ascent_seconds
+        return descent
 
     def outcome(self, descent: _Gradient, *, skipped: bool) -> Outcome:
         """What to tell about a step whose numbers were all finite."""
@@ -232,6 +248,8 @@ class _Run:
             perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
             perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
             skipped=skipped,
+            ascent_seconds=self._ascent_seconds,
+            descent_seconds=self._descent_seconds,
         )
 
     def _forward_backward_all(self, part: Sequence[Any], around: _Around, *, num_left: int) -> Tensor:

@@ -18,6 +18,7 @@ from slsam_ds.engines.param_groups import regroup
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.integrations.trainer_state import check_state, read_state, write_state
 from slsam_ds.layers import LayerMap, split_param_groups
+from slsam_ds.metrics import MetricMeans, step_metrics
 from slsam_ds.protocol import Engine
 from slsam_ds.records import StepWriter, write_layers
 from slsam_ds.slsam import SLSAM, map_layers
@@ -65,6 +66,7 @@ class SLSAMMixin(_TrainerMethods):
         self._resumed_from: str | None = None
         self._window: list[Any] = []
         self._grad_norm = 0.0
+        self._slsam_metrics = MetricMeans()
         self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
 
@@ -133,11 +135,17 @@ class SLSAMMixin(_TrainerMethods):
 
         assert self.slsam is not None
         result = self.slsam.step_with(self._window, forward_backward)
+        record = result.to_record()
+        self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:
-            self._step_writer.write(result.to_record())
+            self._step_writer.write(record)
         self._grad_norm = math.sqrt(sum(norm**2 for norm in result.grad_norms.values()))
         loss = result.loss if result.ascent_loss is None else result.ascent_loss
         return torch.tensor(loss, device=self.args.device)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's own, with the means of `slsam_ds.metrics` since the last training loss."""
+        super().log({**logs, **self._slsam_metrics.take()} if "loss" in logs else logs, *args, **kwargs)
 
     def _setup(self) -> dict[str, Any]:
         """What a checkpoint depends on: with another world size or dtype, DeepSpeed looks for files of other names."""

@@ -52,6 +52,19 @@ def test_counters_keep_their_meaning(engine: str) -> None:
     assert counters["leftover"] == []
 
 
+def monitored(setup: Setup) -> None:
+    Training(setup).follow(SAMPLES[:3])
+
+
+def test_the_monitor_gets_what_every_step_did(tmp_path: Path) -> None:
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}}
+    run_on_ranks(2, monitored, Setup(engine="zero2", deepspeed=monitor))
+    files = {path.stem: path.read_text().split() for path in (tmp_path / "run").glob("*.csv")}
+    for name in ("lr", "train_loss", "slsam_ascent_rise", "slsam_active_share"):
+        header, *rows = files[f"Train_Samples_{name}"]
+        assert [int(row.split(",")[0]) for row in rows] == [4, 8, 12], header  # samples: two on each of two ranks
+
+
 def moments(setup: Setup, samples: list[list[int]]) -> dict[str, Tensor | None]:
     training = Training(setup)
     training.follow(samples)
