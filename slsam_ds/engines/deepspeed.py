@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import deepspeed
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -95,6 +96,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
         if offload is not None and offload.device not in ("none", "cpu"):
             raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; use cpu")
+    if config.get("hybrid_engine", {}).get("enabled") is True:
+        raise ValueError("hybrid_engine.enabled=true: not supported; switch it off")
     if stage == 0 and config.get("fp16", {}).get("enabled") is True:
         raise ValueError("fp16.enabled=true: needs zero_optimization.stage 1, 2 or 3; or use bf16 or float32")
 
@@ -158,6 +161,8 @@ def build_engine(
     """
     config = _resolve_auto(config, model)
     check_config(config)
+    if isinstance(model, PipelineModule):
+        raise ValueError("PipelineModule: pipeline parallelism is not supported; pass a module that runs as a whole")
     if isinstance(optimizer, torch.optim.Optimizer):
         regroup(optimizer, layer_map, lr_scheduler if _is_scheduler(lr_scheduler) else None)
     else:

@@ -291,3 +291,20 @@ def refuse_changed_layout(setup: Setup, name: str) -> str:
 def test_an_unknown_deepspeed_layout_is_refused() -> None:
     message = run_on_ranks(1, refuse_changed_layout, Setup(engine="zero2"), "params_in_partition")[0]
     assert "params_in_partition" in message
+
+
+def refuse_pipeline(setup: Setup) -> str:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed("gloo")
+    model = PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=1, loss_fn=nn.MSELoss())
+    with pytest.raises(ValueError, match=r".") as raised:
+        slsam_ds.initialize(model=model, config=setup.deepspeed_config(), slsam={"layers": ["0", "1"]})
+    return str(raised.value)
+
+
+def test_what_orders_its_own_passes_is_refused() -> None:
+    assert "pipeline parallelism is not supported" in run_on_ranks(1, refuse_pipeline, Setup(engine="zero1"))[0]
+    hybrid = Setup(engine="zero2", deepspeed={"hybrid_engine": {"enabled": True}})
+    assert "hybrid_engine.enabled=true: not supported" in run_on_ranks(1, refuse, hybrid)[0]

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
-from tests.step_records import without_times
 from tests.models import NUM_BLOCKS, tiny_llama
+from tests.step_records import without_times
 from tests.tokenizers import CHAT_TEMPLATE
 
 NUM_ARMS = NUM_BLOCKS + 2
