@@ -52,10 +52,11 @@ class SLSAMConfig:
     """Whose data the ascent gradient averages over."""
 
     ascent_fraction: float = 1.0
-    """Share of the window's samples used for the ascent pass, in (0, 1]."""
+    """Share of the window's samples used for the ascent pass, in (0, 1]; whole samples, at least one per rank."""
 
     ascent_source: AscentSource = "current"
-    """Where the ascent direction comes from."""
+    """Where the ascent direction comes from: a pass over the window, or the gradient that each layer last descended
+    along (single-step SAM: one pass per step; a layer is not perturbed the first time)."""
 
     budget: float | None = None
     """Price target of a step relative to AdamW; replaces `active_layers`."""
@@ -75,8 +76,8 @@ class SLSAMConfig:
     layers: tuple[str, ...] | None = None
     """Module paths or regular expressions over parameter names, one per arm. None: found from the model's structure."""
 
-    offload_optimizer_state: bool = False
-    """Keep the optimizer's state of a layer on the CPU between the steps that select it."""
+    offload_state: bool = False
+    """Keep a layer's optimizer state and previous gradient on the CPU between the steps that select it."""
 
     seed: int = 0
     """Seed of the selection and of stochastic rounding."""
@@ -104,14 +105,14 @@ class SLSAMConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ValueError(f"slsam.layers: {pattern!r} is not a regular expression ({error})") from None
+        if self.ascent_source == "previous":
+            for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
+                reason = f'ascent_source="previous" has no ascent pass; use {_shown(needed)}'
+                _require(self, name, getattr(self, name) == needed, reason)
         self._refuse_unsupported()
 
     def _refuse_unsupported(self) -> None:
-        for name, supported in (
-            ("ascent_fraction", 1.0),
-            ("ascent_source", "current"),
-            ("budget", None),
-        ):
+        for name, supported in (("budget", None),):
             if getattr(self, name) != supported:
                 raise ValueError(
                     f"slsam.{name}={_shown(getattr(self, name))}: not supported yet; use {_shown(supported)}"

@@ -60,12 +60,38 @@ def check_loss(loss: Any) -> None:
         )
 
 
+def first_samples(micro_batch: Any, share: float) -> Any:
+    """The first samples of a micro-batch, at least one; the micro-batch itself where it cannot be divided.
+
+    Args:
+        micro_batch: A nest of mappings, lists and tuples. Where all its tensors have the same first dimension, that
+            counts the samples; anything else in it is kept as it is.
+        share: Of the samples, in (0, 1].
+    """
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in _tensors(micro_batch)}
+    num_samples = lengths.pop() if len(lengths) == 1 else 0
+    num_kept = max(1, round(share * num_samples))
+    return micro_batch if num_kept >= num_samples else _map(micro_batch, lambda tensor: tensor[:num_kept])
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Every tensor in a nest of mappings, lists and tuples, on `device`."""
+    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return {key: _map(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(to_device(item, device) for item in value)
+        return type(value)(_map(item, change) for item in value)
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

@@ -16,8 +16,8 @@ ALWAYS = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """This rank's piece of an active arm. The three tensors hold the same elements, 1-D.
+class Piece:
+    """This rank's share of an arm, or a part of it. The tensors hold the same elements, 1-D.
 
     Each may be on a device of its own: what DeepSpeed offloads stays on the host.
 
@@ -25,8 +25,6 @@ class Shard:
         arm: The arm it belongs to.
         weight: What forward reads, or is cast from; writable in place. In its own dtype.
         master: The same elements in full precision; `weight` itself where there is no master copy.
-        gradient: Mean gradient over the window and all ranks, times the engine's `loss_scale`. What the optimizer will
-            read, writable in place.
         owner: The rank that speaks for these elements in sums over ranks. Sharded: this rank. Replicated: one rank
             for all, so that nothing is counted twice and every replica draws the same rounding noise.
         read_dtype: What forward casts `weight` to on its way; None: it reads `weight` as it is.
@@ -35,9 +33,22 @@ class Shard:
     arm: int
     weight: Tensor
     master: Tensor
-    gradient: Tensor
     owner: int
     read_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A piece of an active arm with its gradient: the same elements, 1-D.
+
+    Attributes:
+        piece: The weights.
+        gradient: Mean gradient over the window and all ranks, times the engine's `loss_scale`. What the optimizer will
+            read, writable in place.
+    """
+
+    piece: Piece
+    gradient: Tensor
 
 
 class Ranks(Protocol):
@@ -117,6 +128,10 @@ class Engine(Protocol):
 
     def reduce(self) -> list[Shard]:
         """Average the window's gradients over ranks; the engine keeps them until `discard` or `update`."""
+        ...
+
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        """This rank's shares of these arms, in the order of their elements: what `reduce` gives gradients for."""
         ...
 
     def local_gradients(self) -> AbstractContextManager[list[Shard]]:

@@ -17,9 +17,10 @@ from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
 from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
 from slsam_ds.prefix import Prefix
+from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.statistics import RewardScale
-from slsam_ds.step import ForwardBackward, Outcome, Plan, take_step
+from slsam_ds.step import BeginPass, ForwardBackward, Outcome, Plan, take_step
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +127,9 @@ class SLSAM:
                 'sharded (ZeRO-3, FSDP), use "global"'
             )
         self.engine.activate(None)
-        if self.config.offload_optimizer_state:
-            self.engine.optimizer_state_home = torch.device("cpu")
+        home = torch.device("cpu") if self.config.offload_state else None
+        self.engine.optimizer_state_home = home
+        self._previous = PreviousGradients(home) if self.config.ascent_source == "previous" else None
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
@@ -152,23 +154,27 @@ class SLSAM:
         """
         compute_loss = loss_fn or model_loss
 
-        def forward_backward(micro_batch: Any) -> Tensor:
-            loss = compute_loss(self.model, to_device(micro_batch, self.engine.device)) / len(window)
-            check_loss(loss)
-            self.engine.backward(loss)
-            return loss.detach()
+        def begin_pass(micro_batches: Sequence[Any]) -> ForwardBackward:
+            def forward_backward(micro_batch: Any) -> Tensor:
+                loss = compute_loss(self.model, to_device(micro_batch, self.engine.device)) / len(micro_batches)
+                check_loss(loss)
+                self.engine.backward(loss)
+                return loss.detach()
 
-        return self.step_with(window, forward_backward, active)
+            return forward_backward
+
+        return self.step_with(window, begin_pass, active)
 
     def step_with(
-        self, window: Sequence[Any], forward_backward: ForwardBackward, active: Iterable[int] | None = None
+        self, window: Sequence[Any], begin_pass: BeginPass, active: Iterable[int] | None = None
     ) -> StepResult:
         """As `step`, for trainers with a forward and backward of their own.
 
         Args:
             window: Micro-batches of this rank.
-            forward_backward: Called for each micro-batch, in both passes; calls `engine.backward` itself, on a loss
-                weighted so that the window's sum is the loss to minimise, and returns that loss, detached.
+            begin_pass: Called with the micro-batches of a pass, or with those parts of them that the ascent takes;
+                returns what is then called for each of them: it calls `engine.backward` itself, on a loss weighted so
+                that their sum is the loss to minimise, and returns that loss, detached.
             active: Forces the sample.
         """
         started = time.perf_counter()
@@ -181,8 +187,9 @@ class SLSAM:
         plan = self._plan(
             step, sample, dict.fromkeys(sample, 1.0) if forced else {a: probabilities[a] for a in sample}, len(window)
         )
-        prefix = Prefix.below(self.layers, plan.perturbed) if self._reuses_prefix and plan.rho > 0 else None
-        outcome = take_step(self.engine, plan, window, forward_backward, prefix)
+        climbs = plan.rho > 0 and self._previous is None
+        prefix = Prefix.below(self.layers, plan.perturbed) if self._reuses_prefix and climbs else None
+        outcome = take_step(self.engine, plan, window, begin_pass, prefix, self._previous)
         if prefix is not None and (prefix.watched or (prefix.handed_on and math.isnan(outcome.loss))):
             self._give_up_prefix_reuse(prefix)
         self.num_steps = step
@@ -246,6 +253,7 @@ class SLSAM:
             learning_rate_scale=scale,
             rho=self.config.rho,
             scope=self.config.ascent_scope,
+            ascent_fraction=self.config.ascent_fraction,
             rounding=self.config.rounding,
             seed=self.config.seed,
             max_grad_norm=self._max_grad_norm,
@@ -257,6 +265,7 @@ class SLSAM:
                 "max_grad_norm": self._max_grad_norm,
                 "the model's layers": self._fingerprint,
                 "the micro-batches per step": window_length,
+                "the layers with a previous gradient": self._previous.arms if self._previous is not None else (),
             },
         )
 

@@ -24,9 +24,9 @@ def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, d
     sq_norms = torch.zeros(len(arms), dtype=torch.float64, device=device)
     position = {arm: index for index, arm in enumerate(arms)}
     for shard in shards:
-        if shard.owner == rank and shard.gradient.numel() > 0:
+        if shard.piece.owner == rank and shard.gradient.numel() > 0:
             norm = torch.linalg.vector_norm(shard.gradient, dtype=torch.float32)
-            sq_norms[position[shard.arm]] += norm.double().square()
+            sq_norms[position[shard.piece.arm]] += norm.double().square()
     return sq_norms
 
 

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 from slsam_ds.config import AscentScope, Rounding
+from slsam_ds.micro_batches import first_samples
 from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
 from slsam_ds.prefix import Prefix
+from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import Engine, Shard
 from slsam_ds.rng import RandomState
 from slsam_ds.statistics import local_sq_norms
 
 ForwardBackward = Callable[[Any], Tensor]
 """Runs one micro-batch and calls `engine.backward` on its weighted loss; returns that loss, detached, shape ()."""
+
+BeginPass = Callable[[Sequence[Any]], ForwardBackward]
+"""Given all micro-batches of a pass, what runs one of them, weighted so that the losses add up to that of the pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,7 @@ class Plan:
         learning_rate_scale: Factor on this step's learning rate, by arm; 1 where absent.
         rho: Perturbation radius; 0 = no ascent pass.
         scope: What the ascent gradient is averaged over.
+        ascent_fraction: Share of the window's samples that it is averaged over, in (0, 1].
         rounding: How ε reaches low-precision weights.
         seed: Seed of the rounding noise.
         claims: What the ranks must agree on before anything travels.
@@ -48,6 +54,7 @@ class Plan:
     learning_rate_scale: Mapping[int, float]
     rho: float
     scope: AscentScope
+    ascent_fraction: float
     rounding: Rounding
     seed: int
     claims: Mapping[str, Any]
@@ -83,8 +90,9 @@ def take_step(
     engine: Engine,
     plan: Plan,
     window: Sequence[Any],
-    forward_backward: ForwardBackward,
+    begin_pass: BeginPass,
     prefix: Prefix | None = None,
+    previous: PreviousGradients | None = None,
 ) -> Outcome:
     """Ascend, descend, restore, update: one optimizer step over a window of micro-batches.
 
@@ -94,18 +102,19 @@ def take_step(
         engine: Where shards live and what must travel.
         plan: What to do; the same on every rank.
         window: Micro-batches of this rank.
-        forward_backward: Runs one of them.
+        begin_pass: Runs them.
         prefix: The blocks that the descent need not run again.
+        previous: Climb along these instead of along the gradient of an ascent pass, and keep this step's there.
 
     Raises:
         RanksDisagreeError: Before any gradient travels.
     """
-    run = _Run(engine, plan, forward_backward, len(window), prefix)
+    run = _Run(engine, plan, window, begin_pass, prefix, previous)
     try:
         engine.discard()  # what a backward outside of SL-SAM may have left
-        for part in [[micro_batch] for micro_batch in window] if plan.scope == "micro_batch" else [window]:
+        for part, climbed in run.parts():
             random_state = RandomState.capture(engine.device)
-            ascent = run.ascend(part)
+            ascent = run.ascend(climbed)
             if ascent is not None and not ascent.finite:
                 return _skip(engine, plan, window, ascent_loss=ascent.loss)
             random_state.replay()
@@ -113,9 +122,9 @@ def take_step(
                 run.descend(part)
         descent = run.reduce()
         if not descent.finite:
-            return _skip(
-                engine, plan, window, loss=descent.loss, ascent_loss=descent.extra[-1] if plan.rho > 0 else None
-            )
+            return _skip(engine, plan, window, loss=descent.loss, ascent_loss=run.ascent_loss(descent))
+        if previous is not None:
+            previous.remember(descent.shards, descent.sq_norms, loss_scale=descent.loss_scale)
         if plan.max_grad_norm is not None:
             _clip(descent, plan.max_grad_norm)
         updated = engine.update(
@@ -134,9 +143,13 @@ def take_step(
 
 @dataclass(frozen=True, slots=True)
 class _Gradient:
-    """The gradient of a pass, its loss, and its norm by arm: global, or this rank's own where the ascent is local."""
+    """The gradient of a pass, its loss, and its norm by arm: global, or this rank's own where the ascent is local.
+
+    Only what the shards hold is `loss_scale` times too large.
+    """
 
     shards: list[Shard]
+    loss_scale: float
     loss: float
     sq_norms: dict[int, float]
     extra: tuple[float, ...] = ()
@@ -161,25 +174,38 @@ class _Run:
         self,
         engine: Engine,
         plan: Plan,
-        forward_backward: ForwardBackward,
-        num_micro_batches: int,
+        window: Sequence[Any],
+        begin_pass: BeginPass,
         prefix: Prefix | None,
+        previous: PreviousGradients | None,
     ) -> None:
-        self._engine, self._plan, self._forward_backward = engine, plan, forward_backward
-        self._prefix = prefix
+        self._engine, self._plan = engine, plan
+        self._prefix, self._previous = prefix, previous
+        self._window, self._climbed = window, _ascent_window(window, plan)
+        self._forward_backward = begin_pass(window)
+        self._climb = begin_pass(self._climbed) if plan.ascent_fraction < 1 else self._forward_backward
         self._keep, self._reuse = (prefix.kept, prefix.reused) if prefix is not None else (_as_it_is, _as_it_is)
         self._check_agreement = engine.ranks.agree(plan.claims)
-        self._num_left = num_micro_batches  # of the descent
+        self._num_left = len(window)  # of the descent
         self._started = time.perf_counter()
         self._ascent_seconds = self._descent_seconds = 0.0
         self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
         # ⟨applied, ε⟩, ‖applied‖² and the number of perturbations, each counted by the ranks it belongs to.
         self._applied = torch.zeros(3, dtype=torch.float64, device=engine.device)
 
+    def parts(self) -> list[tuple[Sequence[Any], Sequence[Any]]]:
+        """What climbs by itself: micro-batches to descend on, and what of them to climb on."""
+        if self._plan.scope != "micro_batch":
+            return [(self._window, self._climbed)]
+        return [([whole], [climbed]) for whole, climbed in zip(self._window, self._climbed, strict=True)]
+
     def ascend(self, part: Sequence[Any]) -> _Gradient | None:
         """The gradient at x to climb along; None where rho is 0."""
         if self._plan.rho == 0:
             return None
+        if self._previous is not None:
+            shards, sq_norms = self._previous.recall(self._engine.pieces(self._plan.perturbed))
+            return _Gradient(shards, 1.0, 0.0, sq_norms)
         started = time.perf_counter()
         self._engine.activate(self._plan.perturbed)
         ascent = self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
@@ -187,27 +213,27 @@ class _Run:
         return ascent
 
     def _global_ascent(self, part: Sequence[Any]) -> _Gradient:
-        loss = self._forward_backward_all(part, self._keep, num_left=len(part))
+        loss = self._climb_all(part)
         self._ascent_loss += loss
-        ascent = self._reduce(self._plan.perturbed, loss, self._reusable(len(part)))
+        ascent = self._reduce(self._plan.perturbed, loss, self._reusable())
         self._agree_on_prefix(ascent.extra)
         return ascent
 
     def _local_ascent(self, part: Sequence[Any]) -> _Gradient:
         perturbed = self._plan.perturbed
         with self._engine.local_gradients() as shards:
-            loss = self._forward_backward_all(part, self._keep, num_left=len(part))
+            loss = self._climb_all(part)
         sq_norms = self._local_sq_norms(shards, perturbed)
         if not (loss + sq_norms.sum()).isfinite():  # go nowhere, and let the descent's all-reduce tell the others
             loss, sq_norms = loss * math.nan, torch.zeros_like(sq_norms)
         self._ascent_loss += loss
-        return _Gradient(shards, 0.0, dict(zip(perturbed, sq_norms.tolist(), strict=True)))
+        return _Gradient(shards, self._engine.loss_scale, 0.0, dict(zip(perturbed, sq_norms.tolist(), strict=True)))
 
     @contextlib.contextmanager
     def perturbed(self, ascent: _Gradient | None) -> Iterator[None]:
         """Hold the perturbed arms at x + ε; restore x exactly on the way out."""
         engine, plan = self._engine, self._plan
-        scale = perturbation_scale(ascent.sq_norm, rho=plan.rho) if ascent is not None else 0.0
+        scale = perturbation_scale(ascent.sq_norm, rho=plan.rho) / ascent.loss_scale if ascent is not None else 0.0
         if ascent is None or scale == 0.0:  # no direction to climb: stay at x, without rounding noise
             if plan.scope == "global":
                 engine.discard()
@@ -215,8 +241,8 @@ class _Run:
             return
         with preserved(engine.live_weights(plan.perturbed)):
             with torch.no_grad():
-                for piece, shard in enumerate(ascent.shards):
-                    self._perturb(shard, scale, piece)
+                for number, shard in enumerate(ascent.shards):
+                    self._perturb(shard, scale, number)
             ascent.shards.clear()  # the ascent gradient is not needed during the descent pass
             self._applied[2] += 1.0 if plan.scope != "global" else 1.0 / engine.ranks.world_size
             if plan.scope == "global":
@@ -227,7 +253,7 @@ class _Run:
     def descend(self, part: Sequence[Any]) -> None:
         """Add the gradient at the weights as they are now to the window's."""
         self._engine.activate(self._plan.updated)
-        self._descent_loss += self._forward_backward_all(part, self._reuse, num_left=self._num_left)
+        self._descent_loss += self._run_all(part, self._forward_backward, self._reuse, num_left=self._num_left)
         self._num_left -= len(part)
 
     def reduce(self) -> _Gradient:
@@ -237,13 +263,17 @@ class _Run:
         self._descent_seconds = time.perf_counter() - self._started - self._ascent_seconds
         return descent
 
+    def ascent_loss(self, descent: _Gradient) -> float | None:
+        """Over all ranks, as the descent's all-reduce has it; None where there was no ascent pass."""
+        return descent.extra[-1] if self._plan.rho > 0 and self._previous is None else None
+
     def outcome(self, descent: _Gradient, *, skipped: bool) -> Outcome:
         """What to tell about a step whose numbers were all finite."""
-        projection, applied_sq_norm, num_perturbations, ascent_loss = descent.extra
+        projection, applied_sq_norm, num_perturbations, _ = descent.extra
         moved = num_perturbations > 0
         return Outcome(
             loss=descent.loss,
-            ascent_loss=ascent_loss if self._plan.rho > 0 else None,
+            ascent_loss=self.ascent_loss(descent),
             grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in descent.sq_norms.items()},
             perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
             perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
@@ -252,7 +282,13 @@ class _Run:
             descent_seconds=self._descent_seconds,
         )
 
-    def _forward_backward_all(self, part: Sequence[Any], around: _Around, *, num_left: int) -> Tensor:
+    def _climb_all(self, part: Sequence[Any]) -> Tensor:
+        whole = all(climbed is micro_batch for climbed, micro_batch in zip(self._climbed, self._window, strict=False))
+        return self._run_all(part, self._climb, self._keep if whole else _as_it_is, num_left=len(part))
+
+    def _run_all(
+        self, part: Sequence[Any], forward_backward: ForwardBackward, around: _Around, *, num_left: int
+    ) -> Tensor:
         """Sum of the weighted losses. Shape (), float64, local."""
         if self._engine.sends_during_backward:
             self._check_agreement()
@@ -260,12 +296,12 @@ class _Run:
         for number, micro_batch in enumerate(part, start=1):
             self._engine.begin_micro_batch(last=number == num_left)
             with around(self._num_left - number):
-                local_loss += self._forward_backward(micro_batch)
+                local_loss += forward_backward(micro_batch)
         return local_loss
 
-    def _reusable(self, num_micro_batches: int) -> Tensor:
-        """1 for each micro-batch whose prefix this rank could reuse, else 0. Shape (num_micro_batches,), float64."""
-        prefix, numbers = self._prefix, range(num_micro_batches)
+    def _reusable(self) -> Tensor:
+        """1 for each of the window's micro-batches whose prefix this rank could reuse, else 0. float64."""
+        prefix, numbers = self._prefix, range(len(self._window))
         flags = [prefix is not None and prefix.reusable(number) for number in numbers]
         return torch.tensor(flags, dtype=torch.float64, device=self._engine.device)
 
@@ -283,27 +319,40 @@ class _Run:
         sq_norms = self._local_sq_norms(shards, arms)
         local = [local_loss[None] / engine.ranks.world_size, sq_norms, *([extra] if extra is not None else [])]
         loss, *rest = engine.ranks.all_reduce(torch.cat(local)).tolist()
-        return _Gradient(shards, loss, dict(zip(arms, rest, strict=False)), tuple(rest[len(arms) :]))
+        return _Gradient(shards, engine.loss_scale, loss, dict(zip(arms, rest, strict=False)), tuple(rest[len(arms) :]))
 
     def _local_sq_norms(self, shards: list[Shard], arms: tuple[int, ...]) -> Tensor:
         engine = self._engine
         scaled = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
         return scaled / engine.loss_scale**2
 
-    def _perturb(self, shard: Shard, scale: float, piece: int) -> None:
+    def _perturb(self, shard: Shard, scale: float, number: int) -> None:
         engine, plan = self._engine, self._plan
-        generator = rounding_generator(shard.weight.device, plan.seed, plan.step, shard.owner, self._num_left, piece)
+        owner, device = shard.piece.owner, shard.piece.weight.device
+        generator = rounding_generator(device, plan.seed, plan.step, owner, self._num_left, number)
         measured = perturb_(
-            shard.weight,
-            shard.master,
+            shard.piece.weight,
+            shard.piece.master,
             shard.gradient,
-            scale=scale / engine.loss_scale,
+            scale=scale,
             rounding=plan.rounding,
             generator=generator,
-            read_dtype=shard.read_dtype,
+            read_dtype=shard.piece.read_dtype,
         )
-        if shard.owner == engine.ranks.rank:
+        if owner == engine.ranks.rank:
             self._applied[:2] += measured.to(self._applied.device)
+
+
+def _ascent_window(window: Sequence[Any], plan: Plan) -> Sequence[Any]:
+    """What of the window to climb on: as few micro-batches as will do, an equal share of the samples of each.
+
+    Equal shares need no weights, and as many micro-batches on every rank keep collectives in step.
+    """
+    if plan.ascent_fraction == 1:
+        return window
+    wanted = plan.ascent_fraction * len(window)
+    num = len(window) if plan.scope == "micro_batch" else math.ceil(wanted - 1e-9)
+    return [first_samples(micro_batch, wanted / num) for micro_batch in window[:num]]
 
 
 @contextlib.contextmanager

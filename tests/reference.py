@@ -22,6 +22,8 @@ class Reference:
     eps: float = 1e-4
     weight_decay: float = 0.1
     clip: float = 0.0
+    single_pass: bool = False  # climb along what each layer last descended along, kept in bf16, over their joint norm
+    previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
 
     def gradient(self, sample: Sequence[int], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict, float]:
@@ -37,6 +39,11 @@ class Reference:
             mean_loss += loss.item() / len(batches)
         return total, mean_loss
 
+    def remembered(self, sample: Sequence[int]) -> tuple[dict, float]:
+        names = [name for arm in sample for name in self.arms[arm] if name in self.previous]
+        norm = sum(self.previous[name][1] for name in names) ** 0.5
+        return {name: self.previous[name][0] for name in names}, norm
+
     @torch.no_grad()
     def add(self, direction: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
         parameters = dict(self.model.named_parameters())
@@ -51,13 +58,18 @@ class Reference:
         batches: Sequence[Mapping[str, torch.Tensor]],
         lr_scale: Callable[[int], float] = lambda arm: 1.0,
         parts: Sequence[Sequence[Mapping[str, torch.Tensor]]] | None = None,  # each climbs by itself; None: all as one
+        climbed: Sequence[Sequence[Mapping[str, torch.Tensor]]] | None = None,  # what of each part to climb on
     ) -> dict:
         descent: dict[str, torch.Tensor] = {}
         ascent_loss = loss = 0.0
-        for part in parts or [batches]:
+        for number, part in enumerate(parts or [batches]):
             share = len(part) / len(batches)
-            ascent, part_ascent_loss = self.gradient(sample, part)
-            norm = torch.sqrt(sum(g.double().square().sum() for g in ascent.values())).item()
+            if self.single_pass:
+                ascent, norm = self.remembered(sample)
+                part_ascent_loss = 0.0
+            else:
+                ascent, part_ascent_loss = self.gradient(sample, climbed[number] if climbed else part)
+                norm = torch.sqrt(sum(g.double().square().sum() for g in ascent.values())).item()
             before = self.add(ascent, self.rho / norm if norm > 0 else 0.0)
             part_descent, part_loss = self.gradient(sample, part)
             with torch.no_grad():
@@ -66,6 +78,8 @@ class Reference:
                         parameter.copy_(before[name])
             descent = {name: descent.get(name, 0.0) + share * grad for name, grad in part_descent.items()}
             ascent_loss, loss = ascent_loss + share * part_ascent_loss, loss + share * part_loss
+        for name, grad in descent.items():
+            self.previous[name] = (grad.to(torch.bfloat16).float(), grad.double().square().sum().item())
         norms = {
             arm: torch.sqrt(sum(descent[n].double().square().sum() for n in self.arms[arm])).item() for arm in sample
         }

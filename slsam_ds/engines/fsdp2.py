@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from slsam_ds.engines.placement import Sharded
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap
-from slsam_ds.protocol import Shard
+from slsam_ds.protocol import Piece, Shard
 
 
 class FSDP2Engine(Sharded, TorchOptimizerEngine):
@@ -56,12 +56,10 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         self._root.set_requires_gradient_sync(last)
 
     def reduce(self) -> list[Shard]:
-        shards = []
-        for arm, parameter, gradient in self._gradients():
-            weight = _local(parameter.detach())
-            read_dtype = self._inner[id(parameter)].read_dtype
-            shards.append(Shard(arm, weight, weight, _local(gradient), _owner(parameter), read_dtype))
-        return shards
+        return [Shard(self._piece(arm, parameter), _local(grad)) for arm, parameter, grad in self._gradients()]
+
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
 
     def discard(self) -> None:
         self._reshard()
@@ -73,6 +71,10 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
 
     def publish(self, arms: Collection[int]) -> None:
         self._reshard()
+
+    def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
+        weight = _local(parameter.detach())
+        return Piece(arm, weight, weight, _owner(parameter), self._inner[id(parameter)].read_dtype)
 
     def _end_prefetch_at(self, arm: int | None) -> None:
         """Keep backward from gathering what is below this arm, where nothing is left to do.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
-from slsam_ds.protocol import Shard
+from slsam_ds.protocol import Piece, Shard
 
 
 class LocalEngine(Replicated, TorchOptimizerEngine):
@@ -23,10 +23,10 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
     def reduce(self) -> list[Shard]:
         active = list(self._gradients())
         self._average([gradient for _, _, gradient in active])
-        return [
-            Shard(arm, parameter.detach().view(-1), self._master(parameter), gradient.view(-1), owner=0)
-            for arm, parameter, gradient in active
-        ]
+        return [Shard(self._piece(arm, parameter), gradient.view(-1)) for arm, parameter, gradient in active]
+
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [parameter for arm in arms for parameter in self._parameters[arm]]
@@ -36,6 +36,9 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
 
     def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters[arm])
+
+    def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
+        return Piece(arm, parameter.detach().view(-1), self._master(parameter), owner=0)
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         """Mean over ranks, in place; the gradients of all that is active."""

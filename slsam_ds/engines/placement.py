@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slsam_ds.engines.ranks import ProcessGroupRanks
-from slsam_ds.protocol import Shard
+from slsam_ds.protocol import Piece, Shard
 
 
 class Replicated:
@@ -37,8 +37,9 @@ class Replicated:
             yield shards
             for arm, parameter in active:
                 weight = parameter.detach().view(-1)
+                piece = Piece(arm, weight, weight, owner=self.ranks.rank)
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-                shards.append(Shard(arm, weight, weight, gradient.view(-1), owner=self.ranks.rank))
+                shards.append(Shard(piece, gradient.view(-1)))
         finally:
             self._apart = False
             for (_, parameter), windows_own in zip(active, gathered, strict=True):

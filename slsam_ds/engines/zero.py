@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slsam_ds.engines.deepspeed_step import DeepSpeedStep, narrowed, overlaid
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.layers import LayerMap
-from slsam_ds.protocol import ALWAYS, Shard
+from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 
 class ZeroEngine(DeepSpeedStep):
@@ -95,6 +95,9 @@ class ZeroEngine(DeepSpeedStep):
             for shard in self._shards(arm, group)
         ]
 
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        return [piece for arm in sorted(arms) for group in self._groups_of[arm] for piece in self._pieces(arm, group)]
+
     def discard(self) -> None:
         for parameter in self._parameters(self._groups_of):
             parameter.grad = None
@@ -112,6 +115,10 @@ class ZeroEngine(DeepSpeedStep):
     @abstractmethod
     def _param_group(self, group: int) -> int:
         """Which of the inner optimizer's parameter groups a group belongs to."""
+
+    @abstractmethod
+    def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
+        """This rank's part of a group."""
 
     @abstractmethod
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.zero import ZeroEngine
 from slsam_ds.layers import LayerMap
-from slsam_ds.protocol import Shard
+from slsam_ds.protocol import Piece, Shard
 
 
 class ZeroStage12Engine(Replicated, ZeroEngine):
@@ -108,16 +108,23 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
                 parameter.grad = torch.zeros_like(parameter)
         super()._flush()
 
+    def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
+        weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
+        yield Piece(arm, weight, self._zero.single_partition_of_fp32_groups[group].detach(), self.ranks.rank)
+
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:
         """This rank's partition of a group, in the pieces DeepSpeed keeps its reduced gradient in (no copy)."""
-        weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
-        whole_master = self._zero.single_partition_of_fp32_groups[group]
+        (partition,) = self._pieces(arm, group)
         if self._offloaded:
             self._zero._wait_for_offload_copies()
-        master, offset = whole_master.detach(), 0
-        for piece in [whole_master.grad] if self._offloaded else self._zero.averaged_gradients[group]:
-            end = min(offset + piece.numel(), weight.numel())
-            yield Shard(arm, weight[offset:end], master[offset:end], piece.view(-1)[: end - offset], self.ranks.rank)
+            gradients = [self._zero.single_partition_of_fp32_groups[group].grad]
+        else:
+            gradients = self._zero.averaged_gradients[group]
+        offset = 0
+        for gradient in gradients:
+            end = min(offset + gradient.numel(), partition.weight.numel())
+            piece = Piece(arm, partition.weight[offset:end], partition.master[offset:end], partition.owner)
+            yield Shard(piece, gradient.view(-1)[: end - offset])
             offset = end
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ from slsam_ds.engines.deepspeed_step import boundary, overlaid
 from slsam_ds.engines.placement import Sharded
 from slsam_ds.engines.zero import ZeroEngine
 from slsam_ds.layers import LayerMap
-from slsam_ds.protocol import ALWAYS, Shard
+from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 
 class ZeroStage3Engine(Sharded, ZeroEngine):
@@ -127,14 +127,17 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
             "zero_optimization.zero_quantized_gradients": zero.all2all_process_group is not None,
         }
 
-    def _shards(self, arm: int, group: int) -> Iterator[Shard]:
+    def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
         master = self._zero.fp32_partitioned_groups_flat[group].detach()
         for parameter in self._members[group]:
             weight, (_, offset, numel) = _shard(parameter), self._grad_position(parameter)
             # The last shards are padded with whatever the memory held.
             real = max(0, min(numel, _numel(parameter) - numel * self.ranks.rank))
-            gradient = self._reduced_gradient(parameter)
-            yield Shard(arm, weight[:real], master[offset : offset + real], gradient[:real], self.ranks.rank)
+            yield Piece(arm, weight[:real], master[offset : offset + real], self.ranks.rank)
+
+    def _shards(self, arm: int, group: int) -> Iterator[Shard]:
+        for piece, parameter in zip(self._pieces(arm, group), self._members[group], strict=True):
+            yield Shard(piece, self._reduced_gradient(parameter)[: piece.weight.numel()])
 
     def _drop_gathered(self) -> None:
         """Partition whatever is still gathered: forward would read it instead of the shards.

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from slsam_ds.metrics import MetricMeans, step_metrics
 from slsam_ds.protocol import Engine
 from slsam_ds.records import StepWriter, write_layers
 from slsam_ds.slsam import SLSAM, map_layers
+from slsam_ds.step import ForwardBackward
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerMethods
@@ -129,12 +130,20 @@ class SLSAMMixin(_TrainerMethods):
         # SL-SAM averages gradients: a DistributedDataParallel around the model must not see these passes.
         trained = model if self.is_deepspeed_enabled else self.model
 
-        def forward_backward(micro_batch: Any) -> Tensor:
-            # A copy, because `compute_loss` may take entries out of the batch, which passes here twice.
-            return stock_training_step(trained, copy.copy(micro_batch), num_items_in_batch)
+        def begin_pass(micro_batches: Sequence[Any]) -> ForwardBackward:
+            num_items = num_items_in_batch
+            if micro_batches is not self._window and num_items is not None:
+                num_items = self._get_num_items_in_batch(micro_batches, self.args.device)
+
+            def forward_backward(micro_batch: Any) -> Tensor:
+                self.current_gradient_accumulation_steps = len(micro_batches)  # it divides by them, or by the items
+                # A copy, because `compute_loss` may take entries out of the batch, which passes here twice.
+                return stock_training_step(trained, copy.copy(micro_batch), num_items)
+
+            return forward_backward
 
         assert self.slsam is not None
-        result = self.slsam.step_with(self._window, forward_backward)
+        result = self.slsam.step_with(self._window, begin_pass)
         record = result.to_record()
         self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:

@@ -58,7 +58,7 @@ BAD_VALUES = [
     ("layers", (), "[]", "name at least one layer, or null"),
     ("layers", "blocks", '"blocks"', "expected a list of strings or null"),
     ("layers", (1, 2), "[1, 2]", "expected a list of strings or null"),
-    ("offload_optimizer_state", "cpu", '"cpu"', "true or false"),
+    ("offload_state", "cpu", '"cpu"', "true or false"),
     ("seed", -1, "-1", "choose an integer from 0 to 2^63 - 1"),
     ("seed", 2**63, str(2**63), "choose an integer from 0 to 2^63 - 1"),
     ("seed", 0.5, "0.5", "expected an integer"),
@@ -66,13 +66,13 @@ BAD_VALUES = [
 ]
 
 UNSUPPORTED = [
-    ("ascent_fraction", 0.5, "0.5", "use 1.0"),
-    ("ascent_source", "previous", '"previous"', 'use "current"'),
     ("budget", 1.0, "1.0", "use null"),
     ("reward", "grad_norm_per_cost", '"grad_norm_per_cost"', 'use "grad_norm" or "grad_rms"'),
 ]
 
 ACCEPTED = [
+    ("ascent_fraction", 0.25),
+    ("ascent_source", "previous"),
     ("ascent_scope", "rank"),
     ("prefix_reuse", True),
     ("ascent_scope", "micro_batch"),
@@ -99,7 +99,7 @@ ACCEPTED = [
     ("other_parameters", "always"),
     ("other_parameters", "freeze"),
     ("layers", ("model.layers.0", r"model\.layers\.(1|2)\..*")),
-    ("offload_optimizer_state", True),
+    ("offload_state", True),
     ("seed", 2**63 - 1),
 ]
 
@@ -120,6 +120,14 @@ def test_a_bad_value_is_refused_in_one_sentence(key: str, value: Any, shown: str
 @pytest.mark.parametrize(("key", "value", "shown", "instead"), UNSUPPORTED)
 def test_a_knob_without_machinery_is_refused_never_ignored(key: str, value: Any, shown: str, instead: str) -> None:
     refused(key, value, shown, f"not supported yet; {instead}")
+
+
+@pytest.mark.parametrize("knob", [{"ascent_scope": "rank"}, {"ascent_fraction": 0.5}])
+def test_a_single_pass_has_no_ascent_to_set(knob: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^slsam\.{next(iter(knob))}=.*: ascent_source=\"previous\" has no ascent pass"
+    ):
+        SLSAMConfig(ascent_source="previous", **knob)
 
 
 def test_every_knob_is_tested() -> None:
@@ -157,7 +165,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "prefix_reuse": "auto",
         "other_parameters": "arms",
         "layers": None,
-        "offload_optimizer_state": False,
+        "offload_state": False,
         "seed": 0,
     }
     assert SLSAMConfig.from_dict({}) == SLSAMConfig()

@@ -2,12 +2,12 @@
 
 import torch
 
-from slsam_ds.protocol import Shard
+from slsam_ds.protocol import Piece, Shard
 from slsam_ds.statistics import RewardScale, describe_disagreement, fingerprint, local_sq_norms
 
 
 def shard(arm: int, gradient: torch.Tensor, owner: int = 0) -> Shard:
-    return Shard(arm, gradient, gradient, gradient, owner=owner)
+    return Shard(Piece(arm, gradient, gradient, owner), gradient)
 
 
 def test_each_arm_sums_the_shards_this_rank_speaks_for() -> None:
