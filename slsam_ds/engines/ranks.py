@@ -1,4 +1,4 @@
-"""The ranks of a process group: the two small collectives that every engine needs."""
+"""The ranks of a process group: the two small collectives that every engine needs, and how long they may take."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from slsam_ds.protocol import RanksDisagreeError
 from slsam_ds.statistics import describe_disagreement, fingerprint
@@ -65,6 +66,21 @@ class ProcessGroupRanks:
             raise RanksDisagreeError(f"slsam: ranks disagree about {describe_disagreement(per_rank)}")
 
         return check
+
+
+def share_deadline(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let a group's collectives wait as long as the default group's, which the user set, and no longer.
+
+    DeepSpeed makes its groups with torch's own deadlines (10 minutes under NCCL, 30 under gloo), whatever the default
+    group was made with (deepspeed/comm/torch.py, `new_group`, 0.19.8).
+
+    Args:
+        group: Not yet waited on by anybody.
+        device: Where the group's backend expects tensors.
+    """
+    if dist.get_backend(group) in (dist.Backend.GLOO, dist.Backend.NCCL):  # what torch can set it for
+        default = dist.distributed_c10d._get_default_group()
+        _set_pg_timeout(default._get_backend(device).options._timeout, group)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -17,7 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed_step import DeepSpeedStep, narrowed, overlaid
-from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
 
@@ -56,6 +56,7 @@ class ZeroEngine(DeepSpeedStep):
         self._groups_of = self._groups_by_arm(layer_map)
         self._active = set(self._groups_of)
         self.device = torch.device(engine.device)
+        share_deadline(self._zero.dp_process_group, self.device)
         self.ranks = ProcessGroupRanks(self._zero.dp_process_group, self.device)
         # DeepSpeed adds up micro-batches in float32 only in its reduced partitions: where it is asked to, the
         # reduction cannot be held back until the window ends.

@@ -169,6 +169,7 @@ _USUAL_TRAINING_FLAGS = {
     "save_strategy": ("WHEN", "Checkpoints: no, steps or epoch (demo: no)."),
     "save_steps": ("N", "Steps between checkpoints."),
     "resume_from_checkpoint": ("DIR", "A checkpoint folder; true: the last one in the output folder."),
+    "ddp_timeout": ("SECONDS", "How long ranks wait for one another before they give up."),
     "report_to": ("NAME", "wandb, tensorboard, ..."),
     "seed": ("N", "Data order, dropout, LoRA initialisation; the layers have slsam.seed."),
     "log_level": ("LEVEL", "info, warning, ...: let the libraries speak; silent where not given."),

@@ -22,7 +22,7 @@ from slsam_ds.integrations.arguments import (
     describe_unknown,
 )
 from slsam_ds.integrations.trainer_state import STATE_FILE
-from slsam_ds.integrations.usage import UsageError, refusals
+from slsam_ds.integrations.usage import UsageError, join_ranks, refusals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
     if given.fp16:
         parser.set_defaults(bf16=False)
     with refusals(ValueError, ImportError, NotImplementedError, OSError):
+        if given.use_cpu:
+            join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
         model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
     _check_training(training)
     _make_output_dir(training.output_dir)
@@ -88,7 +90,12 @@ def _check_combinations(given: Any) -> None:
         raise UsageError(f"--lora_r {given.lora_r}: choose a rank of at least 1")
     if given.deepspeed is not None and given.fsdp:
         raise UsageError("--deepspeed and --fsdp exclude each other: give one")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "ddp_timeout",
+    ):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
     for name in ("learning_rate", "weight_decay", "max_grad_norm"):

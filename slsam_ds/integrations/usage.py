@@ -9,11 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed import DistError
 
 EXIT_CODE = 2
 """What argparse, and so every command line in Python, returns on a usage error."""
@@ -57,7 +59,8 @@ def together(build: Callable[[], Built]) -> Built:
 
     Raises:
         SystemExit: On every rank. Code 2 where any rank raised `UsageError`, printed by each node's first rank; code 1
-            where any raised something else, a bug, whose traceback is printed by the rank that has it.
+            where any raised something else, a bug, whose traceback is printed by the rank that has it. On one rank
+            alone, with a sentence: it cannot reach the others.
     """
     built: Built | None = None
     problem: tuple[str, bool] | None = None
@@ -65,6 +68,8 @@ def together(build: Callable[[], Built]) -> Built:
         built = build()
     except UsageError as error:
         problem = (str(error), True)
+    except DistError as error:  # the other ranks cannot be told
+        raise SystemExit(f"error: no connection to the other ranks: {one_line(error)}") from error
     except Exception:
         problem = (traceback.format_exc(), False)
     state = PartialState(cpu=runs_on_cpu())
@@ -111,6 +116,19 @@ def runs_on_cpu() -> bool:
     Accelerate has to be told: on a machine without accelerator it would otherwise take every rank for the only one.
     """
     return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
+
+
+def join_ranks(*, backend: str | None, timeout: float) -> None:
+    """Join the process group, on the CPU.
+
+    `TrainingArguments` would do so too, but passes `--ddp_timeout` on for accelerators only (transformers 5.23): ranks
+    would wait half an hour for a node that fell silent.
+
+    Args:
+        backend: `--ddp_backend`; None: accelerate's choice.
+        timeout: `--ddp_timeout`. Seconds.
+    """
+    PartialState(cpu=True, backend=backend, timeout=timedelta(seconds=timeout))
 
 
 def leave_ranks() -> None:
