@@ -37,25 +37,29 @@ def launch(launcher: str, folder: Path, *flags: str, timeout: float = 150) -> su
         "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--main_process_port", port],
     }
     command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "DS_ACCELERATOR": "cpu",
-    }
     return subprocess.run(
         [*command, str(ROOT / "launch" / "train.py"), *flags],
         cwd=folder,
-        env=environment,
+        env=make_environment(folder),
         capture_output=True,
         text=True,
         timeout=timeout,
     )
 
 
+def make_environment(folder: Path) -> dict[str, str]:
+    """Of a launcher on the CPU: nothing of a launcher above, no hub, the cache in `folder`."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return inherited | {
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
 def make_flags(folder: Path, output_dir: str, **changes: Any) -> list[str]:
-    """A run of `NUM_STEPS` steps on the folder's model and samples, with changes."""
+    """A run of `NUM_STEPS` steps on the folder's model and samples, with changes; None takes a flag away."""
     flags = {
         "deepspeed": ROOT / "ds_configs" / "zero2.json",
         "model_name_or_path": folder / "model",
@@ -68,4 +72,4 @@ def make_flags(folder: Path, output_dir: str, **changes: Any) -> list[str]:
         "save_strategy": "no",
         "output_dir": output_dir,
     } | changes
-    return [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
