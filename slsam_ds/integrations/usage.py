@@ -69,7 +69,7 @@ def together(build: Callable[[], Built]) -> Built:
     except UsageError as error:
         problem = (str(error), True)
     except DistError as error:  # the other ranks cannot be told
-        raise SystemExit(f"error: no connection to the other ranks: {one_line(error)}") from error
+        raise _lonely(error) from error
     except Exception:
         problem = (traceback.format_exc(), False)
     state = PartialState(cpu=runs_on_cpu())
@@ -127,8 +127,18 @@ def join_ranks(*, backend: str | None, timeout: float) -> None:
     Args:
         backend: `--ddp_backend`; None: accelerate's choice.
         timeout: `--ddp_timeout`. Seconds.
+
+    Raises:
+        SystemExit: Another rank did not come in time, or is not reached. On this rank alone, with a sentence.
     """
-    PartialState(cpu=True, backend=backend, timeout=timedelta(seconds=timeout))
+    try:
+        PartialState(cpu=True, backend=backend, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:  # what gloo raises; a `DistError` is one too
+        raise _lonely(error) from error
+
+
+def _lonely(error: Exception) -> SystemExit:
+    return SystemExit(f"error: no connection to the other ranks: {one_line(error)}")
 
 
 def leave_ranks() -> None:
