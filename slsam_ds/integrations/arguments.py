@@ -84,7 +84,8 @@ class DataArguments:
         default=None,
         metadata={
             "metavar": "NAME",
-            "help": "Hub id or local folder, in place of files; its splits train and validation are used.",
+            "help": "In place of files, a hub id or a folder: of data files, or as save_to_disk wrote it. Its splits "
+            "train and validation are used.",
         },
     )
     dataset_config_name: str | None = field(
@@ -117,6 +118,28 @@ class DataArguments:
             "metavar": "TOKENS",
             "help": "Longer samples are cut; one with nothing left to learn is dropped. Default: 1024, or what the "
             "model allows (demo: 192).",
+        },
+    )
+
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill rows of --max_length with several whole samples, which do not see each other. Refused for "
+            "models that cannot keep them apart."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and encode samples while training, for data that do not fit on the disk twice. Needs "
+            "--max_steps; validation data are still read at the start."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10_000,
+        metadata={
+            "metavar": "ROWS",
+            "help": "With --streaming: rows in memory, of which the next is drawn; 0: in their order. Default: 10000.",
         },
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from slsam_ds.integrations.usage import leave_ranks, runs_on_cpu, together
+from slsam_ds.integrations.usage import leave_ranks, run, runs_on_cpu, together
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
 
     try:
         settings = together(lambda: read_settings(argv))
-        train(build_trainer(settings), settings)
+        trainer = build_trainer(settings)
+        run(lambda: train(trainer, settings))
     finally:
         leave_ranks()
 

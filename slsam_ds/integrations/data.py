@@ -4,18 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datasets import Dataset, Features, List, Value
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from slsam_ds.integrations.arguments import DataArguments
-from slsam_ds.integrations.usage import UsageError, refusals, warn
+from slsam_ds.integrations.usage import UsageError, refusals
 
 IGNORED = -100
 """The label that cross-entropy leaves out."""
-
-# Said, not inferred: a batch of dropped samples alone would give a column of no type.
-_FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int64")), "lost_turns": Value("int32")})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,64 +65,43 @@ def choose_columns(available: Sequence[str], given: DataArguments, source: str) 
     )
 
 
-def tokenize(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Columns, *, max_length: int, source: str
-) -> Dataset:
-    """Encode every row; drop, and count aloud, those with nothing left to learn.
+class Encoder:
+    """One row to token ids and labels. A class, so that `datasets` can hash it for its cache.
 
     Args:
-        rows: The samples.
         tokenizer: Of the model. Where it has a chat template, pairs are put through it too.
         columns: Where in a row the sample is.
         max_length: Longer samples are cut at their end. Tokens.
         source: Names the data in messages.
 
-    Returns:
-        `input_ids` and `labels`, both at most `max_length` long.
-
     Raises:
-        UsageError: A malformed row, or no row with anything to learn.
+        UsageError: Messages, and no chat template.
     """
-    encoder = _Encoder(tokenizer, columns, max_length, source)
-    encoded = rows.map(encoder, with_indices=True, remove_columns=rows.column_names, features=_FEATURES)
-    kept = encoded.filter(_has_labels, input_columns="labels")
-    num_dropped = len(rows) - len(kept)
-    if not len(kept):
-        raise UsageError(
-            f"{source}: nothing to learn in any of its {len(rows)} samples within --max_length {max_length}: what "
-            "should be learned is empty, or cut away"
-        )
-    if num_dropped:
-        reason = f"nothing to learn within --max_length {max_length}"
-        warn(f"{source}: {num_dropped} of {len(rows)} samples dropped: {reason}")
-    num_turns = sum(kept["lost_turns"])
-    if num_turns:
-        warn(
-            f"{source}: {num_turns} assistant turns without loss: the chat template writes them differently once the "
-            "conversation goes on; a template with {% generation %} marks would tell where they are"
-        )
-    return kept.remove_columns("lost_turns")
-
-
-def _has_labels(labels: Sequence[int]) -> bool:
-    return any(label != IGNORED for label in labels[1:])  # the first token is never predicted
-
-
-class _Encoder:
-    """One row to token ids and labels. A class, so that `datasets` can hash it for its cache."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Columns, max_length: int, source: str) -> None:
         self._tokenizer = tokenizer
         self._columns = columns
         self._max_length = max_length
-        self._source = source
         self._marks_turns = "{% generation" in (tokenizer.chat_template or "").replace("{%-", "{%")
         if columns.kind == "messages" and not tokenizer.chat_template:
             raise UsageError(f"{source}: column {columns.names[0]!r} needs a chat template, and the tokenizer has none")
 
-    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        where = f"{self._source}, sample {index + 1}"
-        values = [row[name] for name in self._columns.names]
+    @property
+    def max_length(self) -> int:
+        """Tokens at most."""
+        return self._max_length
+
+    def __call__(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """`input_ids` and `labels`, as long, and `lost_turns`: the assistant's turns that could not be located.
+
+        Args:
+            row: The sample; a column it lacks is empty.
+            where: Names it in messages.
+
+        Raises:
+            UsageError: A malformed row.
+        """
+        values: list[Any] = [row.get(name) for name in self._columns.names]
         if self._columns.kind == "messages":
             messages = _checked_messages(values[0], f"{where}, column {self._columns.names[0]!r}")
             return self._cut(*self._encode_messages(messages, where)) if messages else self._cut([], [])

@@ -1,7 +1,6 @@
 """The two halves of a fine-tuning run: build everything, then train, save and report."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +10,13 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from slsam_ds.integrations import demo
 from slsam_ds.integrations.arguments import DataArguments
-from slsam_ds.integrations.data import IGNORED, Columns, choose_columns, tokenize
+from slsam_ds.integrations.data import IGNORED, Columns, Encoder, choose_columns
 from slsam_ds.integrations.huggingface import SLSAMTrainer
 from slsam_ds.integrations.models import choose_max_length, load_model
+from slsam_ds.integrations.packing import PackedCollator, PackingCheck
 from slsam_ds.integrations.report import summarize
-from slsam_ds.integrations.rows import read_files, read_named
+from slsam_ds.integrations.rows import Rows, read_files, read_named
+from slsam_ds.integrations.samples import StreamedSamples, pack_all, tokenize
 from slsam_ds.integrations.settings import Settings
 from slsam_ds.integrations.usage import refusals, say, together
 from slsam_ds.records import LAYERS_FILE, read_steps
@@ -25,11 +26,19 @@ _NUM_DEMO_VALIDATION = 64
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Rows, which of their columns to learn from, and what to call them in messages."""
+    """Rows, and which of their columns to learn from."""
 
-    rows: Dataset
+    rows: Rows
     columns: Columns
-    source: str
+
+    @classmethod
+    def found(cls, rows: Rows, data: DataArguments) -> "Samples":
+        """The rows, and the columns that the flags name or that are usual."""
+        return cls(rows, choose_columns(rows.column_names, data, rows.source))
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
+        """What makes samples of the rows."""
+        return Encoder(tokenizer, self.columns, max_length, self.rows.source)
 
 
 def build_trainer(settings: Settings) -> SLSAMTrainer:
@@ -40,30 +49,33 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
     Raises:
         SystemExit: Something of it cannot be used.
     """
-    args = settings.training
-    # The node's first rank fills the cache of `datasets`, the others read it. The demo's data are never cached.
-    in_turn = nullcontext if settings.data.is_demo else args.main_process_first
+    args, data = settings.training, settings.data
 
     def read() -> tuple[Samples, Samples | None]:
-        with in_turn():
-            return read_samples(settings.data)
+        with args.main_process_first():  # the node's first rank fills the cache of `datasets`, the others read it
+            return read_samples(data)
 
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
         # DeepSpeed keeps float32 masters of 16-bit weights; FSDP2 and autocast cast float32 weights themselves.
         low_precision = torch.float16 if args.fp16 else torch.bfloat16
         dtype = low_precision if args.deepspeed and (args.bf16 or args.fp16) else torch.float32
         model, tokenizer = load_model(settings.model, dtype)
-        return model, tokenizer, choose_max_length(settings.data.max_length, model)
+        return model, tokenizer, choose_max_length(data.max_length, model)
 
-    def encode() -> list[Dataset | None]:
-        with in_turn():
-            return [
-                samples and tokenize(samples.rows, tokenizer, samples.columns, max_length=length, source=samples.source)
-                for samples in (training, validation)
-            ]
+    def encode() -> tuple[Dataset | StreamedSamples, Dataset | None]:
+        encoder = training.encoder(tokenizer, length)
+        with args.main_process_first():
+            # Held-out samples are not packed: their loss is that of a run without packing.
+            held_out = validation and tokenize(validation.rows, validation.encoder(tokenizer, length))
+            if data.streaming:
+                options = {"shuffle_buffer": data.shuffle_buffer, "seed": args.seed, "packed": data.packing}
+                return StreamedSamples(training.rows, encoder, **options), held_out
+            samples = tokenize(training.rows, encoder)
+            return pack_all(samples, length) if data.packing else samples, held_out
 
     def build() -> SLSAMTrainer:
         args.eval_on_start = held_out is not None
+        padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         with refusals(ValueError):
             trainer = SLSAMTrainer(
                 model=model,
@@ -72,8 +84,10 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 train_dataset=trained_on,
                 eval_dataset=held_out,
                 processing_class=tokenizer,
-                data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+                data_collator=PackedCollator(tokenizer.pad_token_id) if data.packing else padding,
             )
+            if data.packing:
+                trainer.add_callback(PackingCheck(trainer))
             settings.slsam.num_active(len(trainer.layer_map))  # refuses more than there are
         if settings.checkpoint is not None:
             with refusals(ValueError, prefix="--resume_from_checkpoint "):
@@ -90,8 +104,7 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
     num_active = settings.slsam.num_active(num_arms)
     ranks = f"{args.world_size} rank{'s' if args.world_size > 1 else ''}"
     say(f"Model: {name}; {model.num_parameters():,} weights, {num_active} of {num_arms} layers per step, on {ranks}")
-    tail = "" if held_out is None else f", {len(held_out):,} held out"
-    say(f"Data: {training.source}; {len(trainer.train_dataset):,} samples to train on{tail}")
+    say(f"Data: {training.rows.source}; {_describe(trained_on, held_out, packed=data.packing)}")
     return trainer
 
 
@@ -101,25 +114,23 @@ def read_samples(data: DataArguments) -> tuple[Samples, Samples | None]:
     Raises:
         UsageError: Data that cannot be read, or without the columns to learn from.
     """
-    validation: Dataset | None = None
+    validation: Rows | None = None
     if data.is_demo:
-        sources = ("functions and docstrings of this Python's standard library",) * 2
-        training, validation = demo.build_datasets(_NUM_DEMO_VALIDATION)
+        source = "functions and docstrings of this Python's standard library"
+        training, validation = (Rows.of_table(source, table) for table in demo.build_datasets(_NUM_DEMO_VALIDATION))
     elif data.dataset_name is not None:
-        sources = (f"--dataset_name {data.dataset_name}",) * 2
-        training, validation = read_named(data.dataset_name, data.dataset_config_name)
+        training, validation = read_named(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
     else:
-        sources = (f"--train_file {' '.join(data.train_file)}",) * 2
         training = read_files("--train_file", data.train_file)
     if data.validation_file:
-        sources = (sources[0], f"--validation_file {' '.join(data.validation_file)}")
         validation = read_files("--validation_file", data.validation_file)
-    found = [
-        Samples(rows, choose_columns(rows.column_names, data, source), source)
-        for rows, source in zip((training, validation), sources, strict=True)
-        if rows is not None
-    ]
-    return found[0], found[1] if validation is not None else None
+    return Samples.found(training, data), None if validation is None else Samples.found(validation, data)
+
+
+def _describe(training: Dataset | StreamedSamples, held_out: Dataset | None, *, packed: bool) -> str:
+    what = "rows of packed samples" if packed else "samples"
+    trained_on = f"{len(training):,} {what} to train on" if isinstance(training, Dataset) else f"{what}, as they come"
+    return trained_on if held_out is None else f"{trained_on}, {len(held_out):,} samples held out"
 
 
 def train(trainer: SLSAMTrainer, settings: Settings) -> None:

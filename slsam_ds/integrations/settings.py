@@ -65,6 +65,9 @@ def read_settings(argv: Sequence[str]) -> Settings:
             join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
         model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
     _check_training(training)
+    if data.streaming:
+        # Else the first rank would read for all, and could not: it joins batches of different lengths.
+        training.accelerator_config.dispatch_batches = False
     _make_output_dir(training.output_dir)
     return Settings(model=model, data=data, slsam=slsam, training=training, checkpoint=_find_checkpoint(training))
 
@@ -86,6 +89,7 @@ def _check_combinations(given: Any) -> None:
         raise UsageError("--train_file and --dataset_name exclude each other: give one")
     if given.validation_file and _is_demo(given):
         raise UsageError("--validation_file without training data: give --train_file or --dataset_name too")
+    _check_streaming(given)
     if given.peft == "lora" and given.lora_r < 1:
         raise UsageError(f"--lora_r {given.lora_r}: choose a rank of at least 1")
     if given.deepspeed is not None and given.fsdp:
@@ -101,6 +105,20 @@ def _check_combinations(given: Any) -> None:
     for name in ("learning_rate", "weight_decay", "max_grad_norm"):
         if not 0 <= getattr(given, name) < math.inf:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a finite number of at least 0")
+
+
+def _check_streaming(given: Any) -> None:
+    if given.shuffle_buffer < 0:
+        raise UsageError(f"--shuffle_buffer {given.shuffle_buffer}: choose a number of rows, or 0 for no shuffling")
+    if given.streaming and _is_demo(given):
+        raise UsageError("--streaming without data of your own: give --train_file or --dataset_name too")
+    if given.streaming and given.max_steps < 1:
+        raise UsageError("--streaming: nobody knows how many samples will come: give --max_steps too")
+    if given.streaming and given.dataloader_num_workers > len(given.train_file) > 0:
+        raise UsageError(
+            f"--dataloader_num_workers {given.dataloader_num_workers}: with --streaming a file is read by one worker: "
+            f"choose from 0 to {len(given.train_file)}"
+        )
 
 
 def _read_slsam(deepspeed: str | None, assignments: Sequence[str]) -> SLSAMConfig:

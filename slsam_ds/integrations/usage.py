@@ -6,6 +6,7 @@ missing on one node stops all nodes instead of leaving them waiting in the first
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from torch.distributed import DistError
 
 EXIT_CODE = 2
 """What argparse, and so every command line in Python, returns on a usage error."""
+
+_GRACE = 20.0  # seconds; launchers look after their ranks several times in them
 
 Built = TypeVar("Built")
 
@@ -84,6 +87,27 @@ def together(build: Callable[[], Built]) -> Built:
     # A launcher kills every rank as soon as one has ended with an error: nobody leaves before all have printed.
     state.wait_for_everyone()
     raise SystemExit(EXIT_CODE if all(p is None or p[1] for p in problems) else 1)
+
+
+def run(work: Callable[[], Built]) -> Built:
+    """Run training itself, where ranks meet in collectives of their own, and a refusal comes when data are reached.
+
+    Raises:
+        SystemExit: Code 2 where `work` raised `UsageError`. Ranks read the same data, so all raise it: each node's
+            first rank prints, and the others leave it the time to; one that is alone with its problem prints too.
+    """
+    try:
+        return work()
+    except UsageError as error:
+        state = PartialState(cpu=runs_on_cpu())
+        tail = ""
+        if not state.is_local_main_process:
+            time.sleep(_GRACE)  # the launcher ends this rank as soon as another one has ended
+            tail = f" (rank {state.process_index} of {state.num_processes})"
+        # A data loader's worker wraps what it raised into a traceback.
+        sentence = str(error).strip().splitlines()[-1].split("UsageError: ")[-1]
+        print(f"error: {sentence}{tail}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CODE) from error
 
 
 def _sentences(problems: list[tuple[str, bool] | None]) -> list[str]:

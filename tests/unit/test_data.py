@@ -1,6 +1,5 @@
-"""The user's data: how files are read, what is learned from a row, and what is refused in which words."""
+"""What is learned from a row, which columns are taken, and what is refused in which words."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,9 @@ import pytest
 from datasets import Dataset
 
 from slsam_ds.integrations.arguments import DataArguments
-from slsam_ds.integrations.data import IGNORED, Columns, choose_columns, tokenize
-from slsam_ds.integrations.rows import read_files
+from slsam_ds.integrations.data import IGNORED, Columns, Encoder, choose_columns
+from slsam_ds.integrations.rows import Rows
+from slsam_ds.integrations.samples import tokenize
 from slsam_ds.integrations.usage import UsageError
 from tests.tokenizers import CHAT_TEMPLATE, MARKED_TEMPLATE, tiny_tokenizer
 
@@ -33,7 +33,8 @@ def _learned(sample: dict[str, Any], tokenizer: Any) -> str:
 
 
 def _encode(rows: list[dict[str, Any]], columns: Columns, tokenizer: Any, max_length: int = 1000) -> Dataset:
-    return tokenize(Dataset.from_list(rows), tokenizer, columns, max_length=max_length, source="data")
+    table = Rows.of_table("data", Dataset.from_list(rows))
+    return tokenize(table, Encoder(tokenizer, columns, max_length, "data"))
 
 
 # What is learned
@@ -173,70 +174,3 @@ def test_columns_are_found(available: list[str], flags: dict[str, str], expected
 def test_columns_that_are_not_there_are_refused(available: list[str], flags: dict[str, str], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         choose_columns(available, DataArguments(**flags), "data")
-
-
-# Files
-
-
-def test_every_format_is_read(tmp_path: Path) -> None:
-    rows = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(3)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "b.json").write_text(json.dumps(rows))
-    Dataset.from_list(rows).to_csv(tmp_path / "c.csv")
-    Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
-    for name in ("a.jsonl", "b.json", "c.csv", "d.parquet"):
-        assert read_files("--train_file", [str(tmp_path / name)]).to_list() == rows, name
-    everything = read_files("--train_file", [str(path) for path in sorted(tmp_path.glob("?.*"))])
-    assert everything.to_list() == rows * 4
-
-
-def test_txt_has_a_sample_per_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("first line\n\nsecond line\n")
-    rows = read_files("--train_file", [str(path)])
-    encoded = tokenize(rows, tiny_tokenizer(), TEXT, max_length=100, source="a.txt")
-    assert len(encoded) == 2  # the blank line is no sample
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        (
-            "a.jsonl",
-            '{"text": "x"}\n{"text": y}\n',
-            r"a\.jsonl: line 2 is not valid JSON \(Expecting value at column 10\)",
-        ),
-        ("a.jsonl", '{"text": "x"}\n\n[1]\n', r"line 3 is not an object"),
-        ("a.jsonl", '"x"\n"y"\n', r"line 1 is not an object"),
-        ("a.jsonl", "\n\n", r"holds no samples"),
-        ("a.jsonl", "", r"the file is empty"),
-        ("a.json", '[{"text": "x"},\n {"text": }]', r"line 2 is not valid JSON"),
-        ("a.json", "[1, 2]", r"expected a list of objects"),
-        ("a.json", "[]", r"a\.json: "),
-        ("a.csv", "a,b\n1,2\n1,2,3\n", r"line 3 has 3 fields where the header names 2"),
-        ("a.csv", "a,b\n", r"holds no samples"),
-        ("a.parquet", "not parquet", r"cannot be read as parquet"),
-        ("a.xlsx", "x", r"unknown format; name it \.jsonl, \.json, \.csv, \.parquet, \.txt"),
-    ],
-)
-def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, sentence: str) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(UsageError, match=sentence) as refused:
-        read_files("--train_file", [str(path)])
-    assert str(refused.value).startswith(f"--train_file {path}: ")
-    assert "\n" not in str(refused.value)
-
-
-def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nothing\.jsonl: no such file"):
-        read_files("--train_file", [str(tmp_path / "nothing.jsonl")])
-    with pytest.raises(UsageError, match="not a file"):
-        read_files("--train_file", [str(tmp_path)])
-
-
-def test_files_with_other_columns_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
-    (tmp_path / "b.jsonl").write_text('{"words": "x"}\n')
-    with pytest.raises(UsageError, match="the files differ in their columns"):
-        read_files("--train_file", [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
