@@ -58,7 +58,7 @@ def check_file(flag: str, path: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines, from 1, with their ends."""
+    """The lines, from 1, with the ends that they have."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -78,7 +78,7 @@ def _read_json_lines(path: Path) -> Iterator[Numbered]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except (json.JSONDecodeError, RecursionError) as error:
             raise UsageError(f"line {number} is not valid JSON ({_reason(error)})") from error
         if not isinstance(row, dict):

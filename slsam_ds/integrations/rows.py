@@ -1,6 +1,6 @@
 """Samples as their owner keeps them: files and data sets, as rows that know where they are from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -108,8 +108,7 @@ def read_named(name: str, config: str | None = None, *, streaming: bool = False)
         if _is_saved(folder):
             if config is not None:
                 raise UsageError(f"--dataset_config_name {config}: {name} was written by save_to_disk and has only one")
-            saved = load_from_disk(str(folder))
-            splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+            splits = _load_saved(flag, folder)
         else:
             given = str(folder) if folder.is_dir() else name
             splits = _json_files(given, config) or load_dataset(given, config, streaming=streaming)
@@ -179,6 +178,14 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("state.json", "dataset_info.json")
     )
+
+
+def _load_saved(flag: str, folder: Path) -> Mapping[str, Dataset]:
+    try:
+        saved = load_from_disk(str(folder))
+    except Exception as error:  # IndexError, where a split is empty
+        raise UsageError(f"{flag}: a split that save_to_disk wrote is empty or damaged ({one_line(error)})") from error
+    return saved if isinstance(saved, DatasetDict) else {"train": saved}
 
 
 def _json_files(name: str, config: str | None) -> dict[str, list[Path]] | None:

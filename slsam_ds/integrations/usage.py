@@ -106,7 +106,7 @@ def run(work: Callable[[], Built]) -> Built:
             tail = f" (rank {state.process_index} of {state.num_processes})"
         # A data loader's worker wraps what it raised into a traceback.
         sentence = str(error).strip().splitlines()[-1].split("UsageError: ")[-1]
-        print(f"error: {sentence}{tail}", file=sys.stderr, flush=True)
+        print(f"\nerror: {sentence}{tail}", file=sys.stderr, flush=True)  # on a line of its own, below the progress bar
         raise SystemExit(EXIT_CODE) from error
 
 
