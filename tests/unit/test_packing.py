@@ -1,14 +1,24 @@
 """Packed rows: full, whole samples, and none of them sees or predicts another."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, LlamaConfig, MistralConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+)
 
 from slsam_ds.integrations.data import IGNORED
-from slsam_ds.integrations.packing import PackedCollator, measure_leak, pack
+from slsam_ds.integrations.packing import PackedCollator, PackingCheck, measure_leak, pack
+from slsam_ds.integrations.usage import UsageError
 from tests.models import VOCABULARY, tiny_llama
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -114,3 +124,19 @@ def test_models_that_look_back_are_found(config: Any) -> None:
     config.use_cache = False
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     assert measure_leak(model, VOCABULARY, CPU) > 0.1
+
+
+def test_training_begins_only_where_samples_stay_apart() -> None:
+    def begin(model: Any) -> None:
+        trainer = SimpleNamespace(model=model, model_wrapped=model.train(), args=SimpleNamespace(device=CPU))
+        PackingCheck(trainer).on_train_begin(None, None, None)  # type: ignore[arg-type]
+        assert model.training
+
+    model = tiny_llama()
+    begin(model)
+    model.config.use_cache = True
+    with pytest.raises(UsageError, match=r"--packing: samples in a row see each other .*--use_cache False may help"):
+        begin(model)
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(UsageError, match=r"\(bloom with eager attention.*leave --packing out"):
+        begin(bloom)

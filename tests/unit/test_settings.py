@@ -90,6 +90,16 @@ def _json(path: Path, **changes: object) -> str:
         (["--slsam", "rho"], "--slsam rho: expected KEY=VALUE"),
         (["--validation_file", "x.jsonl"], "--validation_file without training data"),
         (["--train_file", "x.jsonl", "--dataset_name", "y"], "--train_file and --dataset_name exclude each other"),
+        (["--streaming", "--max_steps", "3"], "--streaming without data of your own: give --train_file"),
+        (
+            ["--streaming", "--train_file", "x.jsonl"],
+            "--streaming: nobody knows how many samples will come: give --max_s",
+        ),
+        (["--shuffle_buffer", "-1"], "--shuffle_buffer -1: choose a number of rows, or 0"),
+        (
+            ["--streaming", "--train_file", "x", "y", "--max_steps", "3", "--dataloader_num_workers", "3"],
+            "--dataloader_num_workers 3: with --streaming a file is read by one worker: choose from 0 to 2",
+        ),
         (["--peft", "lora", "--lora_r", "0"], "--lora_r 0: choose a rank of at least 1"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in outputs/demo"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a checkpoint"),
