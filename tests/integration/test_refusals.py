@@ -26,6 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, its tokenizer, files of samples, and things that cannot be used."""
     folder = make_folder(tmp_path_factory.mktemp("refusals"))
     (folder / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": oops}\n')
+    rows = ['{"question": "a", "answer": "b"}'] * 150
+    (folder / "late.jsonl").write_text("\n".join([*rows, '{"question": "a", "answer": 5}', *rows]))
     (folder / "empty.jsonl").write_text("")
     shutil.copytree(folder / "model", folder / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
     for name, section, change in (
@@ -83,6 +85,12 @@ def test_everything_that_cannot_be_is_refused_before_training(world_size: int, f
         ({}, ["--lerning_rate", "1"], "--lerning_rate: unknown flag; did you mean --learning_rate?"),
         ({"train_file": "nothing.jsonl"}, [], "--train_file nothing.jsonl: no such file"),
         ({"train_file": "empty.jsonl"}, [], "--train_file empty.jsonl: the file is empty"),
+        (
+            {"train_file": "late.jsonl"},
+            [],
+            "--train_file late.jsonl: line 151: column 'answer' holds int; expected text",
+        ),
+        ({"train_file": "late.jsonl", "max_steps": -1}, ["--streaming"], "--streaming: nobody knows how many samples"),
         ({"response_column": "reply"}, [], "no column 'reply'; there are: question, answer"),
         ({"model_name_or_path": "weightless"}, [], "--model_name_or_path weightless: the folder holds no weights"),
         ({}, ["--slsam", "active_layers=0"], "slsam.active_layers=0: choose"),
