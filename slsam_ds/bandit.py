@@ -117,7 +117,7 @@ class Exp3M(_FixedCount):
         return torch.tensor(self._marginals()[0], dtype=torch.float64)
 
     def sample(self, step: int) -> tuple[int, ...]:
-        return _dependent_rounding(self._marginals()[0], self.k, _generator(self.seed, step))
+        return dependent_rounding(self._marginals()[0], counter_generator(self.seed, step))
 
     def update(self, active: Sequence[int], rewards: Numbers, probabilities: Numbers | None = None) -> None:
         """w_i ← w_i exp(kγ r̂_i/L) + (eα/L) Σ_j w_j, with r̂_i = r_i/p_i for active arms below the cap and 0 elsewhere.
@@ -158,27 +158,8 @@ class Exp3M(_FixedCount):
         self._log_weights = _numbers("log_weights", state["log_weights"], range(self.num_arms))
 
     def _marginals(self) -> tuple[list[float], frozenset[int]]:
-        """Inclusion probabilities of all arms, and the arms held at 1 by the cap.
-
-        Every arm gets kγ/L; the rest of k is handed out in proportion to the weights, and no arm takes more than up to
-        1. That is the paper's threshold α, solved exactly: going down from the heaviest arm, an arm is capped as long
-        as its part of what is left would fill the room it has, 1 - kγ/L.
-        """
-        if self.k == self.num_arms:
-            return [1.0] * self.num_arms, frozenset(range(self.num_arms))
-        base = self.k * self.gamma / self.num_arms
-        room = 1 - base
-        order = sorted(range(self.num_arms), key=self._log_weights.__getitem__, reverse=True)
-        # Sums over the arms not yet capped, in logs: next to a capped giant they would underflow to 0.
-        log_sums = _log_suffix_sums([self._log_weights[arm] for arm in order])
-        for num_capped, arm in enumerate(order):
-            left = max(0.0, self.k * (1 - self.gamma) - num_capped * room)
-            if num_capped == self.k or left * math.exp(self._log_weights[arm] - log_sums[num_capped]) < room:
-                break
-        marginals = [1.0] * self.num_arms
-        for arm in order[num_capped:]:
-            marginals[arm] = base + left * math.exp(self._log_weights[arm] - log_sums[num_capped])
-        return marginals, frozenset(order[:num_capped])
+        """Inclusion probabilities of all arms, and the arms held at 1 by the cap."""
+        return capped_marginals(self._log_weights, self.k, self.gamma)
 
 
 class Uniform(_FixedCount):
@@ -191,7 +172,7 @@ class Uniform(_FixedCount):
         self.seed = seed
 
     def sample(self, step: int) -> tuple[int, ...]:
-        return tuple(sorted(_shuffled(self.num_arms, _generator(self.seed, step))[: self.k]))
+        return tuple(sorted(_shuffled(self.num_arms, counter_generator(self.seed, step))[: self.k]))
 
 
 class Cyclic(_FixedCount):
@@ -260,11 +241,15 @@ def make_selector(config: SLSAMConfig, num_arms: int, *, total_steps: int | None
     Raises:
         ValueError: `gamma="auto"` without a run length, or a number out of range.
     """
+    if config.budget is not None:
+        from slsam_ds.budget import BudgetedExp3  # which builds on this module
+
+        gamma = _gamma(config, num_arms, 1, total_steps)
+        return BudgetedExp3(num_arms, config.budget, gamma, config.seed, share=config.share)
     k = config.num_active(num_arms)
     match config.selector:
         case "exp3m":
-            gamma = _tuned_gamma(num_arms, k, total_steps) if config.gamma == "auto" else config.gamma
-            return Exp3M(num_arms, k, gamma, config.seed, share=config.share)
+            return Exp3M(num_arms, k, _gamma(config, num_arms, k, total_steps), config.seed, share=config.share)
         case "uniform":
             return Uniform(num_arms, k, config.seed)
         case "cyclic":
@@ -273,6 +258,10 @@ def make_selector(config: SLSAMConfig, num_arms: int, *, total_steps: int | None
             return AllArms(num_arms)
         case "top_k":
             return TopK(num_arms, k)
+
+
+def _gamma(config: SLSAMConfig, num_arms: int, k: int, total_steps: int | None) -> float:
+    return _tuned_gamma(num_arms, k, total_steps) if config.gamma == "auto" else config.gamma
 
 
 def _tuned_gamma(num_arms: int, k: int, total_steps: int | None) -> float:
@@ -287,7 +276,7 @@ def _tuned_gamma(num_arms: int, k: int, total_steps: int | None) -> float:
     return min(1.0, math.sqrt(num_arms * math.log(num_arms / k) / ((math.e - 1) * k * total_steps)))
 
 
-def _generator(seed: int, step: int) -> random.Random:
+def counter_generator(seed: int, step: int) -> random.Random:
     """A fresh generator keyed by (seed, step): no state to save, to broadcast or to leave out of step."""
     key = hashlib.blake2b(f"slsam selection {seed} {step}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(key, "big"))
@@ -299,8 +288,35 @@ def _shuffled(num_arms: int, generator: random.Random) -> list[int]:
     return sorted(range(num_arms), key=keys.__getitem__)
 
 
-def _dependent_rounding(marginals: Sequence[float], k: int, generator: random.Random) -> tuple[int, ...]:
-    """Round probabilities that sum to k to exactly k arms, keeping every marginal.
+def capped_marginals(log_weights: Sequence[float], k: int, gamma: float) -> tuple[list[float], frozenset[int]]:
+    """Inclusion probabilities that sum to k, and the arms that the cap holds at 1.
+
+    Every arm gets kγ/L; the rest of k is handed out in proportion to the weights, and no arm takes more than up to 1.
+    That is the paper's threshold α, solved exactly: going down from the heaviest arm, an arm is capped as long as its
+    part of what is left would fill the room it has, 1 - kγ/L.
+
+    Reference: Uchiya, Nakamura, Kudo 2010, algorithm EXP3.M.
+    """
+    num_arms = len(log_weights)
+    if k == num_arms:
+        return [1.0] * num_arms, frozenset(range(num_arms))
+    base = k * gamma / num_arms
+    room = 1 - base
+    order = sorted(range(num_arms), key=log_weights.__getitem__, reverse=True)
+    # Sums over the arms not yet capped, in logs: next to a capped giant they would underflow to 0.
+    log_sums = _log_suffix_sums([log_weights[arm] for arm in order])
+    for num_capped, arm in enumerate(order):
+        left = max(0.0, k * (1 - gamma) - num_capped * room)
+        if num_capped == k or left * math.exp(log_weights[arm] - log_sums[num_capped]) < room:
+            break
+    marginals = [1.0] * num_arms
+    for arm in order[num_capped:]:
+        marginals[arm] = base + left * math.exp(log_weights[arm] - log_sums[num_capped])
+    return marginals, frozenset(order[:num_capped])
+
+
+def dependent_rounding(marginals: Sequence[float], generator: random.Random) -> tuple[int, ...]:
+    """Round probabilities that sum to a whole number k to exactly k arms, keeping every marginal.
 
     One undecided arm is carried along; each newcomer meets it, and one of the two is decided so that neither's
     expectation changes: rejected where their total fits into one arm, chosen where it does not. The walk decides one
@@ -308,6 +324,7 @@ def _dependent_rounding(marginals: Sequence[float], k: int, generator: random.Ra
 
     Reference: Gandhi, Khuller, Parthasarathy, Srinivasan 2006 (DepRound).
     """
+    k = round(math.fsum(marginals))
     chosen: list[int] = []
     carried, mass = -1, 0.0
     # In a fixed order neighbours would almost never be chosen together.

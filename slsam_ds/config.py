@@ -1,7 +1,7 @@
 """Every knob of SL-SAM, validated once.
 
 One dataclass feeds Python, the `slsam` block of a DeepSpeed JSON, the command line (`--slsam KEY=VALUE`) and the
-saved run record. A knob whose machinery does not exist yet is refused here, never ignored.
+saved run record.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ class SLSAMConfig:
     """EXP3.S sharing in [0, 1): how fast old evidence is forgotten."""
 
     reward: Reward = "grad_norm"
-    """What the bandit maximises: the layer's descent-gradient norm, or that divided by sqrt(numel)."""
+    """What the bandit maximises: the layer's descent-gradient norm; that divided by sqrt(numel), or by what a step on
+    the layer alone costs."""
 
     ascent_scope: AscentScope = "global"
     """Whose data the ascent gradient averages over."""
@@ -59,7 +60,7 @@ class SLSAMConfig:
     along (single-step SAM: one pass per step; a layer is not perturbed the first time)."""
 
     budget: float | None = None
-    """Price target of a step relative to AdamW; replaces `active_layers`."""
+    """Expected price of a step, AdamW's on the same parameters being 1, in FLOPs; replaces `active_layers`."""
 
     update_scale: UpdateScale = "inverse_probability"
     """Multiply this step's learning rate of layer i by min(1/p_i, 10), or leave it alone."""
@@ -109,16 +110,9 @@ class SLSAMConfig:
             for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
                 reason = f'ascent_source="previous" has no ascent pass; use {_shown(needed)}'
                 _require(self, name, getattr(self, name) == needed, reason)
-        self._refuse_unsupported()
-
-    def _refuse_unsupported(self) -> None:
-        for name, supported in (("budget", None),):
-            if getattr(self, name) != supported:
-                raise ValueError(
-                    f"slsam.{name}={_shown(getattr(self, name))}: not supported yet; use {_shown(supported)}"
-                )
-        if self.reward == "grad_norm_per_cost":
-            raise ValueError('slsam.reward="grad_norm_per_cost": not supported yet; use "grad_norm" or "grad_rms"')
+        if self.budget is not None:
+            _require(self, "selector", self.selector == "exp3m", 'slsam.budget chooses the layers; use "exp3m"')
+            _require(self, "layers", self.layers is None, "slsam.budget needs layers found in the model; use null")
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Self:

@@ -1,5 +1,6 @@
 """SL-SAM around a model and its optimizer: composes bandit, step and engine, and owns the state."""
 
+import dataclasses
 import logging
 import math
 import time
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from slsam_ds.bandit import make_selector
+from slsam_ds.budget import BudgetedExp3
+from slsam_ds.calibration import calibrate
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.cost import CostModel, Passes
 from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
@@ -133,6 +137,9 @@ class SLSAM:
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
+        self._costs: CostModel | None = None
+        self._priced_window = 0
+        self._chooses_by_cost = self.config.budget is not None or self.config.reward == "grad_norm_per_cost"
         self._rewards = RewardScale(self.config.reward, layer_map.numels)
 
     def step(
@@ -180,6 +187,10 @@ class SLSAM:
         started = time.perf_counter()
         if len(window) == 0:
             raise ValueError("an empty window: a step needs at least one micro-batch")
+        if self._costs is None and self._chooses_by_cost:
+            one = [window[0]]
+            costs = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
+            self._use_costs(costs, len(window))
         step = self.num_steps + 1
         forced = active is not None
         sample = _checked_sample(active, len(self.layers)) if active is not None else self.selector.sample(step)
@@ -222,6 +233,7 @@ class SLSAM:
             "layers": self._fingerprint,
             "selector": self.selector.state_dict(),
             "reward_maximum": self._rewards.maximum,
+            "costs": self._costs and {"counted": dataclasses.asdict(self._costs), "window": self._priced_window},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -237,6 +249,8 @@ class SLSAM:
                 "the slsam state was saved for other layers (another model, other trainable parameters, or another "
                 "`layers` or `other_parameters` setting): resume with the setup of the saved run"
             )
+        if self._chooses_by_cost and state.get("costs"):
+            self._use_costs(CostModel.from_dict(state["costs"]["counted"]), state["costs"]["window"])
         self.selector.load_state_dict(state["selector"])
         self._rewards.maximum = float(state["reward_maximum"])
         self.num_steps = int(state["step"])
@@ -268,6 +282,14 @@ class SLSAM:
                 "the layers with a previous gradient": self._previous.arms if self._previous is not None else (),
             },
         )
+
+    def _use_costs(self, costs: CostModel, window_length: int) -> None:
+        """Let the choice of layers, and the rewards, go by what samples cost."""
+        self._costs, self._priced_window = costs, window_length
+        prices = costs.prices(Passes.of(self.config, window_length, reuses_prefix=self._reuses_prefix))
+        self._rewards.costs = [base + share for base, share in zip(prices.base, prices.share, strict=True)]
+        if isinstance(self.selector, BudgetedExp3):
+            self.selector.use_prices(prices)
 
     def _can_reuse_prefix(self) -> bool:
         """Whether the descent may start above the blocks that both passes have in common."""

@@ -101,9 +101,11 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
     trainer = together(build)
     name = settings.model.model_name_or_path or demo.MODEL_TITLE
     num_arms = len(trainer.layer_map)
-    num_active = settings.slsam.num_active(num_arms)
+    chosen = f"{settings.slsam.num_active(num_arms)} of {num_arms} layers per step"
+    if settings.slsam.budget is not None:
+        chosen = f"{num_arms} layers, steps at {settings.slsam.budget:g} of AdamW's price"
     ranks = f"{args.world_size} rank{'s' if args.world_size > 1 else ''}"
-    say(f"Model: {name}; {model.num_parameters():,} weights, {num_active} of {num_arms} layers per step, on {ranks}")
+    say(f"Model: {name}; {model.num_parameters():,} weights, {chosen}, on {ranks}")
     say(f"Data: {training.rows.source}; {_describe(trained_on, held_out, packed=data.packing)}")
     return trainer
 

@@ -65,14 +65,11 @@ BAD_VALUES = [
     ("seed", False, "false", "expected an integer"),
 ]
 
-UNSUPPORTED = [
-    ("budget", 1.0, "1.0", "use null"),
-    ("reward", "grad_norm_per_cost", '"grad_norm_per_cost"', 'use "grad_norm" or "grad_rms"'),
-]
-
 ACCEPTED = [
     ("ascent_fraction", 0.25),
     ("ascent_source", "previous"),
+    ("budget", 1.0),
+    ("reward", "grad_norm_per_cost"),
     ("ascent_scope", "rank"),
     ("prefix_reuse", True),
     ("ascent_scope", "micro_batch"),
@@ -117,9 +114,10 @@ def test_a_bad_value_is_refused_in_one_sentence(key: str, value: Any, shown: str
     refused(key, value, shown, allowed)
 
 
-@pytest.mark.parametrize(("key", "value", "shown", "instead"), UNSUPPORTED)
-def test_a_knob_without_machinery_is_refused_never_ignored(key: str, value: Any, shown: str, instead: str) -> None:
-    refused(key, value, shown, f"not supported yet; {instead}")
+@pytest.mark.parametrize("knob", [{"selector": "uniform"}, {"layers": ("model.layers.0",)}])
+def test_a_budget_chooses_the_layers_itself(knob: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"^slsam\.{next(iter(knob))}=.*: slsam.budget"):
+        SLSAMConfig(budget=1.0, **knob)
 
 
 @pytest.mark.parametrize("knob", [{"ascent_scope": "rank"}, {"ascent_fraction": 0.5}])
@@ -133,7 +131,7 @@ def test_a_single_pass_has_no_ascent_to_set(knob: dict[str, Any]) -> None:
 def test_every_knob_is_tested() -> None:
     knobs = {field.name for field in dataclasses.fields(SLSAMConfig)}
     assert {key for key, *_ in BAD_VALUES} == knobs
-    assert {key for key, *_ in ACCEPTED + UNSUPPORTED} == knobs
+    assert {key for key, *_ in ACCEPTED} == knobs
 
 
 def test_a_broken_regular_expression_is_refused() -> None:
@@ -241,7 +239,7 @@ def test_an_assignment_without_key_or_value_is_refused(assignment: str) -> None:
         ("rho=abc", r'slsam\.rho="abc": expected a number'),
         ("rho=-1", r"slsam\.rho=-1: choose a finite radius"),
         ("rho=NaN", r"slsam\.rho=NaN: choose a finite radius"),
-        ("budget=1.5", r"slsam\.budget=1\.5: not supported yet"),
+        ("budget=-1", r"slsam\.budget=-1: choose a number > 0"),
     ],
 )
 def test_assignments_are_refused_like_any_other_source(assignment: str, message: str) -> None:

@@ -1,0 +1,113 @@
+"""Choosing by cost: counted FLOPs are what was promised, and every engine and rank chooses alike."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from slsam_ds import SLSAM, SLSAMConfig
+from slsam_ds.cost import Passes
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error
+from tests.models import micro_batch, tiny_llama
+from tests.ranks import run_on_ranks
+
+NUM_BLOCKS = 12
+
+
+def make(window_length: int = 1, *, tied: bool = False, **knobs: Any) -> SLSAM:
+    model = tiny_llama(num_blocks=NUM_BLOCKS, tied=tied)
+    return SLSAM(model, torch.optim.AdamW(model.parameters(), lr=1e-4), SLSAMConfig(**knobs))
+
+
+def flops(slsam: SLSAM, step: int, window_length: int = 1, **kwargs: Any) -> float:
+    with FlopCounterMode(display=False) as counter:
+        slsam.step([micro_batch(step, 0, index, length=16) for index in range(window_length)], **kwargs)
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(
+    ("window_length", "knobs"),
+    [
+        (1, {}),
+        (1, {"tied": True}),
+        (1, {"other_parameters": "freeze"}),
+        (1, {"other_parameters": "always"}),
+        (1, {"prefix_reuse": False}),
+        (4, {"ascent_fraction": 0.25}),
+        (1, {"ascent_fraction": 0.5}),
+        (1, {"ascent_source": "previous"}),
+        (1, {"rho": 0.0}),
+    ],
+)
+def test_prices_are_the_flops_counted(window_length: int, knobs: dict[str, Any]) -> None:
+    slsam = make(reward="grad_norm_per_cost", **knobs)
+    others = {name: knobs[name] for name in ("tied", "other_parameters") if name in knobs}
+    adamw = flops(make(rho=0.0, selector="all", **others), 1, window_length)
+    flops(slsam, 1, window_length)  # counts
+    assert slsam._costs is not None
+    passes = Passes.of(slsam.config, window_length, reuses_prefix=slsam._reuses_prefix)
+    last = len(slsam.layers) - 1
+    for step, sample in enumerate(([0], [1], [2], [5, 7], [last], [3, last], range(last + 1)), start=2):
+        paid = flops(slsam, step, window_length, active=sample) / adamw
+        assert slsam._costs.prices(passes).of(tuple(sample)) == pytest.approx(paid, rel=1e-3), sample
+
+
+@pytest.mark.parametrize(
+    "budget", [0.7, *(pytest.param(budget, marks=pytest.mark.slow) for budget in (0.85, 1.0, 1.2))]
+)
+def test_two_hundred_steps_cost_the_budget(budget: float) -> None:
+    torch.set_num_threads(1)
+    slsam = make(budget=budget)
+    adamw = flops(make(rho=0.0, selector="all"), 1)
+    flops(slsam, 1)  # counts
+    paid = sum(flops(slsam, step) for step in range(2, 202)) / 200 / adamw
+    assert paid == pytest.approx(budget, rel=0.03)
+
+
+def train(setup: Setup, num_steps: int, reentrant: bool | None) -> tuple[list[tuple[int, ...]], dict[str, Tensor]]:
+    training = Training(setup)
+    if reentrant is not None:
+        training.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        training.model.enable_input_require_grads()
+    results = [training.step(training.window(step)) for step in range(1, num_steps + 1)]
+    return [result.active for result in results], training.weights()
+
+
+@pytest.mark.parametrize("knobs", [{"budget": 1.0}, {"reward": "grad_norm_per_cost", "active_layers": 2}])
+@pytest.mark.parametrize("engine", ["fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3])
+def test_every_engine_chooses_alike(engine: str, knobs: dict[str, Any]) -> None:
+    model = {"num_blocks": 6}
+    expected, weights = run_on_ranks(2, train, Setup(engine="local", slsam=knobs, model=model), 12, None)[0]
+    assert len(set(expected)) > 4
+    for active, trained in run_on_ranks(2, train, Setup(engine=engine, slsam=knobs, model=model), 12, None):
+        assert active == expected
+        assert max_error(trained, weights) <= 1e-5  # learning rates up to ten times as large
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_is_counted(reentrant: bool) -> None:
+    setup = Setup(engine="zero2", slsam={"budget": 1.0}, model={"num_blocks": 6})
+    active, _ = run_on_ranks(2, train, setup, 6, reentrant)[0]
+    assert all(active)
+
+
+def resume(setup: Setup, folder: str, half: str) -> tuple[dict[str, Tensor], list[tuple[int, ...]]]:
+    training = Training(setup)
+    if half == "second":
+        training.engine.load_checkpoint(folder)
+    steps = {"whole": range(1, 9), "first": range(1, 5), "second": range(5, 9)}[half]
+    active = [training.step(training.window(step)).active for step in steps]
+    if half == "first":
+        training.engine.save_checkpoint(folder)
+    return training.weights(), active
+
+
+def test_resume_keeps_the_prices(tmp_path: Any) -> None:
+    setup = Setup(engine="zero2", slsam={"budget": 1.0}, model={"num_blocks": 6})
+    weights, active = run_on_ranks(2, resume, setup, str(tmp_path), "whole")[0]
+    _, first = run_on_ranks(2, resume, setup, str(tmp_path), "first")[0]
+    resumed, second = run_on_ranks(2, resume, setup, str(tmp_path), "second")[0]
+    assert first + second == active
+    assert max_error(resumed, weights) == 0.0
