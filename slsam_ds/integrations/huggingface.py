@@ -1,8 +1,9 @@
 """SL-SAM inside the Hugging Face Trainer, and inside trainers derived from it."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.integrations.side_effects import counted_once, kept_trainable
 from slsam_ds.integrations.trainer_state import check_state, read_state, write_state
 from slsam_ds.layers import LayerMap, split_param_groups
 from slsam_ds.metrics import MetricMeans, step_metrics
@@ -69,6 +71,7 @@ class SLSAMMixin(_TrainerMethods):
         self._grad_norm = 0.0
         self._slsam_metrics = MetricMeans()
         self._num_seen = 0
+        self._is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step runs
         self.add_callback(_SLSAMCallback(self))
 
     @property
@@ -129,13 +132,17 @@ class SLSAMMixin(_TrainerMethods):
         stock_training_step = super().training_step
         # SL-SAM averages gradients: a DistributedDataParallel around the model must not see these passes.
         trained = model if self.is_deepspeed_enabled else self.model
+        passed: set[int] = set()
 
         def begin_pass(micro_batches: Sequence[Any]) -> ForwardBackward:
+            is_window = micro_batches is self._window
             num_items = num_items_in_batch
-            if micro_batches is not self._window and num_items is not None:
+            if not is_window and num_items is not None:
                 num_items = self._get_num_items_in_batch(micro_batches, self.args.device)
 
             def forward_backward(micro_batch: Any) -> Tensor:
+                self._is_repeated = not is_window or id(micro_batch) in passed
+                passed.add(id(micro_batch))
                 self.current_gradient_accumulation_steps = len(micro_batches)  # it divides by them, or by the items
                 # A copy, because `compute_loss` may take entries out of the batch, which passes here twice.
                 return stock_training_step(trained, copy.copy(micro_batch), num_items)
@@ -143,7 +150,10 @@ class SLSAMMixin(_TrainerMethods):
             return forward_backward
 
         assert self.slsam is not None
-        result = self.slsam.step_with(self._window, begin_pass)
+        try:
+            result = self.slsam.step_with(self._window, begin_pass)
+        finally:
+            self._is_repeated = None
         record = result.to_record()
         self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:
@@ -155,6 +165,20 @@ class SLSAMMixin(_TrainerMethods):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own, with the means of `slsam_ds.metrics` since the last training loss."""
         super().log({**logs, **self._slsam_metrics.take()} if "loss" in logs else logs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def compute_loss_context_manager(self) -> Iterator[None]:
+        """The trainer's own, around every loss; in a step, what SL-SAM relies on and what is counted stay right.
+
+        Metrics are those of the first pass over a whole micro-batch: at the weights themselves where both passes are.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._is_repeated is not None:
+                stack.enter_context(kept_trainable(self.model))
+            if self._is_repeated:
+                stack.enter_context(counted_once(self, self.state))
+            stack.enter_context(super().compute_loss_context_manager())
+            yield
 
     def _setup(self) -> dict[str, Any]:
         """What a checkpoint depends on: with another world size or dtype, DeepSpeed looks for files of other names."""
