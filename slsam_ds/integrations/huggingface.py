@@ -10,13 +10,14 @@ import torch
 from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
 from slsam_ds.integrations.trainer_state import check_state, read_state, write_state
 from slsam_ds.layers import LayerMap, split_param_groups
@@ -48,6 +49,8 @@ class SLSAMMixin(_TrainerMethods):
         ValueError: Bad knobs, or an engine that is not supported.
     """
 
+    _is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step is under way
+
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         num_ranks = ProcessGroupRanks(None, self.args.device).world_size
@@ -60,8 +63,9 @@ class SLSAMMixin(_TrainerMethods):
         if self.is_deepspeed_enabled:
             block = _take_block(self.args.hf_deepspeed_config)
             check_config(self.args.hf_deepspeed_config.config)
-        else:
-            _check_supported(self)
+        _check_supported(self)
+        self._compile_settings = take_over_compilation(self)
+        self._compiled = contextlib.ExitStack()
         self.slsam_config = slsam if isinstance(slsam, SLSAMConfig) else SLSAMConfig.from_dict(slsam or block or {})
         self.slsam: SLSAM | None = None
         self._mapped: tuple[torch.nn.Module, LayerMap] | None = None
@@ -71,7 +75,6 @@ class SLSAMMixin(_TrainerMethods):
         self._grad_norm = 0.0
         self._slsam_metrics = MetricMeans()
         self._num_seen = 0
-        self._is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step runs
         self.add_callback(_SLSAMCallback(self))
 
     @property
@@ -203,11 +206,13 @@ class SLSAMMixin(_TrainerMethods):
             )
         if self._resumed_from is not None:
             self.slsam.load_state_dict(read_state(self._resumed_from))
+        self._compiled.enter_context(compiled_blocks(self.slsam.layers, **self._compile_settings))
         if self.is_world_process_zero():
             write_layers(self.args.output_dir, self.slsam.layers.describe())
             self._step_writer = StepWriter(self.args.output_dir, first_step=self.slsam.num_steps + 1)
 
     def _end_slsam(self) -> None:
+        self._compiled.close()
         if self._step_writer is not None:
             self._step_writer.close()
             self._step_writer = None
@@ -251,17 +256,37 @@ class _WindowBackward(DeepSpeedEngineWrapper):
 
 
 def _check_supported(trainer: Any) -> None:
-    """Refuse, at construction, what the engines outside DeepSpeed do not support.
+    """Refuse, at construction, what cannot work.
 
     Raises:
         ValueError: Naming the setting and what to use.
     """
-    if trainer.args.fp16:
-        raise ValueError("fp16=True: needs DeepSpeed, which scales the loss; or use bf16=True")
+    if _generates(trainer):
+        raise ValueError(
+            f"{type(trainer).__name__}: generates its data while it steps, which two passes over the same data cannot "
+            "follow; use a trainer of a fixed data set (SFT, DPO, KTO, reward)"
+        )
     if trainer.args.n_gpu > 1:
         raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
+    if trainer.is_deepspeed_enabled:
+        return
+    if trainer.args.fp16:
+        raise ValueError("fp16=True: needs DeepSpeed, which scales the loss; or use bf16=True")
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError('FSDP version 1: not supported; use fsdp_config={"fsdp_version": 2, ...}')
+
+
+def _generates(trainer: Any) -> bool:
+    """Whether the trainer samples completions in its step: it prepares its inputs or steps in a way of its own, and
+    its arguments have the temperature to sample at. True of every online trainer of TRL 1.16, and of no other.
+    """
+    own_steps = any(
+        name in vars(base)
+        for base in type(trainer).__mro__
+        if issubclass(base, Trainer) and base not in (Trainer, Seq2SeqTrainer) and not issubclass(base, SLSAMMixin)
+        for name in ("_prepare_inputs", "training_step")
+    )
+    return own_steps and hasattr(trainer.args, "temperature")
 
 
 def _take_block(hf_deepspeed_config: Any) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
-"""SLSAMMixin before the trainers of TRL, on two ranks: they train, only the sample moves, and metrics are counted once."""
+"""SLSAMMixin before the trainers of TRL: they train, only the sample moves, and metrics are counted once."""
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,32 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
 from slsam_ds.records import LAYERS_FILE, read_steps
 from tests.distributed.training import whole
 from tests.models import tiny_llama
 from tests.ranks import run_on_ranks
-from tests.tokenizers import tiny_tokenizer
+from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
+BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
 ENGINES: dict[str, dict[str, Any]] = {
     "none": {},
     "fsdp2": {
         "fsdp": True,
         "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
     },
-    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, **BATCH}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}, **BATCH}},
 }
-AUTO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
-STEPS, ACCUMULATION, RANKS = 4, 2, 2
+STEPS, ACCUMULATION = 3, 2
+KNOBS = {"active_layers": 2, "rho": 0.02, "seed": 1}
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+PAIR = {"prompt": "what ", "chosen": "yes please ", "rejected": "no "}
 
 
 class SLSAMSFTTrainer(SLSAMMixin, SFTTrainer):
@@ -41,15 +46,29 @@ class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer):
     """As the README writes it."""
 
 
-class Moves(TrainerCallback):
-    """Which parameters moved in each step."""
+class SLSAMGRPOTrainer(SLSAMMixin, GRPOTrainer):
+    """What nobody should write."""
+
+
+class SLSAMGKDTrainer(SLSAMMixin, GKDTrainer):
+    """Nor this."""
+
+
+class Watch(TrainerCallback):
+    """Which parameters moved in each step, and which were trainable whenever the policy ran."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
+        self.trainable: list[set[str]] = []
         self._before: dict[str, Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         self._before = weights(model)
+        model.register_forward_pre_hook(self.policy_runs)
+
+    def policy_runs(self, model: nn.Module, inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            self.trainable.append({name for name, weight in model.named_parameters() if weight.requires_grad})
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         now = weights(model)
@@ -57,70 +76,125 @@ class Moves(TrainerCallback):
         self._before = now
 
 
-def weights(model: Any) -> dict[str, Tensor]:
+def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
 
 
-def text(index: int) -> str:
+def sentence(index: int) -> str:
     return "abc def " * (1 + index % 3) + str(index)
 
 
-LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-PAIRS = {"prompt": "what ", "chosen": "yes please ", "rejected": "no "}
-
-
-def make(kind: str, **settings: Any) -> SLSAMMixin:
-    """A trainer of TRL on a tiny model; `kind` is "sft" or "dpo", and "_lora" where it trains adapters."""
-    moves = Moves()
-    common = {"model": tiny_llama(), "processing_class": tiny_tokenizer(), "callbacks": [moves]}
-    common |= {"peft_config": LORA if kind.endswith("_lora") else None}
-    common |= {"slsam": {"active_layers": 2, "rho": 0.02, "seed": 1}}
+def make(kind: str, *, stock: bool = False, callbacks: Any = (), **settings: Any) -> Any:
+    """A trainer of TRL on a tiny model; `kind` is "sft" or "dpo", with "_lora" where it trains adapters."""
+    given = {"model": tiny_llama(), "processing_class": tiny_tokenizer(), "callbacks": list(callbacks)}
+    if kind.endswith("_lora"):
+        given["peft_config"] = LORA
+    elif kind == "dpo":
+        given["ref_model"] = tiny_llama()
+    if not stock:
+        given["slsam"] = KNOBS
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        **settings,
+    }
     if kind.startswith("sft"):
-        data = Dataset.from_list([{"text": text(index)} for index in range(32)])
-        trainer = SLSAMSFTTrainer(args=SFTConfig(**settings), train_dataset=data, **common)
+        rows = [{"text": sentence(index)} for index in range(32)]
+        trainer, config = (SFTTrainer if stock else SLSAMSFTTrainer), SFTConfig
     else:
-        data = Dataset.from_list([{name: part + text(index) for name, part in PAIRS.items()} for index in range(32)])
-        common |= {"ref_model": None if kind == "dpo_lora" else tiny_llama()}
-        trainer = SLSAMDPOTrainer(args=DPOConfig(**settings), train_dataset=data, **common)
-    trainer.moves = moves
-    return trainer
+        rows = [{name: part + sentence(index) for name, part in PAIR.items()} for index in range(32)]
+        trainer, config = (DPOTrainer if stock else SLSAMDPOTrainer), DPOConfig
+    return trainer(args=config(**settings), train_dataset=Dataset.from_list(rows), **given)
 
 
-def train(output_dir: str, kind: str, engine: str) -> tuple[list[set[str]], list[dict[str, Any]], int]:
-    chosen = dict(ENGINES[engine])
-    if "deepspeed" in chosen:
-        chosen["deepspeed"] = {**AUTO, **chosen["deepspeed"]}
-    trainer = make(
-        kind,
-        output_dir=output_dir,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=ACCUMULATION,
-        max_steps=STEPS,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **chosen,
-    )
+def train(output_dir: str, kind: str, engine: str) -> tuple[list[set[str]], list[set[str]], list[dict[str, Any]]]:
+    watch = Watch()
+    trainer = make(kind, output_dir=output_dir, callbacks=[watch], **ENGINES[engine])
     trainer.train()
-    return trainer.moves.moved, trainer.state.log_history, trainer._total_train_tokens
+    return watch.moved, watch.trainable, trainer.state.log_history
 
 
-KINDS = ["sft", "sft_lora", "dpo", "dpo_lora"]
-@pytest.mark.parametrize("engine", ["none", "fsdp2", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = {("sft_lora", "none"), ("sft", "fsdp2"), ("dpo_lora", "zero2")}
+COMBINATIONS = [
+    pytest.param(kind, engine, marks=[] if (kind, engine) in QUICK else pytest.mark.slow)
+    for kind in ("sft", "sft_lora", "dpo", "dpo_lora")
+    for engine in ENGINES
+]
+
+
+@pytest.mark.parametrize(("kind", "engine"), COMBINATIONS)
 def test_it_trains_and_only_the_sample_moves(kind: str, engine: str, tmp_path: Path) -> None:
-    (moved, history, tokens), _ = run_on_ranks(RANKS, train, str(tmp_path), kind, engine)
+    (moved, trainable, history), _ = run_on_ranks(2, train, str(tmp_path), kind, engine)
     layers = [set(layer["parameters"]) for layer in json.loads((tmp_path / LAYERS_FILE).read_text())]
     records = read_steps(tmp_path)
     assert len(records) == len(moved) == STEPS
-    for record, names in zip(records, moved, strict=True):
+    assert len(trainable) == STEPS * 2 * ACCUMULATION
+    for step, record in enumerate(records):
+        sample = set().union(*(layers[arm] for arm in record["active"]))
+        assert moved[step]
+        assert moved[step] <= sample
+        assert all(names == sample for names in trainable[step * 2 * ACCUMULATION : (step + 1) * 2 * ACCUMULATION])
         assert not record["skipped"]
-        assert names
-        assert names <= set().union(*(layers[arm] for arm in record["active"]))
-    print(history, tokens)
+        assert math.isfinite(record["loss"])
+    assert [entry["loss"] for entry in history if "loss" in entry] == pytest.approx(
+        [record["ascent_loss"] for record in records], abs=1e-4
+    )
+
+
+def logged(output_dir: str, kind: str, stock: bool) -> list[dict[str, float]]:
+    trainer = make(kind, stock=stock, output_dir=output_dir)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_metrics_are_counted_once_and_at_the_weights_themselves(kind: str, tmp_path: Path) -> None:
+    ours = run_on_ranks(1, logged, str(tmp_path / "ours"), kind, False)[0]
+    stock = run_on_ranks(1, logged, str(tmp_path / "stock"), kind, True)[0]
+    assert [entry["num_tokens"] for entry in ours] == [entry["num_tokens"] for entry in stock]
+    first_ours, first_stock = ours[0], stock[0]  # from the same weights
+    assert first_ours.keys() == first_stock.keys()
+    for name in first_ours.keys() - {"grad_norm"}:
+        assert first_ours[name] == pytest.approx(first_stock[name], abs=1e-6), name
+
+
+def make_online(output_dir: str, kind: str) -> Any:
+    common = {"output_dir": output_dir, "report_to": [], "use_cpu": True, "bf16": False}
+    if kind == "grpo":
+        return SLSAMGRPOTrainer(
+            model=tiny_llama(),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=GRPOConfig(per_device_train_batch_size=2, num_generations=2, **common),
+            train_dataset=Dataset.from_list([{"prompt": sentence(index)} for index in range(8)]),
+            processing_class=tiny_tokenizer(),
+        )
+    message = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "that"}]
+    return SLSAMGKDTrainer(
+        model=tiny_llama(),
+        teacher_model=tiny_llama(),
+        args=GKDConfig(**common),
+        train_dataset=Dataset.from_list([{"messages": message}] * 8),
+        processing_class=tiny_tokenizer(chat_template=CHAT_TEMPLATE),
+    )
+
+
+def refusal(output_dir: str, kind: str) -> str:
+    with pytest.raises(ValueError, match=r".") as raised:
+        make_online(output_dir, kind)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("gkd", marks=pytest.mark.slow)])
+def test_trainers_that_generate_while_they_step_are_refused(kind: str, tmp_path: Path) -> None:
+    message = run_on_ranks(1, functools.partial(refusal, kind=kind), str(tmp_path))[0]
+    assert "generates its data while it steps" in message
