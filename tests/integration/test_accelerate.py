@@ -1,0 +1,58 @@
+"""Loops with Accelerate, launched by `accelerate launch` on two ranks, follow the reference."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
+from tests.distributed.training import Setup, follow_reference
+from tests.models import SAMPLES
+from tests.ranks import free_port
+
+ROOT = Path(__file__).parents[2]
+SETUP = Setup(engine="local", accumulation=ACCUMULATION, clip=CLIP, slsam={"rho": 0.02})
+
+
+def launch(plugin: str, module: str, *arguments: str, folder: Path) -> None:
+    """Run a module on two ranks, with a plugin: "none", "fsdp2", or a ZeRO stage like "zero2"."""
+    flags = ["--num_processes", str(NUM_RANKS), "--main_process_port", str(free_port()), "--mixed_precision", "no"]
+    flags += ["--num_machines", "1", "--dynamo_backend", "no"]
+    if plugin == "fsdp2":
+        flags += ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+        flags += ["--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"]
+    elif plugin.startswith("zero"):
+        (folder / "deepspeed.json").write_text(json.dumps(deepspeed_config(int(plugin[-1]))))
+        flags += ["--use_deepspeed", "--deepspeed_config_file", str(folder / "deepspeed.json")]
+    else:
+        flags += ["--multi_gpu"]  # several processes, also on CPUs
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", module, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def deepspeed_config(stage: int) -> dict[str, object]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": stage},
+        "slsam": {"rho": 0.02},
+    }
+
+
+@pytest.mark.parametrize("plugin", ["none", "zero2", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_loop_follows_the_reference_also_from_a_checkpoint(plugin: str, tmp_path: Path) -> None:
+    launch(plugin, "tests.accelerate_loop", str(tmp_path), folder=tmp_path)
+    result = torch.load(tmp_path / "result.pt")
+    weights, steps = follow_reference(SETUP, NUM_RANKS, SAMPLES)
+    assert result["losses"] == pytest.approx([step["ascent_loss"] for step in steps], abs=1e-5)
+    # As the engines' own test: float32, eps 1e-4.
+    assert max((result["trained"][name] - weights[name]).abs().max().item() for name in weights) <= 1e-6
+    assert all(torch.equal(result["again"][name], weight) for name, weight in result["trained"].items())
