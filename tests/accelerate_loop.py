@@ -35,11 +35,13 @@ def rows() -> list[dict[str, torch.Tensor]]:
 def main(output_dir: str) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATION)
-    model = tiny_llama()
+    with_deepspeed = accelerator.state.deepspeed_plugin is not None
+    # Where weights are whole, ranks may start from others: those of the first count, as in plain data parallelism.
+    replicated = not (accelerator.is_fsdp2 or (with_deepspeed and accelerator.state.deepspeed_plugin.zero_stage == 3))
+    model = tiny_llama(seed=accelerator.process_index if replicated else 0)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     loader = DataLoader(rows(), batch_size=2)
-    with_deepspeed = accelerator.state.deepspeed_plugin is not None
     slsam, model, optimizer, loader, scheduler = prepare(
         accelerator,
         model,

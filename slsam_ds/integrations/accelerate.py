@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -46,9 +46,9 @@ def prepare(
     Raises:
         ValueError: Bad knobs, or an engine that is not supported.
     """
+    _check_supported(accelerator)
     block = _take_block(accelerator)
     config = slsam if isinstance(slsam, SLSAMConfig) else SLSAMConfig.from_dict(slsam if slsam is not None else block)
-    _check_supported(accelerator)
     layer_map = map_layers(model, config, optimizer)
     regroup(optimizer, layer_map, next((other for other in others if isinstance(other, LRScheduler)), None))
     sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -56,6 +56,8 @@ def prepare(
         model, *prepared = accelerator.prepare(model, optimizer, *others)
     else:
         model = accelerator.prepare_model(model, evaluation_mode=True)  # all of it but the wrapper
+        for tensor in (*model.parameters(), *model.buffers()):  # the wrapper would have done it
+            broadcast(tensor.detach())
         prepared = [accelerator.prepare(other) for other in (optimizer, *others)]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         stepper = SLSAM(model, None, config, layer_map=layer_map, total_steps=total_steps, max_grad_norm=max_grad_norm)

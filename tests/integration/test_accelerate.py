@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
+from slsam_ds.integrations.accelerate import prepare
 from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
 from tests.distributed.training import Setup, follow_reference
-from tests.models import SAMPLES
-from tests.ranks import free_port
+from tests.models import SAMPLES, tiny_llama
+from tests.ranks import free_port, run_on_ranks
 
 ROOT = Path(__file__).parents[2]
 SETUP = Setup(engine="local", accumulation=ACCUMULATION, clip=CLIP, slsam={"rho": 0.02})
@@ -61,3 +63,16 @@ def test_a_loop_follows_the_reference_also_from_a_checkpoint(plugin: str, tmp_pa
     # As the engines' own test: float32, eps 1e-4.
     assert max((result["trained"][name] - weights[name]).abs().max().item() for name in weights) <= 1e-6
     assert all(torch.equal(result["again"][name], weight) for name, weight in result["trained"].items())
+
+
+def refusal(backend: str | None) -> str:
+    accelerator = Accelerator(cpu=True, dynamo_backend=backend)
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r".") as raised:
+        prepare(accelerator, model, torch.optim.AdamW(model.parameters()), slsam={"rho": 0.1, "seed": -1.5})
+    return str(raised.value)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    assert "dynamo_backend" in run_on_ranks(1, refusal, "eager")[0]
+    assert "seed" in run_on_ranks(1, refusal, None)[0]

@@ -26,7 +26,7 @@ from transformers import (
 from slsam_ds.integrations.huggingface import SLSAMMixin, SLSAMTrainer
 from slsam_ds.records import read_steps
 from tests.distributed.training import whole
-from tests.integration.test_trl import ENGINES
+from tests.integration.engines import ENGINES
 from tests.models import VOCABULARY, arms_of_llama, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -153,7 +153,7 @@ def train(output_dir: str, loss: str, engine: str) -> tuple[dict[str, Tensor], l
     return weights(trainer.model), trainer.windows, [e["loss"] for e in trainer.state.log_history if "loss" in e]
 
 
-QUICK = {("own", "none"), ("own", "zero2"), ("label_smoothing", "none")}
+QUICK = {("own", "none"), ("own", "zero2")}
 CASES = [
     pytest.param(loss, engine, marks=[] if (loss, engine) in QUICK else pytest.mark.slow)
     for loss in LOSSES

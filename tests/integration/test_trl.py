@@ -18,20 +18,11 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from slsam_ds.integrations.huggingface import SLSAMMixin
 from slsam_ds.records import LAYERS_FILE, read_steps
 from tests.distributed.training import whole
+from tests.integration.engines import ENGINES
 from tests.models import tiny_llama
 from tests.ranks import run_on_ranks
 from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
-BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
-ENGINES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "fsdp2": {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-    },
-    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}, **BATCH}},
-    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}, **BATCH}},
-}
 STEPS, ACCUMULATION = 3, 2
 KNOBS = {"active_layers": 2, "rho": 0.02, "seed": 1}
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
