@@ -95,7 +95,6 @@ def make(kind: str, *, stock: bool = False, callbacks: Any = (), **settings: Any
         "report_to": [],
         "use_cpu": True,
         "bf16": False,
-        "gradient_checkpointing": False,
         "disable_tqdm": True,
         **settings,
     }
