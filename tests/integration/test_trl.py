@@ -82,7 +82,9 @@ def make(kind: str, *, stock: bool = False, callbacks: Any = (), **settings: Any
         given["peft_config"] = LORA
     elif kind == "dpo":
         given["ref_model"] = tiny_llama()
-    if not stock:
+    if "deepspeed" in settings:  # the reference model gets this JSON, too
+        settings["deepspeed"] = {**settings["deepspeed"], "slsam": KNOBS}
+    elif not stock:
         given["slsam"] = KNOBS
     settings = {
         "per_device_train_batch_size": 2,
