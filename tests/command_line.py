@@ -29,7 +29,14 @@ def make_folder(folder: Path) -> Path:
 
 
 def launch(launcher: str, folder: Path, *flags: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """Run the script in `folder` until it ends: on two ranks, but for accelerate and plain python."""
+    """Run `launch/train.py` in `folder` until it ends: on two ranks, but for accelerate and plain python."""
+    return launch_script(launcher, folder, ROOT / "launch" / "train.py", *flags, timeout=timeout)
+
+
+def launch_script(
+    launcher: str, folder: Path, script: str | Path, *flags: str, timeout: float = 150
+) -> subprocess.CompletedProcess[str]:
+    """Run any script likewise."""
     port = str(free_port())
     commands = {
         "deepspeed": ["deepspeed.launcher.runner", "--master_port", port, "--num_accelerators", "2"],
@@ -38,7 +45,7 @@ def launch(launcher: str, folder: Path, *flags: str, timeout: float = 150) -> su
     }
     command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
     return subprocess.run(
-        [*command, str(ROOT / "launch" / "train.py"), *flags],
+        [*command, str(script), *flags],
         cwd=folder,
         env=make_environment(folder),
         capture_output=True,

@@ -1,0 +1,74 @@
+"""Scripts as the libraries' documentation has them, converted by the README's own diffs, train."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slsam_ds.records import read_steps
+from tests.command_line import ROOT, launch_script
+
+STOCK = ROOT / "tests" / "stock"
+MAX_CHANGED_LINES = 10
+
+
+def readme_diffs() -> list[str]:
+    return re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def convert(name: str) -> str:
+    """The stock script with the hunks of the README's diff for it, which are separated by empty lines."""
+    source = (STOCK / name).read_text(encoding="utf-8")
+    removed = [line[1:] for diff in readme_diffs() for line in diff.splitlines() if line.startswith("-")]
+    assert any(line in source for line in removed), f"the README has no diff for {name}"
+    num_changed = 0
+    for diff in readme_diffs():
+        hunks = [hunk.splitlines() for hunk in diff.strip("\n").split("\n\n")]
+        before = ["\n".join(line[1:] for line in hunk if line[0] in " -") for hunk in hunks]
+        after = ["\n".join(line[1:] for line in hunk if line[0] in " +") for hunk in hunks]
+        if not all(text in source for text in before):
+            continue
+        for old, new in zip(before, after, strict=True):
+            assert source.count(old) == 1, old
+            source = source.replace(old, new)
+        num_changed += sum(line[0] == "+" for hunk in hunks for line in hunk)
+    assert 0 < num_changed <= MAX_CHANGED_LINES
+    return source
+
+
+def run(folder: Path, source: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(source, encoding="utf-8")
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": 2},
+        "slsam": {"active_layers": 2, "rho": 0.02},
+    }
+    (folder / "ds.json").write_text(json.dumps(config), encoding="utf-8")
+    return launch_script("deepspeed", folder, "script.py", *flags)
+
+
+@pytest.mark.parametrize("converted", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_deepspeed_script_trains(converted: bool, tmp_path: Path) -> None:
+    source = convert("deepspeed_script.py") if converted else (STOCK / "deepspeed_script.py").read_text()
+    done = run(tmp_path, source, "--deepspeed", "--deepspeed_config", "ds.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (first, last) = re.findall(r"steps 12, loss ([\d.]+) -> ([\d.]+)", done.stdout)[0]
+    assert float(last) < 0.9 * float(first)
+    state = next((tmp_path / "checkpoints").glob("*/mp_rank_00_model_states.pt"))
+    check = (
+        f"import torch; state = torch.load({str(state)!r}, weights_only=False); raise SystemExit('slsam' not in state)"
+    )
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == (0 if converted else 1)
+
+
+def test_a_trainer_script_trains(tmp_path: Path) -> None:
+    done = run(tmp_path, convert("trainer_script.py"), "ds.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = read_steps(tmp_path / "output")
+    assert len(steps) == 12
+    assert all(len(step["active"]) == 2 for step in steps)
+    assert steps[-1]["ascent_loss"] < 0.9 * steps[0]["ascent_loss"]
