@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tests.distributed.training import (
     ADAMW,
     ALSO_OFFLOADED,
+    ALSO_ZERO0,
     ALSO_ZERO1,
     LOSS_SCALE_POWER,
     Setup,
@@ -95,7 +96,7 @@ def follow_bf16(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor], lis
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), (2, 3)])
 @pytest.mark.parametrize("engine", ["zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, accumulation=accumulation, slsam={"rounding": rounding})
@@ -103,7 +104,7 @@ def test_forced_samples(engine: str, world_size: int, accumulation: int, roundin
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
 @pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples_in_float16(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine=engine, dtype=torch.float16, accumulation=accumulation, slsam={"rounding": rounding})
@@ -123,7 +124,7 @@ def judge(setup: Setup, world_size: int) -> None:
     assert max_error(live, dict(reference.model.named_parameters())) == 0.0
 
 
-@pytest.mark.parametrize("engine", ["zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize("engine", [ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_the_perturbation_arrives_whole(engine: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, model={"hidden": 64}, slsam={"rho": 0.02})
     *_, projections = run_on_ranks(2, follow_bf16, setup)[0]

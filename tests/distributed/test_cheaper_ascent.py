@@ -56,7 +56,9 @@ def judge(setup: Setup) -> list[StepResult]:
     return per_rank[0][1]
 
 
-@pytest.mark.parametrize(("accumulation", "fraction"), [(1, 0.5), (4, 0.25), (3, 0.5)])
+@pytest.mark.parametrize(
+    ("accumulation", "fraction"), [(1, 0.5), pytest.param(4, 0.25, marks=pytest.mark.slow), (3, 0.5)]
+)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ascent_on_a_fraction_of_the_window(engine: str, accumulation: int, fraction: float) -> None:
     setup = Setup(engine=engine, accumulation=accumulation, slsam={"ascent_fraction": fraction})
@@ -83,7 +85,7 @@ def test_a_fraction_of_what_climbs_by_itself(scope: str) -> None:
     assert max_error(weights, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_climbing_along_the_previous_gradient_takes_one_pass(engine: str, accumulation: int) -> None:
     setup = Setup(engine=engine, accumulation=accumulation, slsam={"ascent_source": "previous"})

@@ -138,6 +138,28 @@ def test_it_follows_the_reference_and_records_every_step(engine: str, tmp_path: 
     assert rises == pytest.approx([record["loss"] - record["ascent_loss"] for record in records])
 
 
+def train_cheaply(output_dir: str, knobs: dict[str, Any], accumulation: int) -> tuple[list[Any], int]:
+    trainer = make_trainer(output_dir, slsam=KNOBS | knobs, gradient_accumulation_steps=accumulation, deepspeed=None)
+    trainer.train()
+    return trainer.windows, next(trainer.num_losses)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_ascent_on_half_the_samples_reports_their_mean_loss(accumulation: int, tmp_path: Path) -> None:
+    """Of two micro-batches it takes one, of one its first sample; the trainer counts tokens anew for either."""
+    windows, num_losses = run_on_ranks(1, train_cheaply, str(tmp_path), {"ascent_fraction": 0.5}, accumulation)[0]
+    assert num_losses == 6 * (1 + accumulation)
+    batch = windows[0][0]
+    climbed = batch if accumulation == 2 else {name: tensor[:1] for name, tensor in batch.items()}
+    expected = tiny_llama()(**climbed).loss.item()
+    assert read_steps(tmp_path)[0]["ascent_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_climbing_along_previous_gradients_runs_each_micro_batch_once(tmp_path: Path) -> None:
+    _, num_losses = run_on_ranks(1, train_cheaply, str(tmp_path), {"ascent_source": "previous"}, 2)[0]
+    assert num_losses == 6 * 2
+
+
 def train_halves(output_dir: str, engine: str, stop_at: int | None, resume: bool) -> dict[str, Tensor]:
     schedule = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
     trainer = make_trainer(output_dir, **ENGINES[engine], **schedule)
