@@ -105,7 +105,9 @@ def test_resumed_run_is_the_same_run(finished: subprocess.CompletedProcess[str],
         assert torch.equal(weight, weights[name]), name
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "python"])
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "python"))]
+)
 def test_other_launchers_work(launcher: str, folder: Path) -> None:
     run = launch(launcher, folder, *make_flags(folder, f"out_{launcher}", max_steps=2))
     assert run.returncode == 0, run.stdout + run.stderr

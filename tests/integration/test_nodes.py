@@ -16,6 +16,7 @@ from slsam_ds.records import read_steps
 from tests.command_line import NUM_STEPS, ROOT, make_environment, make_flags, make_folder
 from tests.nodes import Node, nodes_started
 from tests.ranks import free_port
+from tests.step_records import without_times
 
 SCRIPT = str(ROOT / "launch" / "train.py")
 KNOBS = ("--slsam", "active_layers=2", "rho=0.02")
@@ -76,7 +77,7 @@ def on_one_node(folder: Path) -> Path:
 
 
 def _records(output: Path) -> list[dict[str, Any]]:
-    return [{**record, "seconds": None} for record in read_steps(output)]
+    return without_times(read_steps(output))
 
 
 def _assert_same_run(output: Path, expected: Path) -> None:

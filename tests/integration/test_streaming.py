@@ -15,6 +15,7 @@ from slsam_ds.integrations.settings import read_settings
 from slsam_ds.records import read_steps
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.ranks import run_on_ranks
+from tests.step_records import without_times
 
 STREAMING = ["--streaming", "--shuffle_buffer", "16"]
 
@@ -76,8 +77,7 @@ def test_streamed_and_packed_run_resumes_as_the_same_run(stage: int, folder: Pat
     steps, weights = read_steps(folder / out), AutoModelForCausalLM.from_pretrained(folder / out).state_dict()
     assert len(steps) == NUM_STEPS
     run_on_ranks(2, _train, str(folder), [*flags, "--resume_from_checkpoint", f"{out}/checkpoint-3"])
-    for old, new in zip(steps, read_steps(folder / out), strict=True):
-        assert {**new, "seconds": 0} == {**old, "seconds": 0}
+    assert without_times(read_steps(folder / out)) == without_times(steps)
     for name, weight in AutoModelForCausalLM.from_pretrained(folder / out).state_dict().items():
         assert torch.equal(weight, weights[name]), name
 
