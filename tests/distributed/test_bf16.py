@@ -16,6 +16,7 @@ from tests.distributed.training import (
     Setup,
     Training,
     max_error,
+    slow,
 )
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
@@ -96,7 +97,7 @@ def follow_bf16(setup: Setup) -> tuple[dict[str, Tensor], dict[str, Tensor], lis
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize(("world_size", "accumulation"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [slow(1, 1), slow(2, 1), (2, 3)])
 @pytest.mark.parametrize("engine", ["zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine=engine, dtype=torch.bfloat16, accumulation=accumulation, slsam={"rounding": rounding})
@@ -104,7 +105,7 @@ def test_forced_samples(engine: str, world_size: int, accumulation: int, roundin
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize(("world_size", "accumulation"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [slow(1, 1), (2, 3)])
 @pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples_in_float16(engine: str, world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine=engine, dtype=torch.float16, accumulation=accumulation, slsam={"rounding": rounding})

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds import SLSAM, SLSAMConfig
 from slsam_ds.cost import Passes
-from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 
@@ -75,7 +75,7 @@ def train(setup: Setup, num_steps: int, reentrant: bool | None) -> tuple[list[tu
     return [result.active for result in results], training.weights()
 
 
-@pytest.mark.parametrize("knobs", [{"budget": 1.0}, {"reward": "grad_norm_per_cost", "active_layers": 2}])
+@pytest.mark.parametrize("knobs", [{"budget": 1.0}, slow({"reward": "grad_norm_per_cost", "active_layers": 2})])
 @pytest.mark.parametrize("engine", ["fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3])
 def test_every_engine_chooses_alike(engine: str, knobs: dict[str, Any]) -> None:
     model = {"num_blocks": 6}

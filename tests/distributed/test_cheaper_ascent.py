@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from slsam_ds import StepResult
-from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, follow_samples, max_error
+from tests.distributed.training import (
+    ADAMW,
+    ALSO_OFFLOADED,
+    ALSO_ZERO0,
+    ALSO_ZERO1,
+    ALSO_ZERO3,
+    Setup,
+    follow_samples,
+    max_error,
+    slow,
+)
 from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -56,9 +66,7 @@ def judge(setup: Setup) -> list[StepResult]:
     return per_rank[0][1]
 
 
-@pytest.mark.parametrize(
-    ("accumulation", "fraction"), [(1, 0.5), pytest.param(4, 0.25, marks=pytest.mark.slow), (3, 0.5)]
-)
+@pytest.mark.parametrize(("accumulation", "fraction"), [(1, 0.5), slow(4, 0.25), (3, 0.5)])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ascent_on_a_fraction_of_the_window(engine: str, accumulation: int, fraction: float) -> None:
     setup = Setup(engine=engine, accumulation=accumulation, slsam={"ascent_fraction": fraction})
@@ -85,7 +93,7 @@ def test_a_fraction_of_what_climbs_by_itself(scope: str) -> None:
     assert max_error(weights, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("accumulation", [slow(1), 2])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_climbing_along_the_previous_gradient_takes_one_pass(engine: str, accumulation: int) -> None:
     setup = Setup(engine=engine, accumulation=accumulation, slsam={"ascent_source": "previous"})
@@ -99,7 +107,7 @@ def test_climbing_along_the_previous_gradient_takes_one_pass(engine: str, accumu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["zero2", ALSO_ZERO3])
 def test_the_previous_gradient_in_true_units_whatever_the_precision(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, slsam={"ascent_source": "previous", "offload_state": True})
     _, results = run_on_ranks(2, follow_samples, setup)[0]

@@ -18,6 +18,7 @@ from tests.distributed.training import (
     Training,
     follow_reference,
     max_error,
+    slow,
     whole,
 )
 from tests.models import SAMPLES, arms_of_llama, window
@@ -255,7 +256,7 @@ def resume(setup: Setup, folder: str, stage: str) -> tuple[dict[str, Tensor], li
     return training.weights(), samples, training.slsam.state_dict()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("engine", STAGES)
 def test_resume_is_bit_identical(engine: str, dtype: torch.dtype, tmp_path: Path) -> None:
     setup = Setup(engine=engine, dtype=dtype, slsam={"active_layers": 2, "rho": 0.02})

@@ -19,6 +19,7 @@ from tests.distributed.training import (
     follow_reference,
     follow_samples,
     max_error,
+    slow,
 )
 from tests.ranks import run_on_ranks
 
@@ -89,7 +90,7 @@ def overflow_float16(setup: Setup, call: int) -> tuple[Any, ...]:
     return bad.skipped, good.skipped, training.engine.skipped_steps, scales, training.weights(), good
 
 
-@pytest.mark.parametrize("call", [1, 4, *(pytest.param(call, marks=pytest.mark.slow) for call in (2, 3))])
+@pytest.mark.parametrize("call", [1, slow(2), slow(3), 4])
 @pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_a_float16_overflow_in_either_pass_skips_the_step_and_lowers_the_loss_scale(engine: str, call: int) -> None:
     # To nearest: stochastic rounding draws other noise where a step was lost.
@@ -123,7 +124,7 @@ def survive_exception(setup: Setup, call: int) -> dict[str, Tensor]:
     return training.weights()
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [1, slow(2), slow(3), 4])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_exception_in_either_pass_leaves_everything_as_it_was(engine: str, call: int) -> None:
     setup = Setup(engine=engine, accumulation=2)
@@ -176,7 +177,7 @@ def disagree(setup: Setup, what: str) -> str:
         ("step", "the step (rank 0: 2; rank 1: 8)"),
     ],
 )
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", [slow("local"), "fsdp2", "zero2", ALSO_ZERO3])
 def test_ranks_that_differ_stop_with_an_error_that_says_so(engine: str, what: str, named: str) -> None:
     setup = Setup(engine=engine, accumulation=2, slsam={"active_layers": 1})
     for message in run_on_ranks(2, disagree, setup, what):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training
+from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training, slow
 from tests.models import SAMPLES, arms_of_llama
 from tests.ranks import run_on_ranks
 
@@ -56,7 +56,7 @@ def changes(setup: Setup) -> list[dict[int, bool]]:
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("engine", ["local", "fsdp2", "zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)

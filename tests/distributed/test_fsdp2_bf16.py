@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from slsam_ds import SLSAM, StepResult
 from tests.distributed.test_bf16 import RoundingReference, follow_bf16
 from tests.distributed.test_frozen import changes
-from tests.distributed.training import Setup, follow_samples, max_error
+from tests.distributed.training import Setup, follow_samples, max_error, slow
 from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.ranks import run_on_ranks
 
@@ -40,7 +40,7 @@ class MixedReference(RoundingReference):
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [slow(1, 1), slow(2, 1), (2, 3)])
 def test_mixed_precision_follows_its_reference(world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine="fsdp2", fsdp=MIXED, accumulation=accumulation, slsam={"rounding": rounding})
     per_rank = run_on_ranks(world_size, follow_bf16, setup)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
-from tests.distributed.training import ADAMW, ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error
+from tests.distributed.training import ADAMW, ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error, slow
 from tests.models import window
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3]
+ENGINES = [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3]
 TOLERANCE = 1e-6  # as against the reference: sums are taken in another order
 SAMPLES = ([0], [2], [1, 3], [0, 1, 2, 3], [3], [0, 2])
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -103,7 +103,7 @@ def on_engine(setup: Setup, engine: str) -> Setup:
     return dataclasses.replace(setup, engine=engine)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [2, slow(3)])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_engine_trains_alike(variant: str, engine: str, world_size: int) -> None:

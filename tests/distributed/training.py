@@ -16,11 +16,15 @@ from slsam_ds import SLSAM, SLSAMConfig, StepResult
 from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.reference import Reference
 
-ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3 = (
-    pytest.param(name, marks=pytest.mark.slow) for name in ("zero0", "zero1", "zero3")
-)
+
+def slow(*values: Any) -> Any:
+    """A case of a test that `make test` leaves to `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3 = map(slow, ("zero0", "zero1", "zero3"))
 """Where what differs between engines does not matter: `make test-slow` repeats what `make test` shows for ZeRO-2."""
-ALSO_OFFLOADED = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")]
+ALSO_OFFLOADED = [slow("zero2_offload"), slow("zero3_offload")]
 
 LOSS_SCALE_POWER = 12
 """Of the loss scale that float16 begins with."""

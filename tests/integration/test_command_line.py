@@ -118,7 +118,7 @@ def test_other_launchers_work(launcher: str, folder: Path) -> None:
 FSDP2 = ["--fsdp", "--fsdp_config", str(ROOT / "ds_configs" / "fsdp2.json")]
 
 
-@pytest.mark.parametrize("engine", [[], FSDP2], ids=["replicated", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param([], marks=pytest.mark.slow), FSDP2], ids=["replicated", "fsdp2"])
 def test_it_trains_without_deepspeed(engine: list[str], folder: Path) -> None:
     output = f"out_without_{len(engine)}"
     flags = make_flags(folder, output, max_steps=2, deepspeed=None)

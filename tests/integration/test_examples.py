@@ -7,7 +7,7 @@ import pytest
 
 from tests.command_line import ROOT, launch_script
 
-QUICK = {"accelerate_fsdp2", "deepspeed_loop", "trl_sft_lora"}  # one of each kind; the Trainer has tests of its own
+QUICK = {"deepspeed_loop"}  # what the others use has quick tests of its own
 EXAMPLES = [
     pytest.param(script, id=script.stem, marks=[] if script.stem in QUICK else pytest.mark.slow)
     for script in sorted((ROOT / "launch" / "examples").glob("*.py"))
