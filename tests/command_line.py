@@ -44,14 +44,23 @@ def launch_script(
         "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--main_process_port", port],
     }
     command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
-    return subprocess.run(
-        [*command, str(script), *flags],
-        cwd=folder,
-        env=make_environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    try:
+        return subprocess.run(
+            [*command, str(script), *flags],
+            cwd=folder,
+            env=make_environment(folder),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    finally:
+        free_shared_memory(port)
+
+
+def free_shared_memory(port: str) -> None:
+    """What DeepSpeed's collectives left behind of a run that met at this port: it never does so itself."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        path.unlink()
 
 
 def make_environment(folder: Path) -> dict[str, str]:

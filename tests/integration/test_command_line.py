@@ -1,6 +1,7 @@
 """`launch/train.py` as people start it: a tiny model, a file of samples, real launchers, two ranks."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slsam_ds.integrations.usage import leave_ranks
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.models import NUM_BLOCKS, tiny_llama
 from tests.step_records import without_times
@@ -42,6 +44,19 @@ def finished(folder: Path) -> subprocess.CompletedProcess[str]:
         save_steps=NUM_STEPS // 2,
     )
     return launch("deepspeed", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
+
+
+def test_no_shared_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves 66 MB of it per rank and run."""
+    for name, value in (("MASTER_ADDR", "nowhere"), ("MASTER_PORT", "1"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    ours, anothers = (Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_nowhere_1_{rank}") for rank in (0, 1))
+    for path in (ours, anothers):
+        path.touch()
+    leave_ranks()
+    assert not ours.exists()
+    assert anothers.exists()  # which its own rank gives back
+    anothers.unlink()
 
 
 def test_run_ends_well(finished: subprocess.CompletedProcess[str]) -> None:

@@ -47,6 +47,15 @@ def _torchrun_by_rank(folder: Path) -> list[list[str]]:
     return [[*command, "--node_rank", str(rank), SCRIPT] for rank in range(2)]
 
 
+@pytest.fixture(autouse=True)
+def _give_back_shared_memory() -> Iterator[None]:
+    """What DeepSpeed keeps of ranks that were killed."""
+    kept = set(Path("/dev/shm").glob("deepspeed_*"))
+    yield
+    for path in set(Path("/dev/shm").glob("deepspeed_*")) - kept:
+        path.unlink()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("nodes"))
