@@ -59,7 +59,8 @@ class RoundingReference:
             for name in names:
                 weight = self.model.get_parameter(name)
                 start = self.masters[name] if nearest else weight.float()
-                assert_rounded(perturbed[name], start + ascent[name] * (0.05 / norm), ulps=0.5 if nearest else 1.0)
+                exact = start + ascent[name] * (0.05 / norm)
+                assert_rounded(perturbed[name], exact, ulps=0.5 if nearest else 1.0, dtype=weight.dtype)
                 weight.copy_(perturbed[name])
         descent = self.gradient(step, names)
         self.optimizer.zero_grad()
@@ -71,11 +72,11 @@ class RoundingReference:
                 self.model.get_parameter(name).copy_(self.masters[name])
 
 
-def assert_rounded(rounded: Tensor, exact: Tensor, *, ulps: float) -> None:
-    """Every value is within so many units in the last place of the exact one."""
-    dtype = torch.finfo(rounded.dtype)
-    exponent = torch.floor(torch.log2(exact.abs().clamp_min(dtype.smallest_normal)))
-    ulp = dtype.eps * torch.exp2(exponent)
+def assert_rounded(rounded: Tensor, exact: Tensor, *, ulps: float, dtype: torch.dtype) -> None:
+    """Every value is within so many units of the dtype's last place of the exact one."""
+    numbers = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(exact.abs().clamp_min(numbers.smallest_normal)))
+    ulp = numbers.eps * torch.exp2(exponent)
     float32_error = 1e-8  # of a sum of numbers around 0.1
     assert ((rounded.float() - exact).abs() <= ulps * ulp + float32_error).all()
 
