@@ -114,8 +114,14 @@ class Engine(Protocol):
         """What `backward` multiplies losses by (float16): gradients are this many times too large. Fixed in a step."""
         ...
 
-    def activate(self, arms: Collection[int] | None) -> None:
-        """Let gradients flow to these arms only; None: to all of them, the state between steps."""
+    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
+        """A pass follows in which gradients flow to these arms only; None: to all of them, the state between steps.
+
+        Args:
+            arms: The pass may be followed by writes into their weights.
+            before: Arms of the pass after this one, if there is one: what neither of them trains, and the next one
+                needs, may stay gathered between them.
+        """
         ...
 
     def begin_micro_batch(self, *, last: bool) -> None:

@@ -207,7 +207,7 @@ class _Run:
             shards, sq_norms = self._previous.recall(self._engine.pieces(self._plan.perturbed))
             return _Gradient(shards, 1.0, 0.0, sq_norms)
         started = time.perf_counter()
-        self._engine.activate(self._plan.perturbed)
+        self._engine.activate(self._plan.perturbed, before=self._plan.updated)
         ascent = self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
         self._ascent_seconds += time.perf_counter() - started  # numbers were read back: a GPU is done by now, too
         return ascent

@@ -1,8 +1,8 @@
 """FSDP2 (`fully_shard`): every rank holds a shard of each parameter, and modules gather theirs while they run.
 
 FSDP2 reduces what has a gradient and nothing else, its backward ends at the lowest active layer, and a torch optimizer
-steps the shards. What is left to do here: reduce once per window, let nothing gathered outlive a change of the shards,
-and tell which ranks hold the same shard.
+steps the shards. What is left to do here: reduce once per window, let nothing gathered outlive a change of the shards
+and what does not change stay for the second pass, and tell which ranks hold the same shard.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -19,6 +19,9 @@ from slsam_ds.engines.placement import Sharded
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import Piece, Shard
+
+# What was gathered for the ascent and stays for the descent takes at most this much.
+_MAX_KEPT_BYTES = 2**30
 
 
 class FSDP2Engine(Sharded, TorchOptimizerEngine):
@@ -41,14 +44,23 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         super().__init__(optimizer, layer_map)
         self._inner = _initialize(self._root)
         _check_supported(layer_map, self._inner)
+        self._find_depths(model, layer_map)
+        found = (self._inner.get(id(parameter)) for parameter in self._upwards)
+        self._groups_upwards = list(dict.fromkeys(inner.group for inner in found if inner is not None))
         self._own_prefetch: list[tuple[Any, list[Any]]] = []
+        self._num_passes = 0  # of this step
+        self._kept: list[Any] = []  # groups that stay gathered
         # A rank whose data never touches a parameter takes part in its reduction all the same.
         self._root.set_reduce_scatter_unused_params(True)
 
-    def activate(self, arms: Collection[int] | None) -> None:
+    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
         self._root.set_requires_gradient_sync(True)
         super().activate(arms)
         self._end_prefetch_at(None if arms is None else min(arms))
+        self._num_passes = 0 if arms is None else self._num_passes + 1
+        if self._num_passes <= 1:
+            self._reshard()
+        self._keep_gathered(self._groups_unchanged(arms, before) if arms and before else [])
 
     def begin_micro_batch(self, *, last: bool) -> None:
         # Until the last, gradients stay whole on the modules' gathered parameters; then all of it is reduced at once,
@@ -62,7 +74,6 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
 
     def discard(self) -> None:
-        self._reshard()
         _drop_unreduced_gradients(self._inner.values())
         super().discard()
 
@@ -70,7 +81,8 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         return [_local(parameter.detach()) for arm in arms for parameter in self._parameters[arm]]
 
     def publish(self, arms: Collection[int]) -> None:
-        self._reshard()
+        for group in {self._inner[id(parameter)].group for arm in arms for parameter in self._parameters[arm]}:
+            group.reshard()
 
     def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
         weight = _local(parameter.detach())
@@ -91,6 +103,26 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         for state in {self._inner[id(parameter)].state for parameter in self._parameters[arm]}:
             self._own_prefetch.append((state, state._states_to_backward_prefetch))
             state._states_to_backward_prefetch = [state]
+
+    def _groups_unchanged(self, arms: Collection[int], before: Collection[int]) -> list[Any]:
+        """Groups that hold only what the next pass reads as it is, as many as `_MAX_KEPT_BYTES` have room for."""
+        unchanged = {id(parameter) for parameter in self._unchanged(arms, before)}
+        groups, left = [], _MAX_KEPT_BYTES
+        for group in self._groups_upwards:
+            if unchanged.issuperset(id(parameter.sharded_param) for parameter in group.fsdp_params):
+                left -= sum(self._inner[id(parameter.sharded_param)].num_bytes for parameter in group.fsdp_params)
+                if left < 0:
+                    break
+                groups.append(group)
+        return groups
+
+    def _keep_gathered(self, groups: list[Any]) -> None:
+        """Let these, and no others that were kept before, stay gathered when their backward has run."""
+        for group in self._kept:
+            group.reshard_after_backward = True
+        self._kept = [group for group in groups if group.reshard_after_backward]
+        for group in self._kept:
+            group.reshard_after_backward = False
 
     def _reshard(self) -> None:
         """End whatever pass or evaluation is under way, also one that raised: the next forward gathers anew.
@@ -138,10 +170,12 @@ class _Inner:
 
     Attributes:
         state: FSDPState of the module that gathers it.
+        group: FSDPParamGroup, what is gathered together.
         parameter: FSDPParam, the parameter's own.
     """
 
     state: Any
+    group: Any
     parameter: Any
 
     @property
@@ -149,6 +183,11 @@ class _Inner:
         """Dtype to which the shard is cast when it is gathered."""
         dtype: torch.dtype = self.parameter.param_dtype or self.parameter.orig_dtype
         return dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole parameter, gathered."""
+        return int(self.parameter.sharded_param.numel()) * self.read_dtype.itemsize
 
 
 def _initialize(root: FSDPModule) -> dict[int, _Inner]:
@@ -166,11 +205,11 @@ def _initialize(root: FSDPModule) -> dict[int, _Inner]:
         raise ValueError(f"FSDP2 needs torch 2.13 or later here; found {torch.__version__}")
     root_state = root._get_fsdp_state()
     root_state._lazy_init()
-    inner = {}
+    inner: dict[int, _Inner] = {}
     for state in root_state._state_ctx.all_states:
         for group in state._fsdp_param_groups:
             group._init_mp_dtypes()
-            inner.update({id(parameter.sharded_param): _Inner(state, parameter) for parameter in group.fsdp_params})
+            inner |= {id(parameter.sharded_param): _Inner(state, group, parameter) for parameter in group.fsdp_params}
     return inner
 
 

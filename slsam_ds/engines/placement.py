@@ -1,14 +1,15 @@
-"""Whether every rank holds whole weights, and what follows from it for the ascent."""
+"""Whether every rank holds whole weights, and what follows from it for the two passes."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from slsam_ds.engines.ranks import ProcessGroupRanks
-from slsam_ds.protocol import Piece, Shard
+from slsam_ds.layers import LayerMap
+from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 
 class Replicated:
@@ -47,9 +48,33 @@ class Replicated:
 
 
 class Sharded:
-    """A rank holds shards only: a gradient is known to nobody before it was reduced."""
+    """A rank holds shards only: a gradient is known to nobody before it was reduced, and modules gather weights.
+
+    What is not sampled is the same in both passes. Of that, what the ascent's backward gathered may stay for the
+    descent's forward; an engine says how much.
+    """
 
     replicated = False
+
+    def _find_depths(self, model: nn.Module, layer_map: LayerMap) -> None:
+        """Note where in the model parameters are, and which arm they belong to."""
+        blocks = list(layer_map.stack.children()) if layer_map.stack is not None else []
+        self._block_of = {id(each): depth for depth, block in enumerate(blocks) for each in block.parameters()}
+        self._depth_of_arm = {layer.index: layer.depth for layer in layer_map} if blocks else {}
+        self._arm_of = {id(each): layer.index for layer in layer_map for _, each in layer.parameters}
+        self._arm_of |= {id(each): ALWAYS for _, each in layer_map.always}
+        last = len(blocks)
+        # From the lowest block up: those are gathered last and needed first. What is around the blocks comes then.
+        self._upwards = sorted(model.parameters(), key=lambda each: self._block_of.get(id(each), last))
+
+    def _unchanged(self, arms: Collection[int], before: Collection[int]) -> Iterator[nn.Parameter]:
+        """What neither pass trains, and the second reads: nothing of the blocks below its lowest arm."""
+        trained = {*arms, *before}
+        lowest = min((self._depth_of_arm.get(arm, 0) for arm in before), default=0)
+        for parameter in self._upwards:
+            below = self._block_of.get(id(parameter), lowest) < lowest
+            if not below and self._arm_of.get(id(parameter)) not in trained:
+                yield parameter
 
     def local_gradients(self) -> Any:
         """Not asked for: `SLSAM` refuses a local `ascent_scope` here."""

@@ -32,7 +32,7 @@ class TorchOptimizerEngine:
         self.device = self._parameters[layer_map[0].index][0].device
         self.ranks = ProcessGroupRanks(None, self.device)
 
-    def activate(self, arms: Collection[int] | None) -> None:
+    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
         wanted = set(self._parameters) if arms is None else set(arms)
         for arm in wanted ^ self._active:
             for parameter in self._parameters[arm]:

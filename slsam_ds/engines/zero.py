@@ -70,7 +70,7 @@ class ZeroEngine(DeepSpeedStep):
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale)
 
-    def activate(self, arms: Collection[int] | None) -> None:
+    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
         wanted = set(self._groups_of) if arms is None else set(arms)
         for arm in wanted ^ self._active:
             for parameter in self._parameters([arm]):

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO stage 3: every rank holds a shard of each parameter, and modules gather theirs while they run.
 
-Perturbing and restoring happen on the shards, so nothing that was gathered may outlive a change of them. DeepSpeed
-learns in which order modules fetch their parameters; since backward ends at the lowest active layer, it learns that
-once for each depth.
+Perturbing and restoring happen on the shards, so nothing that was gathered may outlive a change of them; what is not
+sampled may, from the ascent to the descent. DeepSpeed learns in which order modules fetch their parameters; since
+backward ends at the lowest active layer, it learns that once for each depth.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from slsam_ds.engines.placement import Sharded
 from slsam_ds.engines.zero import ZeroEngine
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
+
+_HOLDER = -1
+"""Stands for a module where DeepSpeed notes by number which modules use a parameter."""
 
 
 class ZeroStage3Engine(Sharded, ZeroEngine):
@@ -69,10 +73,15 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
         self._num_passes = 0  # of this step
+        self._find_depths(engine.module, layer_map)
 
-    def activate(self, arms: Collection[int] | None) -> None:
+    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
         super().activate(arms)
         self._num_passes = 0 if arms is None else self._num_passes + 1
+        if self._num_passes <= 1:
+            self._drop_gathered()
+        if arms is not None and before is not None:
+            self._keep_gathered(arms, before)
         lowest = min((arm for arm in arms or () if arm != ALWAYS), default=ALWAYS)
         self._traces.use(None if arms is None else (lowest, self._num_passes))
         self._traces.fetch_after_writes()
@@ -100,13 +109,15 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
             self._clear_reduced(self._active)
         for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
             bucket.clear_params()
-        self._drop_gathered()
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [_shard(parameter) for parameter in self._parameters(arms)]
 
     def publish(self, arms: Collection[int]) -> None:
-        self._drop_gathered()
+        written: Iterator[Any] = self._parameters(arms)
+        for parameter in written:
+            if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered as they were
+                parameter.partition()
         self._traces.fetch_after_writes()
 
     def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
@@ -142,10 +153,28 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def _drop_gathered(self) -> None:
         """Partition whatever is still gathered: forward would read it instead of the shards.
 
-        Small parameters stay gathered over the whole step (stage3_param_persistence_threshold), any may after a pass
-        that raised.
+        Small parameters stay gathered over the whole step (stage3_param_persistence_threshold), others where
+        `_keep_gathered` holds them, and any may after a pass that raised.
         """
         self._zero.empty_partition_cache()
+
+    def _keep_gathered(self, arms: Collection[int], before: Collection[int]) -> None:
+        """Hold what the next pass reads again, as far as DeepSpeed's settings would: until the step has ended.
+
+        Within a pass, DeepSpeed keeps from forward to backward what it reads again within so many elements. Between
+        passes, the same rule holds for the way down and up again. What a module uses, DeepSpeed does not release
+        (partitioned_param_coordinator.py, 0.19.8): `_HOLDER` stands for such a module, until all are told to let go.
+        """
+        offload = self._zero.parameter_offload
+        if offload.fast_sharding_for_leaf_module:  # it empties what it releases, whoever uses it
+            return
+        left = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel) // 2
+        unchanged: Iterator[Any] = self._unchanged(arms, before)
+        for parameter in unchanged:
+            left -= _numel(parameter)
+            if left < 0:
+                break
+            parameter.ds_active_sub_modules.add(_HOLDER)
 
     def _clear_reduced(self, arms: Collection[int]) -> None:
         """Zero these arms' averaged gradients, bad numbers of a lost step too: DeepSpeed looks for them in all arms."""

@@ -49,19 +49,33 @@ def test_only_sampled_layers_are_reduced_and_once_per_window(accumulation: int) 
         assert still_gathered == []
 
 
-def test_backward_gathers_nothing_below_the_lowest_sampled_layer() -> None:
+def test_only_what_a_pass_needs_and_does_not_have_is_gathered() -> None:
     samples = [[5], [4], [2, 4], [1], [0]]
-    forward = sum(NUMEL)  # all of the model; FSDP2 keeps the root gathered until backward
-    backward = [0, BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK]
+    forward, root = sum(NUMEL), EMBEDDINGS + HEAD  # FSDP2 keeps the root gathered until backward
+    backward = [0, BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK]  # nothing below the lowest sampled layer
+    # What is not sampled and the first backward has gathered stays for the second forward.
+    stays = [0, root, root + BLOCK, root + 3 * BLOCK, 4 * BLOCK]
+    # With the prefix reused, that does not gather the blocks below either, where they are two or more.
+    left_out = [4 * BLOCK, 3 * BLOCK, 0, 0, 0]
+    both = [2 * (forward + below) - kept for below, kept in zip(backward, stays, strict=True)]
     setup = Setup(engine="fsdp2", slsam={"prefix_reuse": False})
     seen = run_on_ranks(2, traffic_of_steps, setup, samples)[0]
-    assert [traffic["gather"] for traffic, _ in seen] == [2 * (forward + below) for below in backward]
-    # With the prefix reused, the second forward does not gather the blocks below either, where they are two or more.
-    skipped = [4 * BLOCK, 3 * BLOCK, 0, 0, 0]
+    assert [traffic["gather"] for traffic, _ in seen] == both
     seen = run_on_ranks(2, traffic_of_steps, Setup(engine="fsdp2"), samples)[0]
-    assert [traffic["gather"] for traffic, _ in seen] == [
-        2 * (forward + below) - left_out for below, left_out in zip(backward, skipped, strict=True)
-    ]
+    assert [traffic["gather"] for traffic, _ in seen] == [a - b for a, b in zip(both, left_out, strict=True)]
+
+
+def traffic_with_room_for(num_bytes: int, sample: Sequence[int]) -> int:
+    from slsam_ds.engines import fsdp2
+
+    fsdp2._MAX_KEPT_BYTES = num_bytes
+    return traffic_of_steps(Setup(engine="fsdp2"), [sample])[0][0]["gather"]
+
+
+def test_what_stays_gathered_is_bounded() -> None:
+    """From the lowest block up: what is needed first, and was gathered last."""
+    none, one, two = (run_on_ranks(2, traffic_with_room_for, room, [1])[0] for room in (0, BLOCK, 3 * BLOCK - 1))
+    assert [none - one, none - two] == [BLOCK, 2 * BLOCK]
 
 
 def follow_with_evaluations(setup: Setup) -> dict[str, Tensor]:

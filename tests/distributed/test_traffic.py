@@ -68,16 +68,17 @@ def bytes_of_steps(setup: Setup, samples: list[list[int]], learning: int) -> Cou
 
 
 SHARDED = {
-    "everything gathered once": {},
-    "gathered again for backward": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
-    "some of it gathered again": {"stage3_prefetch_bucket_size": 90_000, "stage3_max_live_parameters": 250_000},
+    "everything gathered once": ({}, 0.43),
+    "gathered again for backward": ({"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}, 0.65),
+    "some of it gathered again": ({"stage3_max_reuse_distance": 250_000}, 0.55),
 }
 
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_zero3_gathers_and_reduces_less(name: str) -> None:
-    """A fifth of the layers, drawn at random: at most 0.70 of what dense SAM sends."""
-    settings = Setup(engine="zero3").zero_optimization(stage3_param_persistence_threshold=0, **SHARDED[name])
+    """A fifth of the layers, drawn at random, against dense SAM: how much less is what the settings let stay."""
+    section, share = SHARDED[name]
+    settings = Setup(engine="zero3").zero_optimization(stage3_param_persistence_threshold=0, **section)
     setup = Setup(
         engine="zero3",
         deepspeed={"zero_optimization": settings},
@@ -89,7 +90,7 @@ def test_zero3_gathers_and_reduces_less(name: str) -> None:
     sparse, *_ = run_on_ranks(2, bytes_of_steps, setup, samples, 40)
     dense, *_ = run_on_ranks(2, bytes_of_steps, setup, [list(range(10))] * 6, 3)
     assert sparse["reduce"] / dense["reduce"] == pytest.approx(0.2, rel=TOLERANCE)
-    assert sparse.total() / dense.total() <= 0.70
+    assert sparse.total() / dense.total() <= share
 
 
 def test_zero3_reduces_once_per_window() -> None:
