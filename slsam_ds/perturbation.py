@@ -115,11 +115,12 @@ def preserved(tensors: Iterable[Tensor]) -> Iterator[None]:
     A copy, not a subtraction: (w + ε) - ε is not w in floating point. Values are copied back into the same storage,
     which views and flat buffers of a sharded engine share.
     """
-    with torch.no_grad():
-        backup = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    live = [tensor.detach() for tensor in tensors]
+    originals = [torch.empty_like(tensor) for tensor in live]
+    if live:
+        torch._foreach_copy_(originals, live)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, original in backup:
-                tensor.copy_(original)
+        if live:
+            torch._foreach_copy_(live, originals)

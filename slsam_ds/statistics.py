@@ -21,13 +21,14 @@ def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, d
     Returns:
         One number per entry of `arms`, in that order. Shape (len(arms),), float64, local.
     """
-    sq_norms = torch.zeros(len(arms), dtype=torch.float64, device=device)
-    position = {arm: index for index, arm in enumerate(arms)}
-    for shard in shards:
-        if shard.piece.owner == rank and shard.gradient.numel() > 0:
-            norm = torch.linalg.vector_norm(shard.gradient, dtype=torch.float32)
-            sq_norms[position[shard.piece.arm]] += norm.double().square()
-    return sq_norms
+    own = [shard for shard in shards if shard.piece.owner == rank and shard.gradient.numel() > 0]
+    if not own:
+        return torch.zeros(len(arms), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm([shard.gradient for shard in own], 2, dtype=torch.float32)
+    squares = torch.stack([norm.to(device) for norm in norms]).double().square()
+    holders = torch.tensor([shard.piece.arm for shard in own], device=device)
+    belongs = torch.tensor(arms, device=device)[:, None] == holders
+    return torch.where(belongs, squares, 0.0).sum(dim=1)
 
 
 class RewardScale:
