@@ -4,7 +4,16 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.initialization import SLSAMEngine, initialize
 from slsam_ds.micro_batches import windows
 from slsam_ds.protocol import RanksDisagreeError
-from slsam_ds.slsam import SLSAM, StepResult
+from slsam_ds.slsam import SLSAM, BadNumbersError, StepResult
 
-__all__ = ["SLSAM", "RanksDisagreeError", "SLSAMConfig", "SLSAMEngine", "StepResult", "initialize", "windows"]
+__all__ = [
+    "SLSAM",
+    "BadNumbersError",
+    "RanksDisagreeError",
+    "SLSAMConfig",
+    "SLSAMEngine",
+    "StepResult",
+    "initialize",
+    "windows",
+]
 __version__ = "0.1.0"

@@ -80,6 +80,12 @@ class SLSAMConfig:
     offload_state: bool = False
     """Keep a layer's optimizer state and previous gradient on the CPU between the steps that select it."""
 
+    max_skipped_steps: int | None = 25
+    """Stop with an error after so many steps in a row whose loss or gradient was not finite; null: never."""
+
+    check_weights_every: int = 100
+    """Where ranks hold whole weights, compare a checksum of them every so many steps; 0: never."""
+
     seed: int = 0
     """Seed of the selection and of stochastic rounding."""
 
@@ -96,6 +102,9 @@ class SLSAMConfig:
             _require(self, "gamma", 0 < self.gamma <= 1, 'choose a number in (0, 1] or "auto"')
         _require(self, "share", 0 <= self.share < 1, "choose a number in [0, 1)")
         _require(self, "ascent_fraction", 0 < self.ascent_fraction <= 1, "choose a number in (0, 1]")
+        if self.max_skipped_steps is not None:
+            _require(self, "max_skipped_steps", self.max_skipped_steps >= 1, "choose a whole number ≥ 1, or null")
+        _require(self, "check_weights_every", self.check_weights_every >= 0, "choose a whole number ≥ 0; 0 is never")
         _require(self, "seed", 0 <= self.seed < 2**63, "choose an integer from 0 to 2^63 - 1")
         if self.budget is not None:
             _require(self, "budget", math.isfinite(self.budget) and self.budget > 0, "choose a number > 0, or null")

@@ -61,8 +61,15 @@ class Ranks(Protocol):
         """Sum over ranks, in place. Every rank gets the same bits."""
         ...
 
-    def agree(self, claims: Mapping[str, Any]) -> Callable[[], None]:
+    def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
         """Start comparing `claims` with the other ranks; the returned function waits and checks.
+
+        Args:
+            claims: By name, the same names on every rank.
+            flag: This rank's, which need not be the others'.
+
+        Returns (the returned function):
+            Whether any rank raised its flag.
 
         Raises (the returned function, on every rank):
             RanksDisagreeError: Naming what differs and which rank holds which value.

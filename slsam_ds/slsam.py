@@ -20,13 +20,19 @@ from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
 from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
+from slsam_ds.plan import BadNumbers, Outcome, Plan
 from slsam_ds.prefix import Prefix
 from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import ALWAYS, Engine
-from slsam_ds.statistics import RewardScale
-from slsam_ds.step import BeginPass, ForwardBackward, Outcome, Plan, take_step
+from slsam_ds.statistics import RewardScale, checksum
+from slsam_ds.step import BeginPass, ForwardBackward, take_step
 
 logger = logging.getLogger(__name__)
+
+
+class BadNumbersError(RuntimeError):
+    """Too many steps in a row were skipped; the weights are those of the last step before them."""
+
 
 _MAX_UPDATE_SCALE = 10.0
 _STATE_VERSION = 1
@@ -47,6 +53,7 @@ class StepResult:
         perturbation_norm: Norm of the change really made to the weights.
         perturbation_projection: That change along the one asked for: 1 where all of it arrived; None without one.
         skipped: A non-finite loss or gradient stopped the step; nothing changed.
+        stop_requested: Some rank called `request_stop` before this step; the same on all ranks.
         seconds: Wall-clock time of the step on this rank.
         ascent_seconds: Of that, the ascent with its reduction.
         descent_seconds: And the descent.
@@ -62,6 +69,7 @@ class StepResult:
     perturbation_norm: float
     perturbation_projection: float | None
     skipped: bool
+    stop_requested: bool
     seconds: float
     ascent_seconds: float
     descent_seconds: float
@@ -137,6 +145,8 @@ class SLSAM:
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
+        self._num_skipped = 0  # in a row, up to now
+        self._stop_requested = False
         self._costs: CostModel | None = None
         self._priced_window = 0
         self._chooses_by_cost = self.config.budget is not None or self.config.reward == "grad_norm_per_cost"
@@ -158,6 +168,7 @@ class SLSAM:
         Raises:
             ValueError: An empty window, or arms that do not exist.
             RanksDisagreeError: Ranks were about to take different steps; nothing was sent or changed.
+            BadNumbersError: As many steps in a row as `max_skipped_steps` allows had no finite loss and gradient.
         """
         compute_loss = loss_fn or model_loss
 
@@ -204,7 +215,10 @@ class SLSAM:
         if prefix is not None and (prefix.watched or (prefix.handed_on and math.isnan(outcome.loss))):
             self._give_up_prefix_reuse(prefix)
         self.num_steps = step
-        if not outcome.skipped:
+        self._num_skipped = self._num_skipped + 1 if outcome.skipped else 0
+        if outcome.skipped:
+            self._report_skipped(step, outcome.bad_numbers)
+        else:
             self._learn(sample, outcome, forced)
         return StepResult(
             step=step,
@@ -217,10 +231,15 @@ class SLSAM:
             perturbation_norm=outcome.perturbation_norm,
             perturbation_projection=outcome.perturbation_projection,
             skipped=outcome.skipped,
+            stop_requested=outcome.flagged,
             seconds=time.perf_counter() - started,
             ascent_seconds=outcome.ascent_seconds,
             descent_seconds=outcome.descent_seconds,
         )
+
+    def request_stop(self) -> None:
+        """Let the next step say `stop_requested` on every rank: a signal may reach one of them alone."""
+        self._stop_requested = True
 
     def state_dict(self) -> dict[str, Any]:
         """SL-SAM's own state as JSON-serialisable values; the same on every rank.
@@ -271,6 +290,7 @@ class SLSAM:
             rounding=self.config.rounding,
             seed=self.config.seed,
             max_grad_norm=self._max_grad_norm,
+            flag=self._stop_requested,
             claims={
                 "the step": step,
                 f"the active layers of step {step}": sample,
@@ -280,8 +300,16 @@ class SLSAM:
                 "the model's layers": self._fingerprint,
                 "the micro-batches per step": window_length,
                 "the layers with a previous gradient": self._previous.arms if self._previous is not None else (),
+                **self._checksums(step),
             },
         )
+
+    def _checksums(self, step: int) -> dict[str, int]:
+        """Of what every rank holds alike, by what it is, in the steps that compare them."""
+        every = self.config.check_weights_every
+        if not self.engine.replicated or every == 0 or step % every != 0 or self.engine.ranks.world_size == 1:
+            return {}
+        return {f"the weights of {arm.name}": checksum(self.engine.live_weights([arm.index])) for arm in self.layers}
 
     def _use_costs(self, costs: CostModel, window_length: int) -> None:
         """Let the choice of layers, and the rewards, go by what samples cost."""
@@ -309,6 +337,25 @@ class SLSAM:
             "step %d: %s: from here on both passes run every layer (prefix_reuse)", self.num_steps + 1, reason
         )
         self._reuses_prefix = False
+
+    def _report_skipped(self, step: int, bad: BadNumbers | None) -> None:
+        what = f"step {step} was skipped: {self._describe(bad)}"
+        limit = self.config.max_skipped_steps
+        if limit is not None and self._num_skipped >= limit:
+            raise BadNumbersError(
+                f"{what}; so were the {limit - 1} before it (slsam.max_skipped_steps={limit}), and the weights are "
+                f"those of step {step - limit}: look at the data, or lower the learning rate or slsam.rho"
+            )
+        logger.warning("%s", what)
+
+    def _describe(self, bad: BadNumbers | None) -> str:
+        if bad is None:
+            return "a gradient overflowed"
+        if bad.ranks:
+            ranks = f"rank {bad.ranks[0]}" if len(bad.ranks) == 1 else f"ranks {', '.join(map(str, bad.ranks))}"
+            return f"in the {bad.during} pass, the loss of {ranks} is not finite"
+        names = ["what is always trained" if arm == ALWAYS else self.layers[arm].name for arm in bad.arms]
+        return f"in the {bad.during} pass, the gradient of {', '.join(names)} is not finite, though every loss is"
 
     def _learn(self, sample: tuple[int, ...], outcome: Outcome, forced: bool) -> None:
         norms = {arm: outcome.grad_norms[arm] for arm in sample}

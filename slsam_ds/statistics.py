@@ -31,6 +31,9 @@ def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, d
     return torch.where(belongs, squares, 0.0).sum(dim=1)
 
 
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class RewardScale:
     """Turns gradient norms into rewards in [0, 1] by a decayed running maximum.
 
@@ -63,6 +66,12 @@ class RewardScale:
                 return norm / math.sqrt(self.numels[arm])
             case "grad_norm_per_cost":
                 return norm / self.costs[arm]
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A number that differs where a single bit does: the sum of the bits, read as whole numbers, modulo 2^64."""
+    sums = [tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()]).sum() for tensor in tensors]
+    return sum(torch.stack(sums).tolist()) % 2**64 if sums else 0
 
 
 def fingerprint(value: Any) -> int:

@@ -7,16 +7,16 @@ rho = 0 skips the ascent pass (AdamW with all arms, LISA with a uniform sample);
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from slsam_ds.config import AscentScope, Rounding
 from slsam_ds.micro_batches import first_samples
 from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
+from slsam_ds.plan import BadNumbers, Outcome, Plan
 from slsam_ds.prefix import Prefix
 from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import Engine, Shard
@@ -28,62 +28,6 @@ ForwardBackward = Callable[[Any], Tensor]
 
 BeginPass = Callable[[Sequence[Any]], ForwardBackward]
 """Given all micro-batches of a pass, what runs one of them, weighted so that the losses add up to that of the pass."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """Everything a step needs to know beforehand; the same on every rank.
-
-    Attributes:
-        step: Number of the step, from 1.
-        perturbed: Arms moved to x + ε for the descent pass.
-        updated: Arms the optimizer steps.
-        learning_rate_scale: Factor on this step's learning rate, by arm; 1 where absent.
-        rho: Perturbation radius; 0 = no ascent pass.
-        scope: What the ascent gradient is averaged over.
-        ascent_fraction: Share of the window's samples that it is averaged over, in (0, 1].
-        rounding: How ε reaches low-precision weights.
-        seed: Seed of the rounding noise.
-        claims: What the ranks must agree on before anything travels.
-        max_grad_norm: Largest norm of the gradient that the update sees; None: any, or the engine clips by itself.
-    """
-
-    step: int
-    perturbed: tuple[int, ...]
-    updated: tuple[int, ...]
-    learning_rate_scale: Mapping[int, float]
-    rho: float
-    scope: AscentScope
-    ascent_fraction: float
-    rounding: Rounding
-    seed: int
-    claims: Mapping[str, Any]
-    max_grad_norm: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a step measured. Numbers are global: over the whole window and all ranks.
-
-    Attributes:
-        loss: Window loss at the perturbed point (at x itself if there was no ascent pass).
-        ascent_loss: Window loss at x; None without an ascent pass.
-        grad_norms: Descent-gradient norm of each updated arm.
-        perturbation_norm: Norm of the change really made to the weights; includes rounding noise.
-        perturbation_projection: ⟨applied, ε⟩ / rho², 1 where the perturbation arrived whole; None without one.
-        skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
-        ascent_seconds: Wall-clock time of the ascent on this rank, its reduction included.
-        descent_seconds: Likewise of the descent; 0 where it did not run.
-    """
-
-    loss: float
-    ascent_loss: float | None = None
-    grad_norms: Mapping[int, float]
-    perturbation_norm: float = 0.0
-    perturbation_projection: float | None = None
-    skipped: bool = False
-    ascent_seconds: float = 0.0
-    descent_seconds: float = 0.0
 
 
 def take_step(
@@ -116,13 +60,13 @@ def take_step(
             random_state = RandomState.capture(engine.device)
             ascent = run.ascend(climbed)
             if ascent is not None and not ascent.finite:
-                return _skip(engine, plan, window, ascent_loss=ascent.loss)
+                return run.skip(ascent, during="ascent")
             random_state.replay()
             with run.perturbed(ascent):
                 run.descend(part)
         descent = run.reduce()
         if not descent.finite:
-            return _skip(engine, plan, window, loss=descent.loss, ascent_loss=run.ascent_loss(descent))
+            return run.skip(descent, during="descent")
         if previous is not None:
             previous.remember(descent.shards, descent.sq_norms, loss_scale=descent.loss_scale)
         if plan.max_grad_norm is not None:
@@ -145,13 +89,14 @@ def take_step(
 class _Gradient:
     """The gradient of a pass, its loss, and its norm by arm: global, or this rank's own where the ascent is local.
 
-    Only what the shards hold is `loss_scale` times too large.
+    Only what the shards hold is `loss_scale` times too large. `bad_ranks` are those whose own loss is not finite.
     """
 
     shards: list[Shard]
     loss_scale: float
     loss: float
     sq_norms: dict[int, float]
+    bad_ranks: tuple[int, ...] = ()
     extra: tuple[float, ...] = ()
 
     @property
@@ -185,8 +130,9 @@ class _Run:
         self._forward_backward = begin_pass(window)
         self._climb = begin_pass(self._climbed) if plan.ascent_fraction < 1 else self._forward_backward
         self._keep, self._reuse = (prefix.kept, prefix.reused) if prefix is not None else (_as_it_is, _as_it_is)
-        self._check_agreement = engine.ranks.agree(plan.claims)
+        self._check_agreement = engine.ranks.agree(plan.claims, flag=plan.flag)
         self._num_left = len(window)  # of the descent
+        self._flagged = False
         self._started = time.perf_counter()
         self._ascent_seconds = self._descent_seconds = 0.0
         self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
@@ -278,8 +224,24 @@ class _Run:
             perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
             perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
             skipped=skipped,
+            flagged=self._flagged,
             ascent_seconds=self._ascent_seconds,
             descent_seconds=self._descent_seconds,
+        )
+
+    def skip(self, gradient: _Gradient, *, during: Literal["ascent", "descent"]) -> Outcome:
+        """Leave all as it is. Every rank saw the same bad number in the all-reduced statistics, so all come here."""
+        engine, plan = self._engine, self._plan
+        engine.discard()
+        engine.update(plan.updated, num_micro_batches=len(self._window), learning_rate_scale={}, skip=True)
+        bad_arms = tuple(arm for arm, sq_norm in gradient.sq_norms.items() if not math.isfinite(sq_norm))
+        return Outcome(
+            loss=gradient.loss if during == "descent" else math.nan,
+            ascent_loss=self.ascent_loss(gradient) if during == "descent" else gradient.loss,
+            grad_norms={},
+            skipped=True,
+            bad_numbers=BadNumbers(during=during, ranks=gradient.bad_ranks, arms=bad_arms),
+            flagged=self._flagged,
         )
 
     def _climb_all(self, part: Sequence[Any]) -> Tensor:
@@ -291,7 +253,7 @@ class _Run:
     ) -> Tensor:
         """Sum of the weighted losses. Shape (), float64, local."""
         if self._engine.sends_during_backward:
-            self._check_agreement()
+            self._flagged = self._check_agreement()
         local_loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for number, micro_batch in enumerate(part, start=1):
             self._engine.begin_micro_batch(last=number == num_left)
@@ -314,12 +276,17 @@ class _Run:
     def _reduce(self, arms: tuple[int, ...], local_loss: Tensor, extra: Tensor | None = None) -> _Gradient:
         """One reduction of the gradients, one all-reduce of their statistics and whatever else there is to add up."""
         engine = self._engine
-        self._check_agreement()
+        self._flagged = self._check_agreement()
         shards = engine.reduce()
         sq_norms = self._local_sq_norms(shards, arms)
-        local = [local_loss[None] / engine.ranks.world_size, sq_norms, *([extra] if extra is not None else [])]
+        num_ranks, num_arms = engine.ranks.world_size, len(arms)
+        bad = torch.zeros(num_ranks, dtype=torch.float64, device=engine.device)
+        bad[engine.ranks.rank] = (local_loss + self._ascent_loss).isfinite().logical_not()
+        local = [local_loss[None] / num_ranks, sq_norms, bad, *([extra] if extra is not None else [])]
         loss, *rest = engine.ranks.all_reduce(torch.cat(local)).tolist()
-        return _Gradient(shards, engine.loss_scale, loss, dict(zip(arms, rest, strict=False)), tuple(rest[len(arms) :]))
+        bad_ranks = tuple(rank for rank, is_bad in enumerate(rest[num_arms : num_arms + num_ranks]) if is_bad)
+        by_arm = dict(zip(arms, rest, strict=False))
+        return _Gradient(shards, engine.loss_scale, loss, by_arm, bad_ranks, tuple(rest[num_arms + num_ranks :]))
 
     def _local_sq_norms(self, shards: list[Shard], arms: tuple[int, ...]) -> Tensor:
         engine = self._engine
@@ -368,12 +335,3 @@ def _clip(descent: _Gradient, max_norm: float) -> None:
     factor = max_norm / (math.sqrt(descent.sq_norm) + 1e-6)
     if factor < 1.0:
         torch._foreach_mul_([shard.gradient for shard in descent.shards], factor)
-
-
-def _skip(
-    engine: Engine, plan: Plan, window: Sequence[Any], *, ascent_loss: float | None, loss: float = math.nan
-) -> Outcome:
-    """Every rank saw the same non-finite number in the all-reduced statistics, so every rank comes here."""
-    engine.discard()
-    engine.update(plan.updated, num_micro_batches=len(window), learning_rate_scale={}, skip=True)
-    return Outcome(loss=loss, ascent_loss=ascent_loss, grad_norms={}, skipped=True)

@@ -1,10 +1,13 @@
 """`launch/train.py` as people start it: real launchers, a tiny model, files of samples."""
 
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,14 @@ def launch_script(
     launcher: str, folder: Path, script: str | Path, *flags: str, timeout: float = 150
 ) -> subprocess.CompletedProcess[str]:
     """Run any script likewise."""
+    with started(launcher, folder, script, *flags) as process:
+        stdout, stderr = process.communicate(timeout=timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def started(launcher: str, folder: Path, script: str | Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """Within, a run of the script is under way; what of it is still there at the end is killed."""
     port = str(free_port())
     commands = {
         "deepspeed": ["deepspeed.launcher.runner", "--master_port", port, "--num_accelerators", "2"],
@@ -44,16 +55,21 @@ def launch_script(
         "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--main_process_port", port],
     }
     command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
+    process = subprocess.Popen(
+        [*command, str(script), *flags],
+        cwd=folder,
+        env=make_environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        return subprocess.run(
-            [*command, str(script), *flags],
-            cwd=folder,
-            env=make_environment(folder),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        yield process
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         free_shared_memory(port)
 
 

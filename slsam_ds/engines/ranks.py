@@ -1,5 +1,6 @@
 """The ranks of a process group: the two small collectives that every engine needs, and how long they may take."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,26 +47,27 @@ class ProcessGroupRanks:
                     bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)]
                 )
 
-    def agree(self, claims: Mapping[str, Any]) -> Callable[[], None]:
+    def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
         if self.world_size == 1:
-            return lambda: None
+            return lambda: flag
         prints = torch.tensor([fingerprint(value) for value in claims.values()], dtype=torch.int64)
         # The maximum of x and of -x over ranks: they cancel exactly where all ranks hold the same x. Started here and
         # awaited before the first gradient travels, so it hides behind the forward and backward.
-        extremes = torch.cat([prints, -prints]).to(self._device)
+        extremes = torch.cat([prints, -prints, torch.tensor([int(flag)])]).to(self._device)
         work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-        def check() -> None:
+        def check() -> bool:
             if not work.is_completed() or self._device.type != "cpu":
                 work.wait()
-            highest, negated_lowest = extremes.chunk(2)
-            if torch.equal(highest, -negated_lowest):
-                return
+            *numbers, any_flag = extremes.tolist()
+            highest, negated_lowest = numbers[: len(claims)], numbers[len(claims) :]
+            if all(high == -low for high, low in zip(highest, negated_lowest, strict=True)):
+                return bool(any_flag)
             per_rank: list[Any] = [None] * self.world_size
             dist.all_gather_object(per_rank, dict(claims), group=self._group)
             raise RanksDisagreeError(f"slsam: ranks disagree about {describe_disagreement(per_rank)}")
 
-        return check
+        return functools.cache(check)  # asked before every backward that sends, and once is enough
 
 
 def share_deadline(group: dist.ProcessGroup, device: torch.device) -> None:

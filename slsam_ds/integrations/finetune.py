@@ -14,6 +14,7 @@ from slsam_ds.integrations.data import IGNORED, Columns, Encoder, choose_columns
 from slsam_ds.integrations.huggingface import SLSAMTrainer
 from slsam_ds.integrations.models import choose_max_length, load_model
 from slsam_ds.integrations.packing import PackedCollator, PackingCheck
+from slsam_ds.integrations.preemption import EXIT_CODE, stopping_on_signal
 from slsam_ds.integrations.report import summarize
 from slsam_ds.integrations.rows import Rows, read_files, read_named
 from slsam_ds.integrations.samples import StreamedSamples, pack_all, tokenize
@@ -136,8 +137,16 @@ def _describe(training: Dataset | StreamedSamples, held_out: Dataset | None, *, 
 
 
 def train(trainer: SLSAMTrainer, settings: Settings) -> None:
-    """Train, save, and print what happened."""
-    trainer.train(resume_from_checkpoint=settings.checkpoint)
+    """Train, save, and print what happened.
+
+    Raises:
+        SystemExit: Stopped by a signal, with a checkpoint saved.
+    """
+    with stopping_on_signal(trainer.request_stop):
+        trainer.train(resume_from_checkpoint=settings.checkpoint)
+    if trainer.was_stopped:
+        say(f"Stopped by a signal after step {trainer.state.global_step}; go on with --resume_from_checkpoint true")
+        raise SystemExit(EXIT_CODE)
     trainer.save_model()
     held_out = None
     if trainer.eval_dataset is not None:

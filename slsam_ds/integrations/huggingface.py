@@ -49,6 +49,10 @@ class SLSAMMixin(_TrainerMethods):
         ValueError: Bad knobs, or an engine that is not supported.
     """
 
+    was_stopped = False
+    """Training ended because some rank was asked to stop by `request_stop`."""
+
+    _stop_requested = False
     _is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step is under way
 
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -102,6 +106,15 @@ class SLSAMMixin(_TrainerMethods):
             ValueError: It was saved with another model, by another number of ranks, or with other knobs.
         """
         check_state(folder, self.layer_map, self.slsam_config, self._setup())
+
+    def request_stop(self) -> None:
+        """Finish the step under way or the next one, save a checkpoint and end the training, on all ranks.
+
+        For handlers of signals: may be called at any time, on any rank. `was_stopped` then tells, on every rank.
+        """
+        self._stop_requested = True
+        if self.slsam is not None:
+            self.slsam.request_stop()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, its parameter groups split by layer."""
@@ -157,6 +170,7 @@ class SLSAMMixin(_TrainerMethods):
             result = self.slsam.step_with(self._window, begin_pass)
         finally:
             self._is_repeated = None
+        self.was_stopped |= result.stop_requested
         record = result.to_record()
         self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:
@@ -204,6 +218,8 @@ class SLSAMMixin(_TrainerMethods):
                 total_steps=total_steps,
                 max_grad_norm=self.args.max_grad_norm or None,
             )
+        if self._stop_requested:
+            self.slsam.request_stop()
         if self._resumed_from is not None:
             self.slsam.load_state_dict(read_state(self._resumed_from))
         self._compiled.enter_context(compiled_blocks(self.slsam.layers, **self._compile_settings))
@@ -232,13 +248,17 @@ class SLSAMTrainer(SLSAMMixin, Trainer):
 
 
 class _SLSAMCallback(TrainerCallback):
-    """Starts SL-SAM once the trainer has prepared its engine, before the first step."""
+    """Starts SL-SAM once the trainer has prepared its engine, and ends the training when it was asked to."""
 
     def __init__(self, trainer: SLSAMMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._begin_slsam(state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.was_stopped:
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._end_slsam()

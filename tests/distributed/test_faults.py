@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slsam_ds import RanksDisagreeError
+from slsam_ds import BadNumbersError, RanksDisagreeError
 from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
@@ -65,6 +65,46 @@ def test_a_bad_number_on_one_rank_skips_the_step_on_all(engine: str, call: int, 
         assert counters == (2, 1)
         assert not good.skipped
         assert max_error(weights, expected) <= 1e-6
+
+
+def give_up(setup: Setup) -> tuple[str, int, float]:
+    """Steps of which every third is good, then as many bad ones in a row as are allowed."""
+    training = Training(setup)
+
+    def spoiled(loss: Tensor) -> Tensor:
+        return loss * float("nan") if training.rank == 1 else loss
+
+    for step in (1, 2, 3, 4, 5):
+        spoil(training.step, training.window(step), 1 if step % 3 else 9, spoiled, active=[1, 3])
+    before = training.live_weights()
+    with pytest.raises(BadNumbersError) as raised:
+        spoil(training.step, training.window(6), 1, spoiled, active=[1, 3])
+    return str(raised.value), training.slsam.num_steps, max_error(training.live_weights(), before)
+
+
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero2", ALSO_ZERO3])
+def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_rank_named(engine: str) -> None:
+    for message, num_steps, moved in run_on_ranks(2, give_up, Setup(engine=engine, slsam={"max_skipped_steps": 3})):
+        assert message.startswith("step 6 was skipped: in the ascent pass, the loss of rank 1 is not finite")
+        assert "the weights are those of step 3" in message
+        assert (num_steps, moved) == (6, 0.0)
+
+
+def overflow_in_backward(setup: Setup) -> str:
+    """A gradient that is not finite, of a loss that is."""
+    training = Training(setup)
+    block = training.model.get_submodule("model.layers.2")
+    if training.rank == 1:
+        block.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * float("inf"),))
+    with pytest.raises(BadNumbersError) as raised:
+        training.step(training.window(1), active=[2, 3])
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("engine", ["local", "zero2"])
+def test_a_bad_gradient_stops_the_run_with_the_layer_named(engine: str) -> None:
+    for message in run_on_ranks(2, overflow_in_backward, Setup(engine=engine, slsam={"max_skipped_steps": 1})):
+        assert "step 1 was skipped: in the ascent pass, the gradient of model.layers.1 is not finite" in message
 
 
 @pytest.mark.parametrize("scope", ["rank", "micro_batch"])
@@ -182,6 +222,41 @@ def test_ranks_that_differ_stop_with_an_error_that_says_so(engine: str, what: st
     setup = Setup(engine=engine, accumulation=2, slsam={"active_layers": 1})
     for message in run_on_ranks(2, disagree, setup, what):
         assert named in message
+
+
+def flip_a_bit(setup: Setup, arm: int) -> str:
+    training = Training(setup)
+    training.follow([[2]] * 3)
+    if training.rank == 1:
+        weight = training.slsam.layers[arm].parameters[0][1].detach()
+        weight.view(-1).view({2: torch.int16, 4: torch.int32}[weight.element_size()])[5] ^= 1
+    with pytest.raises(RanksDisagreeError) as raised:
+        training.follow([[2]])
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [("local", torch.float32), ("zero2", torch.bfloat16), *(slow(each, torch.bfloat16) for each in ("zero0", "zero1"))],
+)
+def test_a_flipped_bit_is_noticed_where_weights_are_whole(engine: str, dtype: torch.dtype) -> None:
+    setup = Setup(engine=engine, dtype=dtype, slsam={"check_weights_every": 4})
+    for message in run_on_ranks(2, flip_a_bit, setup, 3):
+        assert message.startswith("slsam: ranks disagree about the weights of model.layers.2 (rank 0: ")
+
+
+def stop_on_one_rank(setup: Setup) -> list[bool]:
+    training = Training(setup)
+    stopped = [training.step(training.window(1)).stop_requested]
+    if training.rank == 1:
+        training.slsam.request_stop()
+    return [*stopped, training.step(training.window(2)).stop_requested]
+
+
+@pytest.mark.parametrize("engine", ["local", "zero2"])
+def test_every_rank_hears_that_one_was_asked_to_stop(engine: str) -> None:
+    assert run_on_ranks(2, stop_on_one_rank, Setup(engine=engine)) == [[False, True]] * 2
+    assert run_on_ranks(1, stop_on_one_rank, Setup(engine=engine)) == [[False, False]]
 
 
 def replay_dropout(setup: Setup) -> tuple[float, float, float]:

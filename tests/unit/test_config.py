@@ -59,6 +59,10 @@ BAD_VALUES = [
     ("layers", "blocks", '"blocks"', "expected a list of strings or null"),
     ("layers", (1, 2), "[1, 2]", "expected a list of strings or null"),
     ("offload_state", "cpu", '"cpu"', "true or false"),
+    ("max_skipped_steps", 0, "0", "choose a whole number ≥ 1, or null"),
+    ("max_skipped_steps", 2.5, "2.5", "expected an integer or null"),
+    ("check_weights_every", -1, "-1", "choose a whole number ≥ 0"),
+    ("check_weights_every", None, "null", "expected an integer"),
     ("seed", -1, "-1", "choose an integer from 0 to 2^63 - 1"),
     ("seed", 2**63, str(2**63), "choose an integer from 0 to 2^63 - 1"),
     ("seed", 0.5, "0.5", "expected an integer"),
@@ -97,6 +101,9 @@ ACCEPTED = [
     ("other_parameters", "freeze"),
     ("layers", ("model.layers.0", r"model\.layers\.(1|2)\..*")),
     ("offload_state", True),
+    ("max_skipped_steps", 3),
+    ("max_skipped_steps", None),
+    ("check_weights_every", 0),
     ("seed", 2**63 - 1),
 ]
 
@@ -164,6 +171,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "other_parameters": "arms",
         "layers": None,
         "offload_state": False,
+        "max_skipped_steps": 25,
+        "check_weights_every": 100,
         "seed": 0,
     }
     assert SLSAMConfig.from_dict({}) == SLSAMConfig()
