@@ -38,9 +38,9 @@ backward, reduction is included. Statistics wait for the other ranks."""
 
 def break_down(setup: Setup, effort: Effort) -> dict[str, Any]:
     """Mean seconds by part for each mode, as JSON."""
-    found = run_on_ranks(
-        setup.world_size, _measure, setup, effort.rounds, timeout=effort.timeout, device=setup.device
-    )[0]
+    found = run_on_ranks(setup.world_size, _measure, setup, effort.rounds, timeout=effort.timeout, device=setup.device)[
+        0
+    ]
     return {"setup": dataclasses.asdict(setup), "about": setup.describe(), "modes": found}
 
 
@@ -62,9 +62,7 @@ def _measure(setup: Setup, num_rounds: int) -> dict[str, Any]:
     return {
         name: {
             "flops": statistics.mean(prices[name]),
-            "seconds": {
-                part: statistics.mean(step.get(part, 0.0) for step in all_steps) for part in (*PARTS, "all")
-            },
+            "seconds": {part: statistics.mean(step.get(part, 0.0) for step in all_steps) for part in (*PARTS, "all")},
         }
         for name, all_steps in steps.items()
     }

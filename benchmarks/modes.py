@@ -117,9 +117,7 @@ class Stock:
             shard(model, setup)
         self.optimizer = optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
         if setup.engine != "fsdp2":
-            self._engine, zero, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=self._config
-            )
+            self._engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._config)
             self.optimizer = getattr(zero, "optimizer", zero)
 
     def step(self, window: Window, loss_fn: LossFunction) -> Step:

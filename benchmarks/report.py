@@ -16,10 +16,10 @@ REPORT = "README.md"
 _INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks` (`make bench` on the CPU); do not edit. Raw numbers are in the JSON file of each
-section. Every mode trains a model of its own in the same processes. Rounds take one step of each mode, in an order drawn
-anew, so that whatever else the machine does falls on all alike. Ratios of times are ratios of means (what a run pays)
-with the range that 9 of 10 draws of the rounds give. **AdamW is the engine without `slsam_ds`**. FLOPs are those of the
-very steps on the clock, by the price list that `slsam_ds` counts on this model; AdamW's are 1.
+section. Every mode trains a model of its own in the same processes. Rounds take one step of each mode, in an order
+drawn anew, so that whatever else the machine does falls on all alike. Ratios of times are ratios of means (what a run
+pays) with the range that 9 of 10 draws of the rounds give. **AdamW is the engine without `slsam_ds`**. FLOPs are those
+of the very steps on the clock, by the price list that `slsam_ds` counts on this model; AdamW's are 1.
 """
 
 
@@ -74,9 +74,9 @@ def _times(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> str:
     """What each mode holds and sends, on one rank."""
     lines = [
-        "MB on one rank, largest over the counted steps; bytes sent are means. Activations are what autograd saves of a "
-        "micro-batch, gradients those that are held at once (AdamW's by the engine's buckets); the optimizer's state "
-        "includes master weights; the rise is that of all memory within a step.",
+        "MB on one rank, largest over the counted steps; bytes sent are means. Activations are what autograd saves of "
+        "a micro-batch; gradients are those held at once (AdamW's by the size of the engine's buckets); the optimizer's "
+        "state includes master weights; the rise is that of all memory within a step, DeepSpeed's buckets included.",
         "",
         "| mode | activations | gradients | both / AdamW | optimizer | rise in a step | reduced | gathered |",
         "|" + "---|" * 8,
@@ -197,7 +197,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Path], str]]] = {
     "short_steps": (
         "Side by side, short steps",
         lambda found, folder: (
-            "A quarter of the tokens: what travels weighs more against the matrix products.\n\n"
+            "Half of the tokens: what travels weighs more against the matrix products.\n\n"
             + _comparison(found, folder, "short_steps.png")
         ),
     ),

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any

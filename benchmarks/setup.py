@@ -46,7 +46,7 @@ class Setup:
     intermediate: int | None = None
     vocabulary: int = 8192
     batch: int = 4
-    length: int = 256
+    length: int = 128
     accumulation: int = 1
     active: float = 0.2
     rho: float = 0.02
