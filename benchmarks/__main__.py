@@ -48,6 +48,8 @@ examples:
   python -m benchmarks --device cuda --preset large --world-size 8
 """
 
+_QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
 _SIZES = {
     "blocks": "layers of the model",
     "hidden": "its width",
@@ -74,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
         return _EXIT_CODE
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of every start and stop
+    # Ranks inherit these: torch's profiler would tell of every start and stop, and of memory older than itself.
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     folder = options.output or Path("docs/benchmarks", *(["cuda"] if setup.device == "cuda" else []))
     failed = []
     for name in [] if options.report_only else options.only:
@@ -104,7 +108,7 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
     docstrings = dataclasses.replace(DOCSTRINGS, device=setup.device, world_size=setup.world_size, engine=setup.engine)
     base = dataclasses.replace(sweeps.BASE, device=setup.device, dtype=setup.dtype, engine=setup.engine)
     if quick:
-        docstrings = dataclasses.replace(docstrings, blocks=12, length=32)
+        docstrings = dataclasses.replace(docstrings, blocks=12, batch=1)
         base = dataclasses.replace(base, blocks=4, hidden=64, vocabulary=256, length=16)
     elif setup.device == "cuda":
         base = dataclasses.replace(base, hidden=1024, vocabulary=32_000, length=1024)
@@ -134,7 +138,7 @@ def _setup(options: argparse.Namespace) -> Setup:
 
 
 def _problem(setup: Setup, together: int) -> str | None:
-    """Why this cannot be measured here, and what to do, in a sentence; None where nothing is known to stand in the way."""
+    """Why this cannot be measured here, and what to do, in a sentence; None where nothing is known to be in the way."""
     if setup.device == "cuda":
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if setup.world_size > num_gpus:

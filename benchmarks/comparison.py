@@ -45,7 +45,7 @@ def compare(setup: Setup, modes: Sequence[Mode], effort: Effort, *, together: in
     size = max(1, together - len(REFERENCES))
     groups, weights = [], 0
     for start in range(0, max(1, len(others)), size):
-        found, weights = run_together(setup, (*REFERENCES, *others[start : start + size]), effort)
+        ((found, weights),) = run_together([setup], (*REFERENCES, *others[start : start + size]), effort)
         groups.append([dataclasses.asdict(one) for one in found])
     return {"setup": dataclasses.asdict(setup), "about": setup.describe(), "weights": weights, "groups": groups}
 

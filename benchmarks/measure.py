@@ -80,11 +80,23 @@ class Measured:
     optimizer: int = 0
 
 
-def run_together(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[Measured], int]:
-    """Measure modes in one run; what each took on the first rank, and the number of weights."""
-    found: tuple[list[Measured], int] = run_on_ranks(
-        setup.world_size, measure, setup, modes, effort, timeout=effort.timeout, device=setup.device
-    )[0]
+def run_together(setups: Sequence[Setup], modes: Sequence[Mode], effort: Effort) -> list[tuple[list[Measured], int]]:
+    """Measure modes together on each setup, one setup after the other, in the same ranks.
+
+    Returns:
+        For each setup, what the modes took on the first rank, and the number of weights.
+    """
+    ranks, device = setups[0].world_size, setups[0].device
+    found: list[Any] = run_on_ranks(ranks, _measure_each, setups, modes, effort, timeout=effort.timeout, device=device)
+    return list(found[0])
+
+
+def _measure_each(setups: Sequence[Setup], modes: Sequence[Mode], effort: Effort) -> list[tuple[list[Measured], int]]:
+    found = []
+    for setup in setups:
+        found.append(measure(setup, modes, effort))
+        gc.unfreeze()
+        gc.collect()  # engines hold on to themselves
     return found
 
 

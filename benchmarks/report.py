@@ -75,8 +75,9 @@ def _memory(found: Mapping[str, Any]) -> str:
     """What each mode holds and sends, on one rank."""
     lines = [
         "MB on one rank, largest over the counted steps; bytes sent are means. Activations are what autograd saves of "
-        "a micro-batch; gradients are those held at once (AdamW's by the size of the engine's buckets); the optimizer's "
-        "state includes master weights; the rise is that of all memory within a step, DeepSpeed's buckets included.",
+        "a micro-batch; gradients are those held at once (AdamW's by the size of the engine's buckets); the "
+        "optimizer's state includes master weights; the rise is that of all memory within a step, DeepSpeed's buckets "
+        "included.",
         "",
         "| mode | activations | gradients | both / AdamW | optimizer | rise in a step | reduced | gathered |",
         "|" + "---|" * 8,

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from benchmarks.measure import Effort, Measured, ratio, ratio_range, run_together
 from benchmarks.modes import ADAMW_MODE, EXACT, Mode
 from benchmarks.setup import Setup
@@ -22,30 +24,36 @@ def sweep_all(base: Setup, effort: Effort, *, short: bool = False) -> dict[str, 
         (values[0], values[-1]) if short else values for values in (SHARES, BLOCKS, WORLD_SIZES, WINDOWS)
     )
     if base.device == "cuda":
-        import torch
-
         worlds = tuple(size for size in worlds if size <= torch.cuda.device_count())
-    one_by_one = {
+    in_one_run = {
         "blocks": [(num, dataclasses.replace(base, blocks=num, hidden=_width(base, num))) for num in blocks],
-        "world_size": [(size, dataclasses.replace(base, world_size=size)) for size in worlds],
         "window": [(n, dataclasses.replace(base, accumulation=n, batch=max(1, base.batch // 4))) for n in windows],
     }
+    points = [point for points in in_one_run.values() for point in points]
+    found = iter(_against_adamw(points, effort))
     return {
         "about": base.describe(),
         "active": _by_share(base, shares, effort),
-        **{name: [_point(value, setup, effort) for value, setup in points] for name, points in one_by_one.items()},
+        **{name: [next(found) for _ in points] for name, points in in_one_run.items()},
+        "world_size": [
+            _against_adamw([(size, dataclasses.replace(base, world_size=size))], effort)[0] for size in worlds
+        ],
     }
 
 
 def _by_share(base: Setup, shares: Sequence[float], effort: Effort) -> list[dict[str, Any]]:
     modes = [Mode(name=f"{share:g}", knobs={"selector": "uniform", "active_layers": share}) for share in shares]
-    (adamw, *found), weights = run_together(base, (ADAMW_MODE, *modes), effort)
+    (((adamw, *found), weights),) = run_together([base], (ADAMW_MODE, *modes), effort)
     return [_ratios(share, one, adamw, base, weights) for share, one in zip(shares, found, strict=True)]
 
 
-def _point(value: int, setup: Setup, effort: Effort) -> dict[str, Any]:
-    (adamw, slsam), weights = run_together(setup, (ADAMW_MODE, EXACT), effort)
-    return _ratios(value, slsam, adamw, setup, weights)
+def _against_adamw(points: Sequence[tuple[int, Setup]], effort: Effort) -> list[dict[str, Any]]:
+    """SL-SAM and AdamW on each setup; all of them on as many ranks."""
+    found = run_together([setup for _, setup in points], (ADAMW_MODE, EXACT), effort)
+    return [
+        _ratios(value, slsam, adamw, setup, weights)
+        for (value, setup), ((adamw, slsam), weights) in zip(points, found, strict=True)
+    ]
 
 
 def _ratios(value: float, one: Measured, adamw: Measured, setup: Setup, weights: int) -> dict[str, Any]:
