@@ -45,10 +45,14 @@ examples:
   python -m benchmarks --only comparison profile --rounds 40
   python -m benchmarks --quick --output /tmp/benchmarks  # does it run? the numbers mean nothing
   python -m benchmarks --report-only                     # pictures and tables again, from the JSON files
-  python -m benchmarks --device cuda --preset large --world-size 8
+  python -m benchmarks --device cuda --preset large                 # one GPU of 141 GB
+  python -m benchmarks --device cuda --preset large --world-size 8 --together 10
 """
 
 _QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+_TOGETHER = {"small": len(MODES), "large": 4}
+"""Modes in memory at once. Of the large preset, four take 100 GB on one GPU, and less on each of several."""
 
 _SIZES = {
     "blocks": "layers of the model",
@@ -70,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
-    options.rounds = options.rounds or (2 if options.quick else 14)
+    if options.rounds is None:
+        options.rounds = 2 if options.quick else 14
     setup = _setup(options)
-    problem = None if options.report_only else _problem(setup, options.together)
+    problem = None if options.report_only else _problem(setup, options)
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
         return _EXIT_CODE
@@ -105,15 +110,16 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
     long, counted = Effort(rounds=rounds, counted=1 if quick else 3, seed=options.seed), 1 if quick else 20
     few = Effort(rounds=min(rounds, 6), counted=1, seed=options.seed)
     short_steps = dataclasses.replace(setup, length=max(1, setup.length // 2))
-    docstrings = dataclasses.replace(DOCSTRINGS, device=setup.device, world_size=setup.world_size, engine=setup.engine)
-    base = dataclasses.replace(sweeps.BASE, device=setup.device, dtype=setup.dtype, engine=setup.engine)
+    same = {name: getattr(setup, name) for name in ("device", "engine", "world_size")}
+    docstrings = dataclasses.replace(DOCSTRINGS, **same)
+    base = dataclasses.replace(sweeps.BASE, dtype=setup.dtype, **same)
     if quick:
         docstrings = dataclasses.replace(docstrings, blocks=12, batch=1)
         base = dataclasses.replace(base, blocks=4, hidden=64, vocabulary=256, length=16)
     elif setup.device == "cuda":
         base = dataclasses.replace(base, hidden=1024, vocabulary=32_000, length=1024)
     engines = {"blocks": 3 if quick else 10, "hidden": 32 if quick else 128}
-    together = options.together
+    together = options.together or _TOGETHER[options.preset]
     return {
         "comparison": lambda: compare(setup, MODES, long, together=together),
         "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(long, counted=0), together=together),
@@ -137,7 +143,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     return dataclasses.replace(setup, **flags)
 
 
-def _problem(setup: Setup, together: int) -> str | None:
+def _problem(setup: Setup, options: argparse.Namespace) -> str | None:
     """Why this cannot be measured here, and what to do, in a sentence; None where nothing is known to be in the way."""
     if setup.device == "cuda":
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -145,8 +151,10 @@ def _problem(setup: Setup, together: int) -> str | None:
             return f"--device cuda with {setup.world_size} ranks: {num_gpus} GPUs are here; choose --world-size or cpu"
     if setup.hidden % 32:
         return f"--hidden {setup.hidden}: choose a multiple of 32 (of 64, where heads of 64 are wanted)"
-    if together < 3:
-        return f"--together {together}: choose at least 3 modes, AdamW, dense SAM and another"
+    if options.together is not None and options.together < 3:
+        return f"--together {options.together}: choose at least 3 modes, AdamW, dense SAM and another"
+    if options.rounds < 2:
+        return f"--rounds {options.rounds}: choose at least 2, for there to be a spread"
     return None
 
 
@@ -164,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="steps of each mode on the clock (default: 14, or 2 when --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of the order within rounds (default: 0)")
     parser.add_argument(
-        "--together", type=int, default=len(MODES), metavar="N", help="modes in memory at once (default: all)"
+        "--together", type=int, metavar="N", help="modes in memory at once (default: all; 4 of the large preset)"
     )
     model = parser.add_argument_group("model and engine (of comparison, short_steps, profile, traffic)")
     model.add_argument("--preset", choices=PRESETS, default="small", help="25M weights; or 1.2B in bf16, for GPUs")

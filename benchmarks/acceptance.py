@@ -53,8 +53,8 @@ def _rest(sections: Sections) -> Iterator[str]:
         one = row(found, EXACT)
         assert one is not None
         cells = [
-            f"{one.sent(one.one) / one.sent(one.adamw):.2f}",
-            _judged(one.sent(one.one) / one.sent(one.dense), 0.55),
+            f"{one.sent_to_adamw:.2f}",
+            _judged(one.sent_to_dense, 0.55),
         ]
         yield _line(f"{engine}, total bytes, exact two-pass", cells[0], None, cells[1], 0.55)
     overhead: Row | None = row(comparison, OVERHEAD)

@@ -21,7 +21,7 @@ LARGE = Setup(
     batch=4,
     length=2048,
 )
-"""1.2 billion weights, as TinyLlama's but without shared key and value heads: 19 GB a mode on one rank."""
+"""1.2 billion weights, as TinyLlama's but without shared key and value heads: 20 GB a mode on one rank."""
 PRESETS = {"small": SMALL, "large": LARGE}
 
 DOCSTRINGS = Setup(task="docstrings", blocks=30, hidden=576, batch=2, length=192, dtype="bfloat16")

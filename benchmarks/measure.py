@@ -53,7 +53,7 @@ class Measured:
         prices: Their FLOPs by the price list, AdamW's being 1.
         ascent_seconds: Of `seconds`, as the step reports it.
         descent_seconds: Likewise.
-        losses: At the weights or, with an ascent, at the perturbed weights.
+        losses: Over all ranks, at the weights or, with an ascent, at the perturbed weights.
         counted_flops: Of the counted steps, in FLOPs of AdamW's.
         counted_prices: What the price list says of those.
         activations: What a micro-batch's forward saves for backward. Bytes.
@@ -136,6 +136,7 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
             found[name].counted_prices.append(training.price(costs, len(window), step))
     for name, training in trainings.items():
         found[name].optimizer = optimizer_bytes(training)
+        found[name].losses = _mean_over_ranks(found[name].losses, setup)  # stock loops know their rank's own
     return list(found.values()), weights
 
 
@@ -208,6 +209,12 @@ class _Peak:
         for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
             level += event.nbytes()
             self.bytes = max(self.bytes, level)
+
+
+def _mean_over_ranks(values: Sequence[float], setup: Setup) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=setup.device)
+    dist.all_reduce(total)
+    return [float(value) for value in total / setup.world_size]
 
 
 def _settle(setup: Setup) -> None:

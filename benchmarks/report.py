@@ -184,11 +184,10 @@ def _traffic(found: Mapping[str, Any], folder: Path) -> str:
     ]
     for engine, comparison in found.items():
         for one in rows(comparison):
-            sent = one.sent(one.one)
             reduced, gathered = (statistics.mean(kind) / 1e6 for kind in (one.one.reduce, one.one.gather))
             lines.append(
-                f"| {engine} | {one.one.mode} | {reduced:.3g} | {gathered:.3g} | {sent / one.sent(one.adamw):.2f} | "
-                f"{sent / one.sent(one.dense):.2f} |"
+                f"| {engine} | {one.one.mode} | {reduced:.3g} | {gathered:.3g} | {one.sent_to_adamw:.2f} | "
+                f"{one.sent_to_dense:.2f} |"
             )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """Measured modes next to what they were measured together with: the ratios of the report."""
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -55,6 +56,16 @@ class Row:
     def sent(self, measured: Measured) -> float:
         """Bytes of a step, mean over the counted ones."""
         return statistics.mean(map(sum, zip(measured.reduce, measured.gather, strict=True)))
+
+    @property
+    def sent_to_adamw(self) -> float:
+        """Bytes of a step, AdamW's being 1; NaN on one rank, which sends nothing."""
+        return self.sent(self.one) / (self.sent(self.adamw) or math.nan)
+
+    @property
+    def sent_to_dense(self) -> float:
+        """Bytes of a step, dense SAM's being 1; NaN on one rank."""
+        return self.sent(self.one) / (self.sent(self.dense) or math.nan)
 
 
 def rows(comparison: Mapping[str, Any]) -> Iterator[Row]:

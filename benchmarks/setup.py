@@ -81,7 +81,7 @@ class Setup:
         """
         bucket = min(50_000_000, num_weights)
         stage = int(self.engine.removeprefix("zero")) if self.engine != "fsdp2" else 0
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": self.device != "cpu"}
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
         if stage == 3:
             # A model of a benchmark on the CPU would stay gathered whole: of a real one, the norms do.
             zero["stage3_param_persistence_threshold"] = 10 * self.hidden
