@@ -10,10 +10,10 @@ from benchmarks.measure import Effort, Measured, ratio, ratio_range, run_togethe
 from benchmarks.modes import ADAMW_MODE, EXACT, Mode
 from benchmarks.setup import Setup
 
-BASE = Setup(hidden=192, vocabulary=1024, batch=4, length=128)
+BASE = Setup(hidden=192, vocabulary=1024, batch=4, length=64)
 
-SHARES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
-BLOCKS = (4, 8, 16, 32, 64, 128)
+SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
+BLOCKS = (4, 16, 64, 128)
 WORLD_SIZES = (1, 2, 3, 4)
 WINDOWS = (1, 2, 4, 8)
 
