@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-full lint format type clean
+.PHONY: help install demo test test-slow test-full bench lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ test-slow: $(INSTALLED)  ## the slow tests
 
 test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
 	pytest
+
+bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
+	python -m benchmarks
 
 lint: $(INSTALLED) type  ## ruff and mypy
 	ruff check .

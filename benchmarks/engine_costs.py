@@ -1,12 +1,9 @@
 """What a step costs on each engine: bytes sent, gradients held, activations kept, against all layers active.
 
-    python -m benchmarks.engine_costs            # writes the README's table to standard output
-
 Two ranks on this machine; counted, not timed, so that it says the same everywhere.
 """
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +25,7 @@ class Memory:
     parameters and reduced shards hold when a backward has ended.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Any) -> None:
         self._training = training
         self.peak = {"gradients": 0, "activations": 0}
 
@@ -82,7 +79,25 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def measure(setup: Setup, num_steps: int) -> dict[str, float]:
+def count_engines(engines: Sequence[str], *, blocks: int, hidden: int, active: float, steps: int) -> dict[str, Any]:
+    """Every engine with a sample and with all layers: quantity by name, as JSON."""
+    model = {"num_blocks": blocks, "hidden": hidden}
+    found = {}
+    for engine in engines:
+        # A model this small would stay gathered whole: of a real one, the norms do.
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 1000}
+        deepspeed = {"zero_optimization": zero} if engine == "zero3" else {}
+        found[engine] = [
+            run_on_ranks(2, _count, Setup(engine=engine, model=model, slsam=knobs, deepspeed=deepspeed), steps)[0]
+            for knobs in (
+                {"other_parameters": "freeze", "selector": "uniform", "active_layers": active},
+                {"other_parameters": "freeze", "selector": "all"},
+            )
+        ]
+    return {"blocks": blocks, "hidden": hidden, "active": active, "steps": steps, "engines": found}
+
+
+def _count(setup: Setup, num_steps: int) -> dict[str, float]:
     """Bytes per step, mean over steps for what travels, peak for what is held. Runs on every rank."""
     training = Training(setup)
     memory = Memory(training)
@@ -91,38 +106,3 @@ def measure(setup: Setup, num_steps: int) -> dict[str, float]:
         for step in range(2, num_steps + 2):
             training.step(training.window(step), loss_fn=memory.loss)
     return {kind: traffic.bytes[kind] / num_steps for kind in ("reduce", "gather")} | memory.peak
-
-
-def main() -> None:
-    """Parse, measure every engine with a sample and with all layers, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
-    parser.add_argument("--blocks", type=int, default=10, help="layers of the model (default: %(default)s)")
-    parser.add_argument("--active", type=float, default=0.2, help="share of layers per step (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=128, help="width of the model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="steps to average over (default: %(default)s)")
-    arguments = parser.parse_args()
-    model = {"num_blocks": arguments.blocks, "hidden": arguments.hidden}
-    print(f"| engine | {' | '.join(f'{quantity}, MB (share of dense)' for quantity in QUANTITIES)} | all traffic |")
-    print("|---|" + "---|" * (len(QUANTITIES) + 1))
-    for engine in arguments.engines:
-        # A model this small would stay gathered whole: of a real one, the norms do.
-        zero = {"stage": 3, "stage3_param_persistence_threshold": 1000}
-        deepspeed = {"zero_optimization": zero} if engine == "zero3" else {}
-        found = []
-        for knobs in ({"selector": "uniform", "active_layers": arguments.active}, {"selector": "all"}):
-            setup = Setup(
-                engine=engine, model=model, slsam={"other_parameters": "freeze", **knobs}, deepspeed=deepspeed
-            )
-            found.append(run_on_ranks(2, measure, setup, arguments.steps)[0])
-        sparse, dense = found
-        cells = [
-            f"{sparse[name] / 1e6:.3g} ({sparse[name] / dense[name]:.2f})" if dense[name] else "none"
-            for name in QUANTITIES
-        ]
-        total = sum(sparse[kind] for kind in ("reduce", "gather")) / sum(dense[kind] for kind in ("reduce", "gather"))
-        print(f"| {engine} | {' | '.join(cells)} | {total:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

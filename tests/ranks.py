@@ -1,4 +1,4 @@
-"""Run a function on N gloo ranks, with a time limit and the failing rank's traceback."""
+"""Run a function on N ranks, with a time limit and the failing rank's traceback."""
 
 import multiprocessing
 import os
@@ -20,14 +20,17 @@ class RankFailedError(AssertionError):
     """A rank raised or did not finish."""
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-    """Call `function(*args)` on every rank of a fresh gloo group.
+def run_on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, device: str = "cpu"
+) -> list[Any]:
+    """Call `function(*args)` on every rank of a fresh process group.
 
     Args:
         world_size: Number of processes.
         function: Importable by name; runs with the process group up.
         *args: Picklable.
         timeout: Seconds for all ranks together.
+        device: "cpu": ranks of one thread, over gloo; "cuda": a GPU for each, over NCCL.
 
     Returns:
         What each rank returned, in rank order. Only what pickles.
@@ -35,12 +38,14 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any, time
     Raises:
         RankFailedError: With the traceback of the rank that failed first, or the ranks that hung.
     """
+    # CUDA cannot be used in what was forked from a process that has looked at it.
+    context = _CONTEXT if device == "cpu" else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(
-                target=_enter, args=(sender, rank, world_size, folder, function, args), daemon=True
+            receiver, sender = context.Pipe(duplex=False)
+            process: Any = context.Process(
+                target=_enter, args=(sender, rank, world_size, folder, device, function, args), daemon=True
             )
             process.start()
             sender.close()
@@ -83,16 +88,26 @@ def _collect(pipes: list[Any], timeout: float) -> list[Any]:
 
 
 def _enter(
-    sender: Any, rank: int, world_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    sender: Any,
+    rank: int,
+    world_size: int,
+    folder: str,
+    device: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR="cpu")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR=device)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.cuda.set_device(rank)
+    backend = {"cpu": "gloo", "cuda": "nccl"}[device]
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
