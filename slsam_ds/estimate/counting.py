@@ -205,10 +205,13 @@ class _OnMeta(NoValues):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:  # checkpointed blocks run again in there, and torch has put this mode aside
+            with self:
+                return torch.autograd.backward(args[0])
         if func is F.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)
         if func is F.linear and self._keeps_inputs:
-            return _InputKept.apply(*args, **kwargs)
+            return _InputKept.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -221,20 +224,18 @@ def _fused_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Any:
     """As on a GPU: FlashAttention, or with a mask the memory-efficient kernel, which has no groups of heads."""
     if attn_mask is None:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        output: Tensor = kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
-        return output
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
     groups = query.shape[-3] // key.shape[-3]
     key, value = (tensor.repeat_interleave(groups, -3) if groups > 1 else tensor for tensor in (key, value))
     bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
     if bias.dtype != query.dtype:
         bias = bias.to(query.dtype)
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    output = kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
-    return output
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
 
 class _InputKept(torch.autograd.Function):

@@ -115,7 +115,9 @@ def _budgeted(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) -> 
     assert isinstance(selector, BudgetedExp3)
     selector.use_prices(prices)
     chances, above = selector.choice()
-    draws = [Draw(arm, (*[0.0] * arm, 1.0, *(above[arm] or [0.0] * (len(numels) - 1 - arm)))) for arm in range(len(numels))]
+    draws = [
+        Draw(arm, (*[0.0] * arm, 1.0, *(above[arm] or [0.0] * (len(numels) - 1 - arm)))) for arm in range(len(numels))
+    ]
     lowest = range(len(numels))
     return Draws(
         tuple(zip(chances, draws, strict=True)),

@@ -9,6 +9,8 @@ from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw, Draws, find_draws
 from slsam_ds.estimate.sharding import Memory, Setup, Step, gathered, memory, reduced
 
+MEMORY_KINDS = (*(field.name for field in dataclasses.fields(Memory)), "total")
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -57,13 +59,16 @@ def _take(name: str, step: Step) -> Mode:
     counted, setup = step.counted, step.setup
     prices = counted.costs.prices(step.passes)
     draws = find_draws(step.config, counted.numels, prices)
-    kinds = [*(field.name for field in dataclasses.fields(Memory)), "total"]
+
+    def held(kind: str) -> Spread:
+        return _spread(draws, lambda draw: getattr(memory(step, draw), kind))
+
     return Mode(
         name=name,
         num_active=draws.num_active,
         price=_spread(draws, lambda draw: draw.price(prices)),
         flops=_spread(draws, lambda draw: draw.price(prices) * counted.flops * setup.num_micro_batches),
-        memory={kind: _spread(draws, lambda draw, kind=kind: getattr(memory(step, draw), kind)) for kind in kinds},
+        memory={kind: held(kind) for kind in MEMORY_KINDS},
         reduced=_spread(draws, lambda draw: reduced(step, draw)),
         gathered=_spread(draws, lambda draw: gathered(step, draw)),
     )

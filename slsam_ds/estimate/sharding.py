@@ -153,11 +153,13 @@ def _gathered_fsdp2(step: Step, draw: Draw) -> float:
 
 
 def _kept_fsdp2(step: Step, draw: Draw) -> float:
-    """Weights that stay gathered from the ascent to the descent: modules of which nothing is sampled, within a limit."""
+    """Weights that stay gathered likewise: of modules of which nothing is sampled, within a limit."""
     if step.num_ascents == 0:
         return 0.0
     counted = step.counted
-    by_arm = [counted.blocks[depth] if inside else 0 for depth, inside in zip(counted.depths, counted.in_blocks, strict=True)]
+    by_arm = [
+        counted.blocks[depth] if inside else 0 for depth, inside in zip(counted.depths, counted.in_blocks, strict=True)
+    ]
     around = [chance for chance, inside in zip(draw.included, counted.in_blocks, strict=True) if not inside]
     frozen_around = 0.0 if counted.always else math.prod(1 - chance for chance in around)
     unchanged = step.up(draw) - draw.total(by_arm) + frozen_around * counted.outside

@@ -47,12 +47,15 @@ def mode_table(modes: Sequence[Mode]) -> str:
         cells = [show(spread.mean) for spread in spreads]
         rows.append([title, *cells, f"{show(last.lowest)} to {show(last.highest)}" if apart else ""])
 
+    def add_memory(kind: str, title: str) -> None:
+        if any(mode.memory[kind].highest for mode in modes):
+            add(f"  {title}", lambda mode: mode.memory[kind], _gigabytes)
+
     add("FLOPs, AdamW = 1", lambda mode: mode.price, lambda value: f"{value:.2f}")
     add("FLOPs, in 10^12", lambda mode: mode.flops, lambda value: _short(value / 1e12))
     rows.append(["memory, GB"])
     for kind, title in _KINDS.items():
-        if any(mode.memory[kind].highest for mode in modes):
-            add(f"  {title}", lambda mode, kind=kind: mode.memory[kind], _gigabytes)  # type: ignore[misc]
+        add_memory(kind, title)
     rows.append(["traffic, GB"])
     add("  reduced", lambda mode: mode.reduced, _gigabytes)
     add("  gathered", lambda mode: mode.gathered, _gigabytes)

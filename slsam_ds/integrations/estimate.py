@@ -36,9 +36,9 @@ examples:
   python -m slsam_ds.estimate --model config.json --deepspeed ds_configs/zero3.json --world_size 64 --json
 """
 
-_NOTES = """Memory is what the step itself holds, all at its peak and the optimizer's state of every layer; leave a tenth
-more for buffers, libraries and fragmentation. Traffic is payload: on a ring of n ranks an all-reduce sends 2(n-1)/n of
-it, a gathering (n-1)/n. Samples without padding; attention by a fused kernel."""
+_NOTES = """Memory is what a step holds, each at its peak, with optimizer state of every layer; leave a tenth more for
+buffers, libraries and fragmentation. Traffic is payload: on a ring of n ranks an all-reduce sends 2(n-1)/n of it, a
+gathering (n-1)/n. Samples without padding, fused attention."""
 
 
 @dataclass
@@ -218,6 +218,8 @@ def _count(
     length = choose_max_length(given.sequence_length, model, flag="--sequence_length")
     name = type(model).__name__
     if given.peft == "lora":
+        if not name.endswith(("ForCausalLM", "LMHeadModel")):
+            raise UsageError(f"--peft lora: {name} is not a causal language model; estimate it whole")
         with torch.device("meta"):
             model = add_lora(
                 model, ModelArguments(lora_r=given.lora_r, lora_target_modules=given.lora_target_modules)
@@ -231,11 +233,14 @@ def _count(
             layers,
             forward_of(model, given.micro_batch_size, length),
             keeps_inputs=setup.engine == "zero3" and section.get("memory_efficient_linear", True),
-            checkpoint=(lambda: model.gradient_checkpointing_enable(**options)) if given.gradient_checkpointing else None,
+            checkpoint=(lambda: model.gradient_checkpointing_enable(**options))
+            if given.gradient_checkpointing
+            else None,
         )
     engine = "FSDP2" if setup.engine == "fsdp2" else f"ZeRO-{setup.engine[-1]}"
     ranks = f"{setup.world_size} rank{'s' if setup.world_size > 1 else ''}"
-    samples = f"{given.micro_batch_size} x {length} tokens"
+    takes_tokens = model.main_input_name == "input_ids"
+    samples = f"{given.micro_batch_size} x {length} tokens" if takes_tokens else f"{given.micro_batch_size} images"
     window = f"{setup.num_micro_batches} micro-batches of {samples}" if setup.num_micro_batches > 1 else samples
     checkpointed = ", gradient checkpointing" if given.gradient_checkpointing else ""
     return counted, (

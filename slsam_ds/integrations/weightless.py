@@ -48,11 +48,18 @@ def build_weightless(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def forward_of(model: PreTrainedModel, batch_size: int, length: int) -> Callable[[], Tensor]:
-    """What runs one micro-batch through the model and returns its loss."""
-    inputs = example_inputs(model.get_base_model() if hasattr(model, "get_base_model") else model, batch_size, length)
-    tokens = inputs.get("input_ids")
-    of_sample = type(model).__name__.endswith(("SequenceClassification", "ImageClassification")) or tokens is None
-    labels = torch.empty(batch_size, dtype=torch.long, device="meta") if of_sample else tokens
+    """What runs one micro-batch through the model, or what PEFT has made of it, and returns its loss.
+
+    Args:
+        model: As `build_weightless` gives it.
+        batch_size: Samples.
+        length: Tokens of each, where it takes any.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inputs = example_inputs(base, batch_size, length)
+    of_samples = type(base).__name__.endswith(("ForSequenceClassification", "ForImageClassification"))
+    shape = (batch_size,) if of_samples else next(iter(inputs.values())).shape
+    labels = torch.empty(shape, dtype=torch.long, device="meta")
 
     def compute_loss() -> Tensor:
         loss: Tensor = model(**inputs, labels=labels).loss

@@ -17,14 +17,13 @@ from slsam_ds.estimate.sharding import Setup as EstimateSetup
 from slsam_ds.estimate.sharding import Step, gathered, memory, reduced
 from slsam_ds.integrations.weightless import WeightlessEngine
 from slsam_ds.slsam import map_layers
-from tests.distributed.training import ALSO_ZERO3, Setup, Training, slow
+from tests.distributed.training import Setup, Training, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
 
 WORLD_SIZE = 2
 NUM_LEARNING = 3  # DeepSpeed gathers a few things at the first step only, and learns in which order
-SAMPLES: Sequence[Sequence[int]] = ([3, 6], [0, 4], [9], [1], range(10))
 
 
 def counted_of(setup: Setup) -> Counted:
@@ -44,8 +43,7 @@ def counted_of(setup: Setup) -> Counted:
     )
 
 
-def estimates(setup: Setup, sample: Sequence[int]) -> dict[str, float]:
-    counted = counted_of(setup)
+def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str, float]:
     run = EstimateSetup(
         engine=setup.engine,
         world_size=WORLD_SIZE,
@@ -64,30 +62,32 @@ def estimates(setup: Setup, sample: Sequence[int]) -> dict[str, float]:
     }
 
 
-def measured(setup: Setup, samples: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-    """The same on every rank of a real run, sample by sample."""
+def measure(setup: Setup, samples: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """The same of real steps, sample by sample."""
     training = Training(setup)
-    everything = range(len(training.slsam.layers))
-    training.follow([everything])  # from here on there is optimizer state of every layer
-    return [measured_step(training, sample) for sample in samples]
+    training.follow([range(len(training.slsam.layers))])  # from here on there is optimizer state of every layer
+    return [measure_step(training, sample) for sample in samples]
 
 
-def measured_step(training: Training, sample: Sequence[int]) -> dict[str, float]:
+def measure_step(training: Training, sample: Sequence[int]) -> dict[str, float]:
     training.follow([sample] * NUM_LEARNING)
     found: dict[str, float] = {"activations": 0.0, "gradients": 0.0}
     engine = training.slsam.engine
-    stock_reduce = engine.reduce
 
     def loss(model: Any, batch: Any) -> Tensor:
+        note_gradients()  # of the window's micro-batches before this one
         saved = SavedActivations()
         with saved.watch():
             value: Tensor = model(**batch).loss
         found["activations"] = max(found["activations"], saved.num_bytes)
         return value
 
-    def reduce() -> Any:
+    def note_gradients() -> None:
         found["gradients"] = max(found["gradients"], gradient_bytes(training))
-        return stock_reduce()
+
+    def reduce() -> Any:
+        note_gradients()
+        return type(engine).reduce(engine)
 
     engine.reduce = reduce
     try:
@@ -105,21 +105,21 @@ def measured_step(training: Training, sample: Sequence[int]) -> dict[str, float]
 
 
 def gradient_bytes(training: Training) -> int:
+    gradients = [local(each.grad) for each in training.model.parameters() if each.grad is not None]
     if training.setup.engine == "zero3":
-        waiting = sum(num_bytes(each.grad) for each in training.model.parameters() if each.grad is not None)
-        return waiting + num_bytes(training.engine.optimizer.grad_partitions_flat_buffer)
-    return sum(num_bytes(local(each.grad)) for each in training.model.parameters() if each.grad is not None)
+        gradients.append(training.engine.optimizer.grad_partitions_flat_buffer)
+    return sum(map(num_bytes, gradients))
 
 
 def optimizer_bytes(training: Training) -> int:
-    if training.engine is None:
-        masters, state = [], training.optimizer.state
-    else:
+    masters: Sequence[Tensor] = ()
+    inner = training.optimizer
+    if training.engine is not None:
         zero = training.engine.optimizer
         name = "fp32_partitioned_groups_flat" if training.setup.engine == "zero3" else "single_partition_of_fp32_groups"
-        masters, state = getattr(zero, name), zero.optimizer.state
-    moments = [each for values in state.values() for each in values.values() if isinstance(each, Tensor) and each.dim()]
-    return sum(num_bytes(local(tensor)) for tensor in [*masters, *moments])
+        masters, inner = getattr(zero, name), zero.optimizer
+    state = [each for values in inner.state.values() for each in values.values() if each.dim() > 0]
+    return sum(num_bytes(local(tensor)) for tensor in [*masters, *state])
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -127,26 +127,33 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def num_bytes(tensor: Tensor) -> int:
-    return tensor.untyped_storage().nbytes() if tensor.storage_offset() == 0 else tensor.numel() * tensor.element_size()
+    return tensor.numel() * tensor.element_size()
 
 
-# Shares of what is estimated. Traffic: a step's few statistics, and padding, beside 1.2 MB; on sharded engines also
-# what they gather ahead or keep of the small weights.
-TOLERANCES = {"flops": 0.001, "activations": 0.001, "gradients": 0.001, "optimizer": 0.005, "reduce": 0.01}
+# A step's few statistics travel beside tens of kilobytes; ZeRO pads groups; small weights stay gathered under ZeRO-3.
+TOLERANCES = {"reduce": 0.02, "gather": 0.01, "optimizer": 0.002}
+EXACTLY = 1e-6
+MODEL = {"num_blocks": 6, "hidden": 64}
+SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
 
 
-@pytest.mark.parametrize("setup", [
-    Setup(engine="zero2", model={"num_blocks": 8, "hidden": 64}),
-    slow(Setup(engine="zero2", model={"num_blocks": 8, "hidden": 64}, dtype=torch.bfloat16, accumulation=2)),
-    slow(Setup(engine="zero3", model={"num_blocks": 8, "hidden": 64})),
-    slow(Setup(engine="zero3", model={"num_blocks": 8, "hidden": 64}, accumulation=2)),
-    Setup(engine="fsdp2", model={"num_blocks": 8, "hidden": 64}),
-    slow(Setup(engine="fsdp2", model={"num_blocks": 8, "hidden": 64}, accumulation=2)),
-], ids=lambda setup: f"{setup.engine}-{setup.dtype}-{setup.accumulation}")  # fmt: skip
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(engine="zero2", model=MODEL),
+        slow(Setup(engine="zero2", model=MODEL, dtype=torch.bfloat16, accumulation=2)),
+        slow(Setup(engine="zero3", model=MODEL)),
+        slow(Setup(engine="zero3", model=MODEL, accumulation=2)),
+        slow(Setup(engine="fsdp2", model=MODEL)),
+        slow(Setup(engine="fsdp2", model=MODEL, accumulation=2)),
+    ],
+    ids=lambda setup: f"{setup.engine}-{setup.dtype}-{setup.accumulation}",
+)
 def test_real_steps_take_what_was_estimated(setup: Setup) -> None:
-    gather_tolerance = 0.01 if setup.engine == "zero2" else 0.1
-    for sample, found in zip(SAMPLES, run_on_ranks(WORLD_SIZE, measured, setup, SAMPLES)[0], strict=True):
-        expected = estimates(setup, sample)
-        for name, tolerance in (TOLERANCES | {"gather": gather_tolerance}).items():
-            print(list(sample), name, f"{found[name]:.0f} {expected[name]:.0f} {found[name] / expected[name]:.3f}")
-            assert 1 or found[name] == pytest.approx(expected[name], rel=tolerance), (list(sample), name)
+    counted = counted_of(setup)
+    for sample, found in zip(SAMPLES, run_on_ranks(WORLD_SIZE, measure, setup, SAMPLES)[0], strict=True):
+        expected = estimate(setup, counted, sample)
+        if setup.engine == "fsdp2" and setup.accumulation > 1:
+            del expected["gradients"]  # FSDP2 keeps them to itself until they are reduced
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=TOLERANCES.get(name, EXACTLY)), (list(sample), name)
