@@ -69,7 +69,7 @@ def count(
     compute_loss: Callable[[], Tensor],
     *,
     keeps_inputs: bool,
-    checkpoint: Callable[[], object] | None,
+    checkpoint: Callable[[contextlib.AbstractContextManager[Any]], object] | None,
 ) -> Counted:
     """Run a model on meta tensors, a handful of times.
 
@@ -79,11 +79,15 @@ def count(
         layers: Its arms.
         compute_loss: Forward of one micro-batch.
         keeps_inputs: Linear layers keep their inputs whether they are active or not: ZeRO-3's do.
-        checkpoint: Switches gradient checkpointing on; None: leave it off.
+        checkpoint: Switches gradient checkpointing on; blocks are to run again within the context that it is given,
+            for autograd puts such modes aside. None: leave it off.
 
     Raises:
         ValueError: The model cannot be counted.
     """
+
+    if layers.stack is None:
+        raise ValueError("what a step takes is not known where layers are named by patterns: set slsam.layers=null")
 
     def run() -> None:
         with on_meta:
@@ -94,14 +98,13 @@ def count(
     activations = saved.prices()
     if checkpoint is not None:
         recomputed = saved.largest_block
-        checkpoint()
+        checkpoint(on_meta)
         kept = saved.prices()
         activations = PriceList(tuple(base + recomputed for base in kept.base), kept.share)
     costs = calibrate(engine, model, layers, run)
     engine.activate(None)
     with FlopCounterMode(display=False) as counter:
         run()
-    assert layers.stack is not None
     blocks = tuple(_num_weights(block) for block in layers.stack.children())
     return Counted(
         names=tuple(layer.name for layer in layers),
@@ -205,9 +208,6 @@ class _OnMeta(NoValues):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is Tensor.backward:  # checkpointed blocks run again in there, and torch has put this mode aside
-            with self:
-                return torch.autograd.backward(args[0])
         if func is F.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)
         if func is F.linear and self._keeps_inputs:

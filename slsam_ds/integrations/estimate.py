@@ -1,6 +1,7 @@
 """`python -m slsam_ds.estimate`: what a step will take, from a model's configuration alone."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -224,7 +225,11 @@ def _count(
             model = add_lora(
                 model, ModelArguments(lora_r=given.lora_r, lora_target_modules=given.lora_target_modules)
             ).to(_DTYPES[setup.precision])
-    options = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+    def checkpoint(again: contextlib.AbstractContextManager[Any]) -> None:
+        context: dict[str, Any] = {"context_fn": lambda: (contextlib.nullcontext(), again)}
+        model.gradient_checkpointing_enable({"use_reentrant": False, **context})
+
     with refusals(ValueError, NotImplementedError, RuntimeError, prefix=f"--model {given.model}: "):
         layers = map_layers(model, config)
         counted = count(
@@ -233,9 +238,7 @@ def _count(
             layers,
             forward_of(model, given.micro_batch_size, length),
             keeps_inputs=setup.engine == "zero3" and section.get("memory_efficient_linear", True),
-            checkpoint=(lambda: model.gradient_checkpointing_enable(**options))
-            if given.gradient_checkpointing
-            else None,
+            checkpoint=checkpoint if given.gradient_checkpointing else None,
         )
     engine = "FSDP2" if setup.engine == "fsdp2" else f"ZeRO-{setup.engine[-1]}"
     ranks = f"{setup.world_size} rank{'s' if setup.world_size > 1 else ''}"
