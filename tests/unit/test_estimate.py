@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from slsam_ds.estimate.modes import compare
 from slsam_ds.estimate.sharding import Setup
 from slsam_ds.integrations.estimate import main
 from slsam_ds.integrations.weightless import WeightlessEngine
+from slsam_ds.protocol import ALWAYS
 from slsam_ds.slsam import map_layers
 from tests.models import micro_batch, tiny_llama
 
@@ -55,11 +57,22 @@ def forward(model: nn.Module) -> Callable[[], Tensor]:
     return lambda: model(input_ids=tokens, labels=tokens).loss
 
 
-def count_weightless(make: Callable[[], nn.Module], config: SLSAMConfig) -> Counted:
+def count_weightless(make: Callable[[], nn.Module], config: SLSAMConfig, *, checkpointed: bool = False) -> Counted:
     with torch.device("meta"):
         model = make()
+
+    def checkpoint(again: Any) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), again)})
+
     layers = map_layers(model, config)
-    return count(WeightlessEngine(model, layers), model, layers, forward(model), keeps_inputs=False, checkpoint=None)
+    return count(
+        WeightlessEngine(model, layers),
+        model,
+        layers,
+        forward(model),
+        keeps_inputs=False,
+        checkpoint=checkpoint if checkpointed else None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,13 +92,32 @@ def test_activations_are_those_of_a_real_forward(attention: str, others: Any, ti
     engine = LocalEngine(torch.optim.SGD(model.parameters()), layers)
     last = len(layers) - 1
     for sample in ([0], [1], [2, 3], [last], [1, last], [0, 3], range(last + 1)):
-        engine.activate([-1, *sample] if others == "always" else list(sample))
-        saved = SavedActivations()
-        with saved.watch():
-            loss = forward(model)()
-        del loss
-        # A fused kernel on a GPU also keeps its random state: 24 bytes, and once more per block.
-        assert activations.of(tuple(sample)) == pytest.approx(saved.num_bytes, abs=5 * 24), list(sample)
+        found = real_bytes(model, engine, [ALWAYS, *sample] if others == "always" else list(sample))
+        # A fused kernel on a GPU also keeps its random state, 24 bytes for each block.
+        assert activations.of(tuple(sample)) == pytest.approx(found, abs=5 * 24), list(sample)
+
+
+def real_bytes(model: nn.Module, engine: LocalEngine, arms: list[int]) -> int:
+    engine.activate(arms)
+    saved = SavedActivations()
+    with saved.watch():
+        loss = forward(model)()
+    del loss
+    return saved.num_bytes
+
+
+def test_checkpointed_blocks_are_computed_again_one_by_one() -> None:
+    def make(num_blocks: int) -> tuple[nn.Module, LocalEngine]:
+        model = tiny_llama(num_blocks=num_blocks)
+        return model, LocalEngine(torch.optim.SGD(model.parameters()), map_layers(model, SLSAMConfig()))
+
+    everything = list(range(7))
+    block = real_bytes(*make(5), everything) - real_bytes(*make(4), everything[:-1])
+    model, engine = make(5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    activations = count_weightless(lambda: tiny_llama(num_blocks=5), SLSAMConfig(), checkpointed=True).activations
+    for sample in (everything, [0]):
+        assert activations.of(sample) == pytest.approx(real_bytes(model, engine, sample) + block, rel=0.01), sample
 
 
 def counted_llama() -> Counted:
