@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw, Draws, find_draws
-from slsam_ds.estimate.sharding import Memory, Setup, Step, gathered, memory, reduced
+from slsam_ds.estimate.memory import Memory, memory
+from slsam_ds.estimate.sharding import Setup, Step
+from slsam_ds.estimate.traffic import gathered, reduced
 
 MEMORY_KINDS = (*(field.name for field in dataclasses.fields(Memory)), "total")
 

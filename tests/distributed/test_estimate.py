@@ -13,8 +13,10 @@ from slsam_ds.accounting import SavedActivations
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import Draw
+from slsam_ds.estimate.memory import memory
 from slsam_ds.estimate.sharding import Setup as EstimateSetup
-from slsam_ds.estimate.sharding import Step, gathered, memory, reduced
+from slsam_ds.estimate.sharding import Step
+from slsam_ds.estimate.traffic import gathered, reduced
 from slsam_ds.integrations.weightless import WeightlessEngine
 from slsam_ds.slsam import map_layers
 from tests.distributed.training import Setup, Training, slow
