@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds.accounting import SavedActivations
-from slsam_ds.calibration import calibrate
+from slsam_ds.calibration import calibrate, requiring_grad
 from slsam_ds.cost import CostModel, PriceList
 from slsam_ds.estimate.on_meta import OnMeta
 from slsam_ds.layers import LayerMap
@@ -27,6 +27,7 @@ class Counted:
         names: Of the arms.
         numels: Weights by arm.
         depths: By arm: how many blocks are below it.
+        ends: Backward ends at the lowest active arm, and not before the first block whatever is sampled.
         in_blocks: By arm: whether it is a block, or around them.
         always: Weights trained in every step.
         blocks: All weights by block, frozen ones too.
@@ -41,6 +42,7 @@ class Counted:
     numels: tuple[int, ...]
     depths: tuple[int, ...]
     in_blocks: tuple[bool, ...]
+    ends: bool
     always: int
     blocks: tuple[int, ...]
     outside: int
@@ -109,6 +111,7 @@ def count(
         numels=layers.numels,
         depths=tuple(layer.depth for layer in layers),
         in_blocks=tuple(not outside for outside in _outside(layers)),
+        ends=saved.ends,
         always=sum(parameter.numel() for _, parameter in layers.always),
         blocks=blocks,
         outside=_num_weights(model) - sum(blocks),
@@ -128,6 +131,7 @@ class _ActivationCounter:
     Attributes:
         largest_block: Bytes of the block that keeps most.
         hidden: Bytes of what a block hands on.
+        ends: Backward ends at the lowest active arm.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class _ActivationCounter:
         self._before = [outside and layer.depth == 0 for outside, layer in zip(_outside(layers), layers, strict=True)]
         self._place = [0 if before else layer.depth + 1 for before, layer in zip(self._before, layers, strict=True)]
         self.largest_block = self.hidden = 0
+        self.ends = not layers.always
 
     def prices(self) -> PriceList:
         """By the lowest arm of a sample, and by each arm in it."""
@@ -148,10 +153,19 @@ class _ActivationCounter:
         lowest_only = self._count(always or [0])
         self.largest_block = max(everything[place + 1] for place in range(len(self._blocks)))
         share = [float(everything[place] - lowest_only[place]) for place in self._place]
-        if always:  # backward goes all the way down, whatever is sampled
+        if always:
             return PriceList((float(lowest_only.total()),) * len(arms), tuple(share))
         # What arm 0 shares with the head (tied embeddings) is active in no other sample.
-        passive = self._count([1]) if self._before[0] and len(arms) > 1 else lowest_only
+        passive = lowest_only
+        if len(arms) > 1:
+            with requiring_grad(self._blocks[0]) as found:
+                second = self._count([1])
+            passive = second if self._before[0] else lowest_only
+            # Arm 1 is the first block, or above it.
+            self.ends = not any(found)
+            if not self.ends:
+                rest = float(second.total()) - share[1]
+                return PriceList((float(lowest_only.total()) - share[0], *[rest] * (len(arms) - 1)), tuple(share))
         cut = self._count([arm for arm in arms if not self._before[arm]], cut=True)
         cut[1] += cut[0]  # before the blocks nothing is active: the first of them keeps its input by itself
         base = []

@@ -80,13 +80,17 @@ class Step:
         """Weights that are trained."""
         return draw.total(self.counted.numels) + self.counted.always
 
+    def above(self, draw: Draw) -> int:
+        """Weights of the blocks from the lowest arm up."""
+        return sum(self.counted.blocks[0 if self.counted.always else self.counted.depths[draw.lowest] :])
+
     def up(self, draw: Draw) -> int:
         """Weights of the blocks that backward goes through."""
-        return sum(self.counted.blocks[0 if self.counted.always else self.counted.depths[draw.lowest] :])
+        return sum(self.counted.blocks[self.counted.depths[draw.lowest] if self.counted.ends else 0 :])
 
     def reuses_prefix(self, draw: Draw) -> bool:
         """The descent starts above the blocks below the lowest arm, of micro-batches that the ascent has taken."""
-        return self.passes.reused > 0 and self.counted.depths[draw.lowest] >= 2 and not self.counted.always
+        return self.passes.reused > 0 and self.counted.depths[draw.lowest] >= 2 and self.counted.ends
 
     def forward(self, draw: Draw) -> float:
         """Weights that the forwards of a descent read, on average over its micro-batches."""

@@ -50,7 +50,7 @@ def kept_zero3(step: Step, draw: Draw) -> float:
     """Weights that stay gathered from the ascent to the descent: what it reads and neither trains, within a limit."""
     if step.num_ascents == 0:
         return 0.0
-    unchanged = step.up(draw) + step.counted.outside - step.sampled(draw)
+    unchanged = step.above(draw) + step.counted.outside - step.sampled(draw)
     return min(step.setup.reuse_distance / 2, unchanged)
 
 
@@ -73,5 +73,5 @@ def kept_fsdp2(step: Step, draw: Draw) -> float:
     ]
     around = [chance for chance, inside in zip(draw.included, counted.in_blocks, strict=True) if not inside]
     frozen_around = 0.0 if counted.always else math.prod(1 - chance for chance in around)
-    unchanged = step.up(draw) - draw.total(by_arm) + frozen_around * counted.outside
+    unchanged = step.above(draw) - draw.total(by_arm) + frozen_around * counted.outside
     return min(_MAX_KEPT_FSDP2 / step.setup.width, unchanged)
