@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from slsam_ds.accounting import SavedActivations
 from tests.distributed.training import Setup, Training
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
@@ -49,17 +50,10 @@ class Memory:
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         """The model's loss, with what its forward saves counted."""
-        saved: dict[int, int] = {}
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter):
-                storage = tensor.untyped_storage()
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        saved = SavedActivations()
+        with saved.watch():
             loss: torch.Tensor = model(**batch).loss
-        self._note("activations", sum(saved.values()))
+        self._note("activations", saved.num_bytes)
         return loss
 
     def _gradients(self) -> Iterator[torch.Tensor]:

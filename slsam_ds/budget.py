@@ -70,7 +70,7 @@ class BudgetedExp3(Exp3M):
 
     def sample(self, step: int) -> tuple[int, ...]:
         """As many as k arms, ascending: fewer where fewer are above the lowest."""
-        lowest_chances, above = self._choice()
+        lowest_chances, above = self.choice()
         # A golden-ratio sequence from a random start: each draw is uniform, and together they cover the unit interval
         # evenly, so that what a run pays follows the budget more closely than independent draws would.
         draw = (counter_generator(self.seed, 0).random() + step * _GOLDEN) % 1.0
@@ -81,9 +81,14 @@ class BudgetedExp3(Exp3M):
         chosen = dependent_rounding(above[lowest], counter_generator(self.seed, step)) if above[lowest] else ()
         return (lowest, *(lowest + 1 + place for place in chosen))
 
+    def choice(self) -> tuple[list[float], list[list[float]]]:
+        """How likely each arm is the lowest; and from there, how likely each arm above it is included."""
+        above = self._above()
+        return self._tilted(self._prices_from(above)), above
+
     def expected_price(self) -> float:
         """Of the next step."""
-        lowest_chances, above = self._choice()
+        lowest_chances, above = self.choice()
         return math.fsum(chance * price for chance, price in zip(lowest_chances, self._prices_from(above), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -92,17 +97,12 @@ class BudgetedExp3(Exp3M):
         super().load_state_dict(state)
 
     def _marginals(self) -> tuple[list[float], frozenset[int]]:
-        lowest_chances, above = self._choice()
+        lowest_chances, above = self.choice()
         marginals = list(lowest_chances)
         for lowest, chance in enumerate(lowest_chances):
             for place, marginal in enumerate(above[lowest]):
                 marginals[lowest + 1 + place] += chance * marginal
         return [min(1.0, marginal) for marginal in marginals], frozenset()
-
-    def _choice(self) -> tuple[list[float], list[list[float]]]:
-        """How likely each arm is the lowest; and from there, how likely each arm above it is included."""
-        above = self._above()
-        return self._tilted(self._prices_from(above)), above
 
     def _above(self) -> list[list[float]]:
         rest = [self._log_weights[lowest + 1 :] for lowest in range(self.num_arms)]

@@ -38,14 +38,17 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     places = _Places(layers)
     random_state = RandomState.capture(engine.device)
     middle = len(layers) // 2
-    counted = []
+    blocks = list(layers.stack.children())
+    counted, inputs_require_grad = [], False
     try:
         for arm in (0, middle):
             random_state.replay()
             engine.discard()
             engine.activate([arm, ALWAYS] if layers.always else [arm])
             engine.begin_micro_batch(last=True)
-            counted.append(_count(model, list(layers.stack.children()), run))
+            with requiring_grad(blocks[0]) as found:
+                counted.append(_count(model, blocks, run))
+            inputs_require_grad = arm > 0 and any(found)
     finally:
         engine.discard()
         engine.activate(None)
@@ -53,7 +56,27 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     deepest, in_the_middle = engine.ranks.all_reduce(torch.stack(counted).to(engine.device)).cpu()
     if not bool((deepest[:, 0] > 0)[:-3].all()):
         raise ValueError("the FLOPs of this model cannot be counted: leave slsam.budget and rewards per cost out")
-    return places.solve(_Counted.read(deepest), _Counted.read(in_the_middle), middle)
+    ends = not (layers.always or inputs_require_grad)
+    return places.solve(_Counted.read(deepest), _Counted.read(in_the_middle), middle, ends=ends)
+
+
+@contextlib.contextmanager
+def requiring_grad(block: nn.Module) -> Iterator[list[bool]]:
+    """Within, notes for each run of the block whether its input requires a gradient.
+
+    Where it does though nothing below is active, backward does not end at the lowest active arm: for gradient
+    checkpointing, transformers makes the embeddings' output so (`enable_input_require_grads`).
+    """
+    found: list[bool] = []
+
+    def note(_: nn.Module, inputs: Any, named: Any) -> None:
+        found.append(any(isinstance(each, Tensor) and each.requires_grad for each in (*inputs, *named.values())))
+
+    handle = block.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _count(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], object]) -> Tensor:
@@ -162,17 +185,20 @@ class _Places:
         inside = {id(parameter) for block in self._blocks for parameter in block.parameters()}
         self._outside = [id(layer.parameters[0][1]) not in inside for layer in layers]
 
-    def solve(self, deepest: _Counted, middle: _Counted, middle_arm: int) -> CostModel:
-        """The price list, from what was counted with the first and with a middle arm active."""
+    def solve(self, deepest: _Counted, middle: _Counted, middle_arm: int, *, ends: bool) -> CostModel:
+        """The price list, from what was counted with the first and with a middle arm active.
+
+        `ends`: backward ends at the lowest active arm.
+        """
         layers, arms = self._layers, range(len(self._layers))
         weights = [self._weight_gradient(arm, deepest) for arm in arms]
-        if layers.always:  # backward goes all the way down, whatever is sampled
+        if not ends:  # backward goes all the way down, whatever is sampled
             above = [deepest.backward - weights[0]] * len(layers)
         else:
             through, into = self._through_a_block(deepest, middle, middle_arm, weights)
             above = [self._above(arm, deepest, through, into) for arm in arms]
         below = [deepest.blocks_from(0) - deepest.blocks_from(layer.depth) for layer in layers]
-        reusable = [layer.depth >= 2 and not layers.always for layer in layers]  # as `Prefix.below` has it
+        reusable = [layer.depth >= 2 and ends for layer in layers]  # as `Prefix.below` has it
         adamw = deepest.forward + above[0] + sum(weights)
         return CostModel(
             forward=deepest.forward / adamw,

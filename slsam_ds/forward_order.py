@@ -31,11 +31,11 @@ def used_before(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, bool
     reached: list[nn.Module] = []
     copies: dict[int, nn.Module] = {}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _NoValues():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), NoValues():
             copy = _weightless_copy(runnable, lambda parameter: uses.setdefault(parameter, not reached), copies)
             for block in blocks:
                 copies[id(block)].register_forward_pre_hook(lambda block, _: reached.append(block))
-            copy(**_example_inputs(runnable))
+            copy(**example_inputs(runnable))
     except Exception:  # anything at all may fail in a stranger's forward on meta tensors
         for parameter in runnable.parameters():  # in the blocks, for want of a meta kernel: the rest is used later
             uses.setdefault(id(parameter), False)
@@ -47,13 +47,14 @@ def _takes_known_inputs(module: nn.Module) -> bool:
     return hasattr(module, "main_input_name") and type(module).forward is not nn.Module.forward
 
 
-def _example_inputs(model: nn.Module) -> dict[str, Tensor]:
+def example_inputs(model: nn.Module, batch_size: int = 1, length: int = 4) -> dict[str, Tensor]:
+    """What the model takes, on meta: tokens, or images of its own size."""
     if model.main_input_name == "input_ids":
-        return {"input_ids": torch.empty(1, 4, dtype=torch.long, device="meta")}
+        return {"input_ids": torch.empty(batch_size, length, dtype=torch.long, device="meta")}
     config: Any = model.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    return {str(model.main_input_name): torch.empty(1, config.num_channels, height, width, device="meta")}
+    return {str(model.main_input_name): torch.empty(batch_size, config.num_channels, height, width, device="meta")}
 
 
 def _weightless_copy(module: nn.Module, on_use: Callable[[int], object], copies: dict[int, nn.Module]) -> nn.Module:
@@ -96,10 +97,15 @@ def _on_meta(tensor: Tensor | None) -> Tensor | None:
     return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
 
 
-class _NoValues(TorchFunctionMode):
-    """Answers questions about values, which meta tensors do not have: masks ask, and either answer will do."""
+class NoValues(TorchFunctionMode):
+    """Answers questions about values, which meta tensors do not have: masks ask, and either answer will do.
+
+    Where all of something is asked for, the answer is yes: no padding, nothing packed, as masks see it.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.all, torch.all) and args[0].is_meta and len(args) == 1 and not kwargs:
+            return torch.tensor(True)
         if func in (Tensor.__bool__, Tensor.__contains__, Tensor.item) and args[0].is_meta:
             return False
         return func(*args, **(kwargs or {}))

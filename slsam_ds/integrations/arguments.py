@@ -205,14 +205,14 @@ def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
     Args:
         all_flags: Show every training flag in the help, not only the usual ones.
     """
-    parser = _Parser(
+    parser = Parser(
         [ModelArguments, DataArguments, SLSAMArguments, TrainingFlags],
         prog="launch/train.py",
         usage="deepspeed [--num_gpus N | --num_accelerators N] launch/train.py --deepspeed JSON [flags]",
         description="Fine-tune a causal language model with SL-SAM. With nothing but --deepspeed ds_configs/zero2.json "
         "it runs a demo: a small pretrained model learns to write docstrings.",
         epilog="torchrun and accelerate launch work in place of deepspeed.",
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--help_all", action="help", help="Show every training flag.")
@@ -232,7 +232,7 @@ def describe_unknown(parser: argparse.ArgumentParser, text: str) -> str:
     return f"{flag}: unknown flag; " + (f"did you mean {near[0]}?" if near else "see --help")
 
 
-class _Parser(HfArgumentParser):
+class Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         # argparse names every spelling: "argument --max_steps/--max-steps: ..."
         raise UsageError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
@@ -242,7 +242,7 @@ class _Parser(HfArgumentParser):
             super().print_help(file)
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """One spelling per flag, and defaults only where they say something."""
 
     def __init__(self, prog: str) -> None:

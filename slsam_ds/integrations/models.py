@@ -41,10 +41,10 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype) -> tuple[PreTraine
             f"{tokenizer.name_or_path}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for "
             f"{num_rows}; they do not belong together"
         )
-    return (_add_lora(model, arguments) if arguments.peft == "lora" else model), tokenizer
+    return (add_lora(model, arguments) if arguments.peft == "lora" else model), tokenizer
 
 
-def choose_max_length(asked: int | None, model: PreTrainedModel) -> int:
+def choose_max_length(asked: int | None, model: PreTrainedModel, *, flag: str = "--max_length") -> int:
     """Tokens per sample: what was asked for, or 1024, within what the model allows.
 
     Raises:
@@ -55,7 +55,7 @@ def choose_max_length(asked: int | None, model: PreTrainedModel) -> int:
     if asked is None:
         return min(_DEFAULT_MAX_LENGTH, allowed or _DEFAULT_MAX_LENGTH)
     if asked < 2 or (allowed is not None and asked > allowed):
-        raise UsageError(f"--max_length {asked}: choose from 2 to the model's {allowed or 'limit'}")
+        raise UsageError(f"{flag} {asked}: choose from 2 to the model's {allowed or 'limit'}")
     return asked
 
 
@@ -86,7 +86,12 @@ def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     return model, tokenizer
 
 
-def _add_lora(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel:
+def add_lora(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel:
+    """The model with adapters, and everything else frozen.
+
+    Raises:
+        UsageError: Settings that do not fit the model.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = arguments.lora_target_modules

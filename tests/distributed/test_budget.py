@@ -54,6 +54,23 @@ def test_prices_are_the_flops_counted(window_length: int, knobs: dict[str, Any])
         assert slsam._costs.prices(passes).of(tuple(sample)) == pytest.approx(paid, rel=1e-3), sample
 
 
+def test_prices_know_that_checkpointing_takes_backward_all_the_way() -> None:
+    """transformers then makes the embeddings' output require a gradient, whatever is sampled."""
+
+    def make_checkpointed(**knobs: Any) -> SLSAM:
+        slsam = make(**knobs)
+        slsam.model.gradient_checkpointing_enable({"use_reentrant": False})
+        return slsam
+
+    slsam = make_checkpointed(reward="grad_norm_per_cost", prefix_reuse=False)
+    adamw = flops(make_checkpointed(rho=0.0, selector="all"), 1)
+    flops(slsam, 1)  # counts
+    assert slsam._costs is not None
+    prices = slsam._costs.prices(Passes.of(slsam.config, 1, reuses_prefix=False))
+    for step, sample in enumerate(([0], [5], [NUM_BLOCKS + 1], [3, 7]), start=2):
+        assert prices.of(sample) == pytest.approx(flops(slsam, step, active=sample) / adamw, rel=1e-3), sample
+
+
 @pytest.mark.parametrize(
     "budget", [0.7, *(pytest.param(budget, marks=pytest.mark.slow) for budget in (0.85, 1.0, 1.2))]
 )
@@ -88,7 +105,8 @@ def test_every_engine_chooses_alike(engine: str, knobs: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_is_counted(reentrant: bool) -> None:
-    setup = Setup(engine="zero2", slsam={"budget": 1.0}, model={"num_blocks": 6})
+    # Backward goes all the way down: less than 1.5 of AdamW's price is not to be had.
+    setup = Setup(engine="zero2", slsam={"budget": 1.7}, model={"num_blocks": 6})
     active, _ = run_on_ranks(2, train, setup, 6, reentrant)[0]
     assert all(active)
 

@@ -1,0 +1,219 @@
+"""What a model takes, counted on one that has no weights: sizes, FLOPs and activations, by arm and place."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from slsam_ds.accounting import SavedActivations
+from slsam_ds.calibration import calibrate, requiring_grad
+from slsam_ds.cost import CostModel, PriceList
+from slsam_ds.estimate.on_meta import OnMeta
+from slsam_ds.layers import LayerMap
+from slsam_ds.protocol import ALWAYS, Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """What one micro-batch takes on one rank.
+
+    Attributes:
+        names: Of the arms.
+        numels: Weights by arm.
+        depths: By arm: how many blocks are below it.
+        ends: Backward ends at the lowest active arm, and not before the first block whatever is sampled.
+        in_blocks: By arm: whether it is a block, or around them.
+        always: Weights trained in every step.
+        blocks: All weights by block, frozen ones too.
+        outside: All weights outside of the blocks.
+        costs: Prices of samples, AdamW's step being 1.
+        flops: Of forward and backward with everything active: AdamW's step.
+        activations: By sample: bytes that its forward saves.
+        hidden: Bytes of what one block hands to the next.
+    """
+
+    names: tuple[str, ...]
+    numels: tuple[int, ...]
+    depths: tuple[int, ...]
+    in_blocks: tuple[bool, ...]
+    ends: bool
+    always: int
+    blocks: tuple[int, ...]
+    outside: int
+    costs: CostModel
+    flops: float
+    activations: PriceList
+    hidden: int
+
+    @property
+    def trained(self) -> int:
+        """Weights that may ever be trained."""
+        return sum(self.numels) + self.always
+
+    @property
+    def total(self) -> int:
+        """All weights."""
+        return sum(self.blocks) + self.outside
+
+
+def count(
+    engine: Engine,
+    model: nn.Module,
+    layers: LayerMap,
+    compute_loss: Callable[[], Tensor],
+    *,
+    keeps_inputs: bool,
+    checkpoint: Callable[[contextlib.AbstractContextManager[Any]], object] | None,
+) -> Counted:
+    """Run a model on meta tensors, a handful of times.
+
+    Args:
+        engine: Of the model.
+        model: On meta, in training mode.
+        layers: Its arms.
+        compute_loss: Forward of one micro-batch.
+        keeps_inputs: Linear layers keep their inputs whether they are active or not: ZeRO-3's do.
+        checkpoint: Switches gradient checkpointing on; blocks are to run again within the context that it is given,
+            for autograd puts such modes aside. None: leave it off.
+
+    Raises:
+        ValueError: The model cannot be counted.
+    """
+
+    if layers.stack is None:
+        raise ValueError("what a step takes is not known where layers are named by patterns: set slsam.layers=null")
+
+    def run() -> None:
+        with on_meta:
+            engine.backward(compute_loss())
+
+    on_meta = OnMeta(keeps_inputs=False)
+    saved = _ActivationCounter(engine, layers, compute_loss, OnMeta(keeps_inputs=keeps_inputs))
+    activations = saved.prices()
+    if checkpoint is not None:
+        recomputed = saved.largest_block
+        checkpoint(on_meta)
+        kept = saved.prices()
+        activations = PriceList(tuple(base + recomputed for base in kept.base), kept.share)
+    costs = calibrate(engine, model, layers, run)
+    engine.activate(None)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    blocks = tuple(_num_weights(block) for block in layers.stack.children())
+    return Counted(
+        names=tuple(layer.name for layer in layers),
+        numels=layers.numels,
+        depths=tuple(layer.depth for layer in layers),
+        in_blocks=tuple(not outside for outside in _outside(layers)),
+        ends=saved.ends,
+        always=sum(parameter.numel() for _, parameter in layers.always),
+        blocks=blocks,
+        outside=_num_weights(model) - sum(blocks),
+        costs=costs,
+        flops=float(counter.get_total_flops()),
+        activations=activations,
+        hidden=saved.hidden,
+    )
+
+
+class _ActivationCounter:
+    """Activations by sample, from three forwards: what a place keeps depends on whether its own arm is active, and on
+    whether anything below it is.
+
+    Places: 0 is before the blocks, then one for each block, then what comes after.
+
+    Attributes:
+        largest_block: Bytes of the block that keeps most.
+        hidden: Bytes of what a block hands on.
+        ends: Backward ends at the lowest active arm.
+    """
+
+    def __init__(
+        self, engine: Engine, layers: LayerMap, compute_loss: Callable[[], Tensor], on_meta: TorchFunctionMode
+    ) -> None:
+        assert layers.stack is not None
+        self._engine, self._layers, self._compute_loss, self._on_meta = engine, layers, compute_loss, on_meta
+        self._blocks = list(layers.stack.children())
+        self._before = [outside and layer.depth == 0 for outside, layer in zip(_outside(layers), layers, strict=True)]
+        self._place = [0 if before else layer.depth + 1 for before, layer in zip(self._before, layers, strict=True)]
+        self.largest_block = self.hidden = 0
+        self.ends = not layers.always
+
+    def prices(self) -> PriceList:
+        """By the lowest arm of a sample, and by each arm in it."""
+        arms = list(range(len(self._layers)))
+        always = [ALWAYS] if self._layers.always else []
+        everything = self._count([*arms, *always])
+        lowest_only = self._count(always or [0])
+        self.largest_block = max(everything[place + 1] for place in range(len(self._blocks)))
+        share = [float(everything[place] - lowest_only[place]) for place in self._place]
+        if always:
+            return PriceList((float(lowest_only.total()),) * len(arms), tuple(share))
+        # What arm 0 shares with the head (tied embeddings) is active in no other sample.
+        passive = lowest_only
+        if len(arms) > 1:
+            with requiring_grad(self._blocks[0]) as found:
+                second = self._count([1])
+            passive = second if self._before[0] else lowest_only
+            # Arm 1 is the first block, or above it.
+            self.ends = not any(found)
+            if not self.ends:
+                rest = float(second.total()) - share[1]
+                return PriceList((float(lowest_only.total()) - share[0], *[rest] * (len(arms) - 1)), tuple(share))
+        cut = self._count([arm for arm in arms if not self._before[arm]], cut=True)
+        cut[1] += cut[0]  # before the blocks nothing is active: the first of them keeps its input by itself
+        base = []
+        for arm, place in enumerate(self._place):
+            if arm == 0:
+                base.append(float(lowest_only.total()) - share[0])
+            else:
+                above = sum(num_bytes for other, num_bytes in passive.items() if other > place)
+                base.append(float(cut[place] + above) - share[arm])
+        return PriceList(tuple(base), tuple(share))
+
+    def _count(self, arms: Collection[int], *, cut: bool = False) -> Counter[int]:
+        """Bytes by place with these arms active; `cut`: as if nothing below a place were, for all places at once."""
+        self._engine.activate(arms)
+        saved = SavedActivations()
+        with self._placed(saved, cut=cut), self._on_meta, saved.watch():
+            loss = self._compute_loss()
+        del loss
+        return saved.by_place()
+
+    @contextlib.contextmanager
+    def _placed(self, saved: SavedActivations, *, cut: bool) -> Iterator[None]:
+        """Within, the count knows where the forward is. A block that is checkpointed keeps its input before it runs."""
+
+        def enter(*_: Any) -> None:
+            saved.place = max(saved.place, 1)
+
+        def leave(block: nn.Module, inputs: Any, output: Any) -> Any:
+            saved.place += 1
+            tensor = output if isinstance(output, Tensor) else output[0]
+            self.hidden = tensor.numel() * tensor.element_size()
+            return tree_map_only(Tensor, Tensor.detach, output) if cut else output
+
+        handles = [self._blocks[0].register_forward_pre_hook(enter)]
+        handles += [block.register_forward_hook(leave) for block in self._blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _outside(layers: LayerMap) -> list[bool]:
+    """By arm: whether it is around the blocks."""
+    assert layers.stack is not None
+    inside = {id(parameter) for parameter in layers.stack.parameters()}
+    return [id(layer.parameters[0][1]) not in inside for layer in layers]
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

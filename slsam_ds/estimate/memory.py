@@ -1,0 +1,111 @@
+"""What a rank holds in a step: one formula for each engine."""
+
+from dataclasses import dataclass
+
+from slsam_ds.estimate.counting import Counted
+from slsam_ds.estimate.draws import Draw
+from slsam_ds.estimate.sharding import FP32, Setup, Step
+from slsam_ds.estimate.traffic import kept_fsdp2, kept_zero3
+
+_MOMENTS = 2 * FP32  # Adam's two
+_PREVIOUS = 2  # `PreviousGradients` are bf16
+_MAX_PREFIX = 2**30  # bytes, as `Prefix` has it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on a rank's device, each at its peak, and on its host.
+
+    Attributes:
+        weights: Or shards of them, with what is gathered at once.
+        kept: For the descent: weights to restore, hidden states to start from, and what stays gathered.
+        gradients: Of the sample.
+        optimizer: Masters, moments and previous gradients, once every layer has been sampled.
+        activations: Of one micro-batch.
+        host: What was offloaded.
+    """
+
+    weights: float
+    kept: float
+    gradients: float
+    optimizer: float
+    activations: float
+    host: float
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return self.weights + self.kept + self.gradients + self.optimizer + self.activations
+
+
+def memory(step: Step, draw: Draw) -> Memory:
+    """What a rank holds when its step has this draw."""
+    setup, counted = step.setup, step.counted
+    sampled, part = step.sampled(draw), 1 / setup.world_size
+    weight_part = 1.0 if setup.whole_weights else part
+    width = FP32 if setup.engine == "fsdp2" else setup.width  # fully_shard casts float32 shards when it gathers them
+    shards = counted.total * width * weight_part
+    optimizer, on_host = _optimizer(step, sampled)
+    weights = shards
+    if setup.offload_parameters:
+        weights, on_host = 0.0, on_host + shards
+    return Memory(
+        weights=weights + _gathered_at_once(setup, counted),
+        kept=(sampled * width * weight_part if step.config.rho > 0 else 0.0) + _kept(step, draw),
+        gradients=_gradients(step, sampled, width),
+        optimizer=optimizer,
+        activations=draw.price(counted.activations),
+        host=on_host,
+    )
+
+
+def _gathered_at_once(setup: Setup, counted: Counted) -> float:
+    """Bytes of whole weights beside the shards."""
+    match setup.engine:
+        case "zero3":
+            return min(counted.total, setup.reuse_distance / 2) * setup.width
+        case "fsdp2":  # a block, the next one, and what is around them
+            return (counted.outside + sum(sorted(counted.blocks)[-2:])) * setup.width
+        case _:
+            return 0.0
+
+
+def _kept(step: Step, draw: Draw) -> float:
+    """Bytes of what the ascent leaves for the descent."""
+    setup, counted = step.setup, step.counted
+    hidden = step.num_ascents * counted.hidden if step.reuses_prefix(draw) else 0
+    stays = 0.0
+    if setup.engine == "zero3":  # some of it is among what is gathered at once anyway
+        room = counted.total - min(counted.total, setup.reuse_distance / 2)
+        stays = min(room, kept_zero3(step, draw)) * setup.width
+    elif setup.engine == "fsdp2":
+        stays = kept_fsdp2(step, draw) * setup.width
+    return min(_MAX_PREFIX, hidden) + stays
+
+
+def _gradients(step: Step, sampled: float, width: int) -> float:
+    """Bytes: whole where the window's gradients wait for its end, else what they are reduced into."""
+    setup, part = step.setup, 1 / step.setup.world_size
+    if setup.whole_weights:
+        return sampled * width
+    waiting = sampled * setup.width if setup.num_micro_batches > 1 else 0.0
+    if setup.engine == "fsdp2":
+        return sampled * width * part + waiting
+    # ZeRO-3 has one buffer for the shards of everything that is trainable, from the start, where the optimizer is.
+    return waiting + (0.0 if setup.offload_optimizer else step.counted.trained * width * part)
+
+
+def _optimizer(step: Step, sampled: float) -> tuple[float, float]:
+    """Bytes on the device and on the host."""
+    setup, trained = step.setup, step.counted.trained
+    part = 1.0 if setup.engine == "zero0" else 1 / setup.world_size
+    # ZeRO keeps masters also of float32 weights; FSDP2's shards are masters themselves.
+    has_masters = setup.engine in ("zero1", "zero2", "zero3") or (setup.engine == "zero0" and setup.precision != "fp32")
+    masters = trained * FP32 * part if has_masters else 0.0
+    previous = _PREVIOUS if step.config.ascent_source == "previous" and step.config.rho > 0 else 0
+    waiting = trained * (_MOMENTS + previous) * part
+    if setup.offload_optimizer:  # with the gradients that DeepSpeed steps there
+        return 0.0, masters + waiting + trained * FP32 * part
+    if step.config.offload_state:
+        return masters + sampled * _MOMENTS * part, waiting
+    return masters + waiting, 0.0

@@ -1,0 +1,80 @@
+"""AdamW, dense SAM and SL-SAM side by side: the same machine in three configurations."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.estimate.counting import Counted
+from slsam_ds.estimate.draws import Draw, Draws, find_draws
+from slsam_ds.estimate.memory import Memory, memory
+from slsam_ds.estimate.sharding import Setup, Step
+from slsam_ds.estimate.traffic import gathered, reduced
+
+MEMORY_KINDS = (*(field.name for field in dataclasses.fields(Memory)), "total")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Over the samples of a mode."""
+
+    mean: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """What a step takes on each rank.
+
+    Attributes:
+        name: Of the mode.
+        num_active: Expected number of layers per step.
+        price: FLOPs, AdamW's being 1.
+        flops: FLOPs of the window, forward and backward.
+        memory: Bytes by kind, and in all.
+        reduced: Bytes of gradients that are reduced.
+        gathered: Bytes of weights that are gathered.
+    """
+
+    name: str
+    num_active: float
+    price: Spread
+    flops: Spread
+    memory: dict[str, Spread]
+    reduced: Spread
+    gathered: Spread
+
+
+def compare(counted: Counted, setup: Setup, config: SLSAMConfig) -> list[Mode]:
+    """AdamW and dense SAM on the parameters that SL-SAM trains, and SL-SAM.
+
+    Raises:
+        ValueError: More layers per step than there are, or a budget that cannot be met.
+    """
+    everything = SLSAMConfig(selector="all", rho=config.rho or SLSAMConfig().rho, prefix_reuse=config.prefix_reuse)
+    modes = {"AdamW": dataclasses.replace(everything, rho=0.0), "dense SAM": everything, "SL-SAM": config}
+    return [_take(name, Step(counted, setup, knobs)) for name, knobs in modes.items()]
+
+
+def _take(name: str, step: Step) -> Mode:
+    counted, setup = step.counted, step.setup
+    prices = counted.costs.prices(step.passes)
+    draws = find_draws(step.config, counted.numels, prices)
+
+    def held(kind: str) -> Spread:
+        return _spread(draws, lambda draw: getattr(memory(step, draw), kind))
+
+    return Mode(
+        name=name,
+        num_active=draws.num_active,
+        price=_spread(draws, lambda draw: draw.price(prices)),
+        flops=_spread(draws, lambda draw: draw.price(prices) * counted.flops * setup.num_micro_batches),
+        memory={kind: held(kind) for kind in MEMORY_KINDS},
+        reduced=_spread(draws, lambda draw: reduced(step, draw)),
+        gathered=_spread(draws, lambda draw: gathered(step, draw)),
+    )
+
+
+def _spread(draws: Draws, quantity: Callable[[Draw], float]) -> Spread:
+    return Spread(draws.mean(quantity), *draws.range(quantity))

@@ -1,0 +1,98 @@
+"""How a run is laid out: what the formulas for memory and traffic start from."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.cost import Passes
+from slsam_ds.estimate.counting import Counted
+from slsam_ds.estimate.draws import Draw
+
+EngineName = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+FP32 = 4
+"""Bytes of a number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """The run.
+
+    Attributes:
+        engine: Whose formulas.
+        world_size: Ranks.
+        num_micro_batches: Of a window: the gradient accumulation steps.
+        precision: Of the weights as forward reads them.
+        offload_optimizer: Masters and moments are on the host.
+        offload_parameters: So are ZeRO-3's shards of the weights.
+        reuse_distance: ZeRO-3 keeps gathered what it reads again within so many weights
+            (`stage3_max_reuse_distance`, or `stage3_max_live_parameters` where that is smaller).
+    """
+
+    engine: EngineName
+    world_size: int = 1
+    num_micro_batches: int = 1
+    precision: Precision = "bf16"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    reuse_distance: int = 10**9
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight as forward reads it, and of its gradient as it travels."""
+        return FP32 if self.precision == "fp32" else 2
+
+    @property
+    def whole_weights(self) -> bool:
+        """Every rank holds them."""
+        return self.engine in ("zero0", "zero1", "zero2")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step as a configuration runs it in a setup: on the draws of which its quantities depend."""
+
+    counted: Counted
+    setup: Setup
+    config: SLSAMConfig
+
+    @property
+    def passes(self) -> Passes:
+        """In shares of the window."""
+        reuses = self.config.prefix_reuse is not False
+        return Passes.of(self.config, self.setup.num_micro_batches, reuses_prefix=reuses)
+
+    @property
+    def num_ascents(self) -> int:
+        """Micro-batches of the ascent."""
+        wanted = self.passes.ascent * self.setup.num_micro_batches
+        whole = self.config.ascent_scope == "micro_batch" and wanted > 0
+        return self.setup.num_micro_batches if whole else math.ceil(wanted - 1e-9)
+
+    @property
+    def publishes(self) -> bool:
+        """Perturbed shards travel to where forward reads them."""
+        return self.config.rho > 0 and self.config.ascent_scope == "global"
+
+    def sampled(self, draw: Draw) -> float:
+        """Weights that are trained."""
+        return draw.total(self.counted.numels) + self.counted.always
+
+    def above(self, draw: Draw) -> int:
+        """Weights of the blocks from the lowest arm up."""
+        return sum(self.counted.blocks[0 if self.counted.always else self.counted.depths[draw.lowest] :])
+
+    def up(self, draw: Draw) -> int:
+        """Weights of the blocks that backward goes through."""
+        return sum(self.counted.blocks[self.counted.depths[draw.lowest] if self.counted.ends else 0 :])
+
+    def reuses_prefix(self, draw: Draw) -> bool:
+        """The descent starts above the blocks below the lowest arm, of micro-batches that the ascent has taken."""
+        return self.passes.reused > 0 and self.counted.depths[draw.lowest] >= 2 and self.counted.ends
+
+    def forward(self, draw: Draw) -> float:
+        """Weights that the forwards of a descent read, on average over its micro-batches."""
+        below = self.counted.total - self.counted.outside - self.up(draw)
+        return self.counted.total - (self.passes.reused * below if self.reuses_prefix(draw) else 0.0)

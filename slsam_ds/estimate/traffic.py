@@ -1,0 +1,77 @@
+"""What travels in a step: one formula for each engine.
+
+Payload as the engines hand it to the collectives: a reduction counts what goes in, a gathering what comes out. A few
+numbers per step for statistics and agreement are left out, and padding too. ZeRO-3 has learned its order of fetches.
+"""
+
+import math
+
+from slsam_ds.estimate.draws import Draw
+from slsam_ds.estimate.sharding import Step
+
+_MAX_KEPT_FSDP2 = 2**30  # bytes, as `FSDP2Engine` has it
+
+
+def reduced(step: Step, draw: Draw) -> float:
+    """Bytes of gradients that a rank hands over in a step: once for each pass, whatever the window."""
+    num_passes = 1 + (step.num_ascents > 0 and step.config.ascent_scope == "global")
+    return num_passes * step.sampled(draw) * step.setup.width
+
+
+def gathered(step: Step, draw: Draw) -> float:
+    """Bytes of weights that a rank receives in a step."""
+    match step.setup.engine:
+        case "zero0":
+            return 0.0  # every rank perturbs and steps its own whole copy
+        case "zero1" | "zero2":
+            weights = _gathered_zero12(step, draw)
+        case "zero3":
+            weights = _gathered_zero3(step, draw)
+        case "fsdp2":
+            weights = _gathered_fsdp2(step, draw)
+    return weights * step.setup.width
+
+
+def _gathered_zero12(step: Step, draw: Draw) -> float:
+    """The sample: after it was perturbed, and after it was stepped."""
+    return (1 + step.publishes) * step.sampled(draw)
+
+
+def _gathered_zero3(step: Step, draw: Draw) -> float:
+    """Once per micro-batch and pass, what is too far from its backward once more; what is kept, once per step."""
+    kept, num_ascents, num_descents = kept_zero3(step, draw), step.num_ascents, step.setup.num_micro_batches
+    again = max(0.0, step.up(draw) - step.setup.reuse_distance / 2 - kept)
+    ascents = num_ascents * (step.counted.total - kept + again)
+    descents = num_descents * (step.forward(draw) - kept + again)
+    return ascents + descents + kept
+
+
+def kept_zero3(step: Step, draw: Draw) -> float:
+    """Weights that stay gathered from the ascent to the descent: what it reads and neither trains, within a limit."""
+    if step.num_ascents == 0:
+        return 0.0
+    unchanged = step.above(draw) + step.counted.outside - step.sampled(draw)
+    return min(step.setup.reuse_distance / 2, unchanged)
+
+
+def _gathered_fsdp2(step: Step, draw: Draw) -> float:
+    """Blocks for every forward and for every backward that reaches them, what is around them once for both.
+
+    What is kept after a backward of the ascent, the next forward finds.
+    """
+    ascents = step.num_ascents * (step.counted.total + step.up(draw) - kept_fsdp2(step, draw))
+    return ascents + step.setup.num_micro_batches * (step.forward(draw) + step.up(draw))
+
+
+def kept_fsdp2(step: Step, draw: Draw) -> float:
+    """Weights that stay gathered likewise: of modules of which nothing is sampled, within a limit."""
+    if step.num_ascents == 0:
+        return 0.0
+    counted = step.counted
+    by_arm = [
+        counted.blocks[depth] if inside else 0 for depth, inside in zip(counted.depths, counted.in_blocks, strict=True)
+    ]
+    around = [chance for chance, inside in zip(draw.included, counted.in_blocks, strict=True) if not inside]
+    frozen_around = 0.0 if counted.always else math.prod(1 - chance for chance in around)
+    unchanged = step.above(draw) - draw.total(by_arm) + frozen_around * counted.outside
+    return min(_MAX_KEPT_FSDP2 / step.setup.width, unchanged)

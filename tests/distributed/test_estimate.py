@@ -1,0 +1,161 @@
+"""What is estimated from a model without weights is what real steps take."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from slsam_ds.accounting import SavedActivations
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.estimate.counting import Counted, count
+from slsam_ds.estimate.draws import Draw
+from slsam_ds.estimate.memory import memory
+from slsam_ds.estimate.sharding import Setup as EstimateSetup
+from slsam_ds.estimate.sharding import Step
+from slsam_ds.estimate.traffic import gathered, reduced
+from slsam_ds.integrations.weightless import WeightlessEngine
+from slsam_ds.slsam import map_layers
+from tests.distributed.training import Setup, Training, slow
+from tests.models import micro_batch, tiny_llama
+from tests.ranks import run_on_ranks
+from tests.traffic import Traffic
+
+WORLD_SIZE = 2
+NUM_LEARNING = 3  # DeepSpeed gathers a few things at the first step only, and learns in which order
+
+
+def counted_of(setup: Setup) -> Counted:
+    """From a model without weights, with the micro-batches of `tests.models`."""
+    with torch.device("meta"):
+        model = tiny_llama(**setup.model).to(setup.dtype)
+    shape = micro_batch(1, 0, 0)["input_ids"].shape
+    tokens = torch.empty(shape, dtype=torch.long, device="meta")
+    layers = map_layers(model, SLSAMConfig(**setup.slsam))
+    return count(
+        WeightlessEngine(model, layers),
+        model,
+        layers,
+        lambda: model(input_ids=tokens, labels=tokens).loss,
+        keeps_inputs=setup.engine == "zero3",
+        checkpoint=None,
+    )
+
+
+def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str, float]:
+    run = EstimateSetup(
+        engine=setup.engine,
+        world_size=WORLD_SIZE,
+        num_micro_batches=setup.accumulation,
+        precision="bf16" if setup.dtype == torch.bfloat16 else "fp32",
+    )
+    step, draw = Step(counted, run, SLSAMConfig(**setup.slsam)), Draw.of(sample, len(counted.numels))
+    held = memory(step, draw)
+    return {
+        "flops": draw.price(counted.costs.prices(step.passes)) * counted.flops * setup.accumulation,
+        "activations": held.activations,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
+        "reduce": reduced(step, draw),
+        "gather": gathered(step, draw),
+    }
+
+
+def measure(setup: Setup, samples: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """The same of real steps, sample by sample."""
+    training = Training(setup)
+    training.follow([range(len(training.slsam.layers))])  # from here on there is optimizer state of every layer
+    return [measure_step(training, sample) for sample in samples]
+
+
+def measure_step(training: Training, sample: Sequence[int]) -> dict[str, float]:
+    training.follow([sample] * NUM_LEARNING)
+    found: dict[str, float] = {"activations": 0.0, "gradients": 0.0}
+    engine = training.slsam.engine
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        note_gradients()  # of the window's micro-batches before this one
+        saved = SavedActivations()
+        with saved.watch():
+            value: Tensor = model(**batch).loss
+        found["activations"] = max(found["activations"], saved.num_bytes)
+        return value
+
+    def note_gradients() -> None:
+        found["gradients"] = max(found["gradients"], gradient_bytes(training))
+
+    def reduce() -> Any:
+        note_gradients()
+        return type(engine).reduce(engine)
+
+    engine.reduce = reduce
+    try:
+        with Traffic() as traffic, FlopCounterMode(display=False) as counter:
+            training.step(training.window(1), active=sample, loss_fn=loss)
+    finally:
+        del engine.reduce
+    return {
+        **found,
+        "flops": counter.get_total_flops(),
+        "optimizer": optimizer_bytes(training),
+        "reduce": traffic.bytes["reduce"],
+        "gather": traffic.bytes["gather"],
+    }
+
+
+def gradient_bytes(training: Training) -> int:
+    gradients = [local(each.grad) for each in training.model.parameters() if each.grad is not None]
+    if training.setup.engine == "zero3":
+        gradients.append(training.engine.optimizer.grad_partitions_flat_buffer)
+    return sum(map(num_bytes, gradients))
+
+
+def optimizer_bytes(training: Training) -> int:
+    masters: Sequence[Tensor] = ()
+    inner = training.optimizer
+    if training.engine is not None:
+        zero = training.engine.optimizer
+        name = "fp32_partitioned_groups_flat" if training.setup.engine == "zero3" else "single_partition_of_fp32_groups"
+        masters, inner = getattr(zero, name), zero.optimizer
+    state = [each for values in inner.state.values() for each in values.values() if each.dim() > 0]
+    return sum(num_bytes(local(tensor)) for tensor in [*masters, *state])
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# A step's few statistics travel beside tens of kilobytes; ZeRO pads groups; small weights stay gathered under ZeRO-3.
+TOLERANCES = {"reduce": 0.02, "gather": 0.01, "optimizer": 0.002}
+EXACTLY = 1e-6
+MODEL = {"num_blocks": 6, "hidden": 64}
+SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup(engine="zero2", model=MODEL),
+        slow(Setup(engine="zero2", model=MODEL, dtype=torch.bfloat16, accumulation=2)),
+        slow(Setup(engine="zero3", model=MODEL)),
+        slow(Setup(engine="zero3", model=MODEL, accumulation=2)),
+        slow(Setup(engine="fsdp2", model=MODEL)),
+        slow(Setup(engine="fsdp2", model=MODEL, accumulation=2)),
+    ],
+    ids=lambda setup: f"{setup.engine}-{setup.dtype}-{setup.accumulation}",
+)
+def test_real_steps_take_what_was_estimated(setup: Setup) -> None:
+    counted = counted_of(setup)
+    for sample, found in zip(SAMPLES, run_on_ranks(WORLD_SIZE, measure, setup, SAMPLES)[0], strict=True):
+        expected = estimate(setup, counted, sample)
+        if setup.engine == "fsdp2" and setup.accumulation > 1:
+            del expected["gradients"]  # FSDP2 keeps them to itself until they are reduced
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=TOLERANCES.get(name, EXACTLY)), (list(sample), name)

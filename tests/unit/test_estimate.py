@@ -1,0 +1,231 @@
+"""The arithmetic of an estimate, against brute force and real forwards; and its command line."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slsam_ds.accounting import SavedActivations
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.cost import PriceList
+from slsam_ds.engines.local import LocalEngine
+from slsam_ds.estimate.counting import Counted, count
+from slsam_ds.estimate.draws import find_draws
+from slsam_ds.estimate.modes import compare
+from slsam_ds.estimate.sharding import Setup
+from slsam_ds.integrations.estimate import main
+from slsam_ds.integrations.weightless import WeightlessEngine
+from slsam_ds.protocol import ALWAYS
+from slsam_ds.slsam import map_layers
+from tests.models import micro_batch, tiny_llama
+
+NUM_ARMS = 7
+NUMELS = (90, 40, 40, 50, 40, 40, 70)
+PRICES = PriceList(base=(1.9, 1.7, 1.5, 1.2, 1.0, 0.8, 0.3), share=tuple(numel / 1000 for numel in NUMELS))
+
+
+@pytest.mark.parametrize("selector", ["uniform", "exp3m", "all", "cyclic"])
+@pytest.mark.parametrize("k", [1, 3, NUM_ARMS])
+def test_expected_and_extreme_prices_are_those_of_all_samples(selector: Any, k: int) -> None:
+    config = SLSAMConfig(selector=selector, active_layers=k)
+    samples = list(itertools.combinations(range(NUM_ARMS), NUM_ARMS if selector == "all" else k))
+    if selector == "cyclic":
+        turns = [sorted((step * k + place) % NUM_ARMS for place in range(k)) for step in range(NUM_ARMS)]
+        samples = [tuple(turn) for turn in turns]
+    paid = [PRICES.of(sample) for sample in samples]
+    draws = find_draws(config, NUMELS, PRICES)
+    assert draws.mean(lambda draw: draw.price(PRICES)) == pytest.approx(math.fsum(paid) / len(paid))
+    assert draws.range(lambda draw: draw.price(PRICES)) == pytest.approx((min(paid), max(paid)))
+    assert draws.num_active == pytest.approx(len(samples[0]))
+
+
+def test_a_budget_is_the_expected_price() -> None:
+    draws = find_draws(SLSAMConfig(budget=1.1, gamma="auto"), NUMELS, PRICES)
+    assert draws.mean(lambda draw: draw.price(PRICES)) == pytest.approx(1.1)
+    assert math.fsum(chance for chance, _ in draws.by_lowest) == pytest.approx(1)
+
+
+def forward(model: nn.Module) -> Callable[[], Tensor]:
+    tokens = micro_batch(1, 0, 0)["input_ids"].to(next(model.parameters()).device)
+    return lambda: model(input_ids=tokens, labels=tokens).loss
+
+
+def count_weightless(make: Callable[[], nn.Module], config: SLSAMConfig, *, checkpointed: bool = False) -> Counted:
+    with torch.device("meta"):
+        model = make()
+
+    def checkpoint(again: Any) -> None:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), again)})
+
+    layers = map_layers(model, config)
+    return count(
+        WeightlessEngine(model, layers),
+        model,
+        layers,
+        forward(model),
+        keeps_inputs=False,
+        checkpoint=checkpoint if checkpointed else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("attention", "others", "tied"),
+    [("sdpa", "arms", True), ("eager", "arms", False), ("sdpa", "freeze", False), ("eager", "always", True)],
+)
+def test_activations_are_those_of_a_real_forward(attention: str, others: Any, tied: bool) -> None:
+    def make() -> nn.Module:
+        model = tiny_llama(num_blocks=5, tied=tied)
+        model.config._attn_implementation = attention
+        return model
+
+    config = SLSAMConfig(other_parameters=others)
+    activations = count_weightless(make, config).activations
+    model = make()
+    layers = map_layers(model, config)
+    engine = LocalEngine(torch.optim.SGD(model.parameters()), layers)
+    last = len(layers) - 1
+    for sample in ([0], [1], [2, 3], [last], [1, last], [0, 3], range(last + 1)):
+        found = real_bytes(model, engine, [ALWAYS, *sample] if others == "always" else list(sample))
+        # A fused kernel on a GPU also keeps its random state, 24 bytes for each block.
+        assert activations.of(tuple(sample)) == pytest.approx(found, abs=5 * 24), list(sample)
+
+
+def real_bytes(model: nn.Module, engine: LocalEngine, arms: list[int]) -> int:
+    engine.activate(arms)
+    saved = SavedActivations()
+    with saved.watch():
+        loss = forward(model)()
+    del loss
+    return saved.num_bytes
+
+
+def test_checkpointed_blocks_are_computed_again_one_by_one() -> None:
+    def make(num_blocks: int) -> tuple[nn.Module, LocalEngine]:
+        model = tiny_llama(num_blocks=num_blocks)
+        return model, LocalEngine(torch.optim.SGD(model.parameters()), map_layers(model, SLSAMConfig()))
+
+    everything = list(range(7))
+    block = real_bytes(*make(5), everything) - real_bytes(*make(4), everything[:-1])
+    model, engine = make(5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    activations = count_weightless(lambda: tiny_llama(num_blocks=5), SLSAMConfig(), checkpointed=True).activations
+    for sample in (everything, [0], [4], [6]):
+        assert activations.of(sample) == pytest.approx(real_bytes(model, engine, sample) + block, rel=0.01), sample
+
+
+def counted_llama() -> Counted:
+    return count_weightless(lambda: tiny_llama(num_blocks=8), SLSAMConfig())
+
+
+def test_what_sl_sam_takes_of_what_dense_sam_takes() -> None:
+    counted = counted_llama()
+    config = SLSAMConfig(selector="uniform", active_layers=2)
+    share = 2 / len(counted.numels)
+    for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2"):
+        adamw, dense, sparse = compare(counted, Setup(engine=engine, world_size=4), config)
+        assert adamw.price.mean == pytest.approx(1)
+        assert dense.price.mean == pytest.approx(2)
+        assert sparse.price.lowest < sparse.price.mean < sparse.price.highest < 2
+        assert sparse.reduced.mean == pytest.approx(share * dense.reduced.mean)
+        assert dense.reduced.mean == pytest.approx(2 * adamw.reduced.mean)
+        assert sparse.gathered.mean <= dense.gathered.mean
+        assert sparse.memory["total"].highest < dense.memory["total"].mean
+        parts = ("weights", "kept", "gradients", "optimizer", "activations")
+        assert sparse.memory["total"].mean == pytest.approx(sum(sparse.memory[part].mean for part in parts))
+
+
+def test_more_ranks_hold_less_where_it_is_sharded() -> None:
+    counted = counted_llama()
+    for engine, kinds in {"zero1": {"optimizer"}, "zero3": {"optimizer", "gradients"}, "fsdp2": {"optimizer"}}.items():
+        one, eight = (compare(counted, Setup(engine=engine, world_size=n), SLSAMConfig())[1] for n in (1, 8))
+        for kind in kinds:
+            assert eight.memory[kind].mean == pytest.approx(one.memory[kind].mean / 8)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    tiny_llama().config.save_pretrained(tmp_path)
+    return tmp_path / "config.json"
+
+
+@pytest.fixture(autouse=True)
+def _let_others_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slsam_ds.integrations.estimate.quieten", lambda: None)
+
+
+def test_the_command_prints_a_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(config_file), "--zero", "3", "--world-size", "8", "--slsam", "active_layers=2"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("ZeRO-3 on 8 ranks", "2 of 6 layers", "AdamW", "dense SAM", "1-4", "activations", "gathered"):
+        assert expected in printed
+
+
+def test_the_command_reads_a_deepspeed_configuration(config_file: Path, tmp_path: Path, capsys: Any) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "stage3_max_reuse_distance": 5000}
+    deepspeed = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "bf16": {"enabled": True},
+        "zero_optimization": zero,
+        "slsam": {"active_layers": 3},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(deepspeed))
+    flags = ["--deepspeed", str(tmp_path / "ds.json"), "--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
+    assert main(["--model", str(config_file.parent), *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["setup"] == {
+        "engine": "zero3",
+        "world_size": 1,
+        "num_micro_batches": 2,
+        "precision": "bf16",
+        "offload_optimizer": True,
+        "offload_parameters": False,
+        "reuse_distance": 5000,
+    }
+    assert [mode["name"] for mode in found["modes"]] == ["AdamW", "dense SAM", "SL-SAM"]
+    assert found["modes"][-1]["num_active"] == pytest.approx(3)
+    assert found["weights"]["total"] == sum(layer["numel"] for layer in found["layers"])
+
+
+def test_the_command_adapts_by_lora(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(config_file), "--fsdp", "--peft", "lora", "--lora_r", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0 < found["weights"]["trained"] < found["weights"]["total"] / 4
+    assert len(found["layers"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--zero", "2"], "--model: give a folder"),
+        (["--model", "/nowhere/model"], "--model /nowhere/model: no such folder or file"),
+        (["--model", "CONFIG", "--slsam", "rh=1"], "slsam.rh: unknown key; did you mean 'rho'?"),
+        (["--model", "CONFIG", "--slsam", "active_layers=9"], "slsam.active_layers=9: choose a fraction"),
+        (["--model", "CONFIG", "--slsam", "budget=9"], "slsam.budget=9: with these settings a step costs from"),
+        (["--model", "CONFIG", "--zero", "4"], "--zero: invalid choice: 4"),
+        (["--model", "CONFIG", "--world_size", "0"], "--world_size 0: choose a number of at least 1"),
+        (["--model", "CONFIG", "--worldsize", "2"], "did you mean --world_size?"),
+        (["--model", "CONFIG", "--fsdp", "--zero", "2"], "--fsdp excludes --zero"),
+        (["--model", "CONFIG", "--sequence_length", "999"], "--sequence_length 999: choose from 2 to"),
+        (["--model", "CONFIG", "--deepspeed", "none.json"], "DeepSpeed configuration none.json: cannot be read"),
+        (["--model", "CONFIG", "--fsdp", "--dtype", "fp16"], "fp16: needs ZeRO"),
+        (["--model", "CONFIG", "--zero", "3", "--slsam", "ascent_scope=rank"], "needs whole weights on every rank"),
+        (["--model", "CONFIG", "--slsam", 'layers=["model.layers.0"]'], "layers are named by patterns"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_a_sentence(
+    flags: list[str], sentence: str, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(config_file) if flag == "CONFIG" else flag for flag in flags]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
