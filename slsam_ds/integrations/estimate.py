@@ -66,6 +66,7 @@ def _count(
     def checkpoint(again: contextlib.AbstractContextManager[Any]) -> None:
         context: dict[str, Any] = {"context_fn": lambda: (contextlib.nullcontext(), again)}
         model.gradient_checkpointing_enable({"use_reentrant": False, **context})
+        model.disable_input_require_grads()  # as `SLSAMTrainer` does
 
     with refusals(ValueError, NotImplementedError, RuntimeError, prefix=f"--model {given.model}: "):
         layers = map_layers(model, config)

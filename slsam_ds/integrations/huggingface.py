@@ -203,6 +203,11 @@ class SLSAMMixin(_TrainerMethods):
 
     def _begin_slsam(self, total_steps: int) -> None:
         """Build SL-SAM around the prepared engine, and continue where the checkpoint left off."""
+        settings = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and not settings.get("use_reentrant", False):
+            # transformers 5 makes the embeddings' output require a gradient, which only reentrant checkpointing needs:
+            # backward would run through every block, whatever is sampled.
+            self.model.disable_input_require_grads()
         if self.is_deepspeed_enabled:
             self.slsam = SLSAM(
                 self.model_wrapped, None, self.slsam_config, layer_map=self.layer_map, total_steps=total_steps

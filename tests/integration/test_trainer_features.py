@@ -27,7 +27,7 @@ from slsam_ds.integrations.huggingface import SLSAMMixin, SLSAMTrainer
 from slsam_ds.records import read_steps
 from tests.distributed.training import whole
 from tests.integration.engines import ENGINES
-from tests.models import VOCABULARY, arms_of_llama, tiny_llama
+from tests.models import NUM_BLOCKS, VOCABULARY, arms_of_llama, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
 
@@ -330,6 +330,26 @@ def test_compiling_makes_a_few_graphs_and_no_more_for_other_samples(engine: str,
     assert len(samples) > 6  # so many would the whole model need
     assert 2 <= graphs[-1] <= 4  # a block is trained or not, with or without gradients to pass down
     assert distance(compiled, eager) <= 1e-5
+
+
+def checkpoint_and_train(output_dir: str, settings: dict[str, Any]) -> tuple[dict[str, Tensor], list[int]]:
+    """Weights, and how often each block ran."""
+    trainer = make(output_dir, max_steps=6, slsam={"selector": "cyclic", "active_layers": 1}, **settings)
+    runs = [0] * NUM_BLOCKS
+    for depth, block in enumerate(trainer.model.model.layers):
+        block.self_attn.register_forward_pre_hook(lambda *_, depth=depth: runs.__setitem__(depth, runs[depth] + 1))
+    trainer.train()
+    return weights(trainer.model), runs
+
+
+def test_gradient_checkpointing_runs_again_only_what_backward_passes(tmp_path: Path) -> None:
+    """transformers makes backward go all the way down there."""
+    plain, once = run_on_ranks(1, checkpoint_and_train, str(tmp_path / "plain"), {})[0]
+    settings = {"gradient_checkpointing": True}
+    checkpointed, runs = run_on_ranks(1, checkpoint_and_train, str(tmp_path / "checkpointed"), settings)[0]
+    assert distance(plain, checkpointed) <= 1e-6
+    # In turn: embeddings, four blocks, head. Block i is passed for arms 0 to i + 1: two passes of three micro-batches.
+    assert [again - first for first, again in zip(once, runs, strict=True)] == [12, 18, 24, 30]
 
 
 def refusal(output_dir: str, **kwargs: Any) -> str:
