@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.metrics import step_metrics
 from slsam_ds.micro_batches import LossFunction
+from slsam_ds.saved_state import check_state, read_state, write_state
 from slsam_ds.slsam import SLSAM, StepResult, map_layers
 
 
@@ -45,25 +47,48 @@ class SLSAMEngine:
         client_state: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state riding in the client state."""
-        state = {**(client_state or {}), "slsam": self.slsam.state_dict()}
-        return self._engine.save_checkpoint(save_dir, tag=tag, client_state=state, **kwargs)
+        """`DeepSpeedEngine.save_checkpoint`, and beside its files SL-SAM's state and each rank's random state."""
+        from slsam_ds.engines.deepspeed_checkpoint import setup_of, writes_for_its_node
+
+        tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"  # DeepSpeed's own choice
+        folder = Path(save_dir, tag)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.slsam.save_random_state(folder)
+        saved = self._engine.save_checkpoint(str(save_dir), tag=tag, client_state=dict(client_state or {}), **kwargs)
+        if writes_for_its_node(self._engine):  # DeepSpeed has waited for all ranks
+            setup = setup_of(self._engine)
+            write_state(folder, self.slsam.state_dict(), setup)
+        return saved
 
     def load_checkpoint(
-        self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        load_module_only: bool = False,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included.
+        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included; any number of ranks may have saved it.
+
+        With `load_module_only` DeepSpeed's own, which leaves SL-SAM and the optimizer as they are.
 
         Raises:
-            ValueError: The checkpoint holds no SL-SAM state, or that of another setup.
+            ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
         """
-        path, client_state = self._engine.load_checkpoint(load_dir, tag=tag, **kwargs)
-        if path is None:
-            return path, client_state
-        state = client_state.pop("slsam", None)
-        if state is None:
-            raise ValueError(f"{path}: holds no slsam state; it was not saved by slsam_ds")
-        self.slsam.load_state_dict(state)
+        from slsam_ds.engines.deepspeed_checkpoint import check_partitions, checkpoint_folder, load_checkpoint, setup_of
+
+        folder = checkpoint_folder(load_dir, tag)
+        if folder is None or load_module_only:
+            return self._engine.load_checkpoint(str(load_dir), tag=tag, load_module_only=load_module_only, **kwargs)
+
+        def check() -> None:
+            check_state(folder, self.slsam.layers, self.slsam.config, setup_of(self._engine))
+            check_partitions(self._engine, folder)
+
+        self.slsam.engine.ranks.together(check)
+        path, client_state = load_checkpoint(self._engine, load_dir, folder.name, **kwargs)
+        self.slsam.load_state_dict(read_state(folder))
+        self.slsam.load_random_state(folder)
         return path, client_state
 
     def _tell_monitor(self, result: StepResult) -> None:

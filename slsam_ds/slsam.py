@@ -3,9 +3,11 @@
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +23,16 @@ from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
 from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
 from slsam_ds.prefix import Prefix
-from slsam_ds.previous import PreviousGradients
+from slsam_ds.previous import STATE_KEY, PreviousGradients
 from slsam_ds.protocol import ALWAYS, Engine
+from slsam_ds.rng import RandomState, reseed
+from slsam_ds.saved_state import STATE_VERSION, check_layers, check_state, read_state, write_state
 from slsam_ds.statistics import RewardScale
 from slsam_ds.step import BeginPass, ForwardBackward, Outcome, Plan, take_step
 
 logger = logging.getLogger(__name__)
 
 _MAX_UPDATE_SCALE = 10.0
-_STATE_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ class SLSAM:
             from slsam_ds.engines.param_groups import regroup
 
             regroup(optimizer, layer_map)
+        self._optimizer = optimizer
         self.layers = layer_map
         self._fingerprint = layer_map.fingerprint()
         self.selector = make_selector(self.config, len(layer_map), total_steps=total_steps)
@@ -133,10 +137,14 @@ class SLSAM:
         self.engine.activate(None)
         home = torch.device("cpu") if self.config.offload_state else None
         self.engine.optimizer_state_home = home
-        self._previous = PreviousGradients(home) if self.config.ascent_source == "previous" else None
+        self._previous = None
+        if self.config.ascent_source == "previous":
+            self._previous = PreviousGradients(self.engine.optimizer_state, home)
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
+        self._num_updates = [0] * len(layer_map)
+        self._optimizer_is_checked = True
         self._costs: CostModel | None = None
         self._priced_window = 0
         self._chooses_by_cost = self.config.budget is not None or self.config.reward == "grad_norm_per_cost"
@@ -191,6 +199,8 @@ class SLSAM:
             one = [window[0]]
             costs = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
             self._use_costs(costs, len(window))
+        if not self._optimizer_is_checked:
+            self._check_optimizer()
         step = self.num_steps + 1
         forced = active is not None
         sample = _checked_sample(active, len(self.layers)) if active is not None else self.selector.sample(step)
@@ -205,6 +215,8 @@ class SLSAM:
             self._give_up_prefix_reuse(prefix)
         self.num_steps = step
         if not outcome.skipped:
+            for arm in sample:
+                self._num_updates[arm] += 1
             self._learn(sample, outcome, forced)
         return StepResult(
             step=step,
@@ -225,12 +237,16 @@ class SLSAM:
     def state_dict(self) -> dict[str, Any]:
         """SL-SAM's own state as JSON-serialisable values; the same on every rank.
 
-        Model, optimizer and scheduler are saved by whoever owns them.
+        Model, optimizer and scheduler are saved by whoever owns them. With `ascent_source="previous"` the optimizer's
+        state holds the gradients to climb along.
         """
         return {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "step": self.num_steps,
             "layers": self._fingerprint,
+            "arms": self.layers.outline(),
+            "updates": list(self._num_updates),
+            "previous": None if self._previous is None else {str(a): n for a, n in self._previous.sq_norms.items()},
             "selector": self.selector.state_dict(),
             "reward_maximum": self._rewards.maximum,
             "costs": self._costs and {"counted": dataclasses.asdict(self._costs), "window": self._priced_window},
@@ -242,18 +258,93 @@ class SLSAM:
         Raises:
             ValueError: The state belongs to other layers, another selector or another version.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"slsam state version {state.get('version')!r}: expected {_STATE_VERSION}")
-        if state["layers"] != self._fingerprint:
-            raise ValueError(
-                "the slsam state was saved for other layers (another model, other trainable parameters, or another "
-                "`layers` or `other_parameters` setting): resume with the setup of the saved run"
-            )
+        check_layers(state, self.layers)
         if self._chooses_by_cost and state.get("costs"):
             self._use_costs(CostModel.from_dict(state["costs"]["counted"]), state["costs"]["window"])
         self.selector.load_state_dict(state["selector"])
         self._rewards.maximum = float(state["reward_maximum"])
         self.num_steps = int(state["step"])
+        self._num_updates = list(state["updates"])
+        if self._previous is not None:
+            self._previous.sq_norms = {int(arm): norm for arm, norm in (state["previous"] or {}).items()}
+        self._optimizer_is_checked = False
+
+    def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Save weights, optimizer, SL-SAM's and each rank's random state: all but scheduler and place in the data.
+
+        Called by every rank. What `slsam_ds.initialize` returns saves checkpoints of its own.
+
+        Args:
+            folder: Created where missing; on a disk that all ranks share.
+        """
+        from slsam_ds.engines.torch_checkpoint import save
+
+        path, ranks = Path(folder), self.engine.ranks
+        path.mkdir(parents=True, exist_ok=True)
+        self.save_random_state(path)
+        save(path, self.model, self._torch_optimizer("save"), also=self._optimizer_also_holds)
+        if ranks.rank == 0:  # `save` has waited for all ranks
+            write_state(path, self.state_dict(), {})
+        ranks.together(lambda: None)
+
+    def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Continue from `save_checkpoint`, with any number of ranks.
+
+        With as many as saved it, the run goes on to the last bit as if it had not stopped. Called by every rank.
+
+        Raises:
+            ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
+        """
+        from slsam_ds.engines.torch_checkpoint import load
+
+        path, optimizer = Path(folder), self._torch_optimizer("load")
+        self.engine.ranks.together(lambda: check_state(path, self.layers, self.config, {}))
+        load(path, self.model, optimizer, also=self._optimizer_also_holds)
+        self.load_state_dict(read_state(path))
+        self.load_random_state(path)
+
+    def save_random_state(self, folder: Path) -> None:
+        """Write this rank's random state into the folder of a checkpoint."""
+        RandomState.capture(self.engine.device).save(folder, self.engine.ranks.rank)
+
+    def load_random_state(self, folder: Path) -> None:
+        """Go on with this rank's random numbers; begin new ones where other ranks saved the checkpoint.
+
+        They are those of dropout. The samples of layers depend on step and seed alone.
+        """
+        ranks = self.engine.ranks
+        saved = RandomState.saved(folder, ranks.rank, ranks.world_size, self.engine.device)
+        if saved is not None:
+            saved.replay()
+        else:
+            logger.warning("%s: was saved by another number of ranks: dropout goes on with new random numbers", folder)
+            reseed(self.config.seed, self.num_steps, ranks.rank)
+
+    @property
+    def _optimizer_also_holds(self) -> Sequence[str]:
+        return [] if self._previous is None else [STATE_KEY]
+
+    def _torch_optimizer(self, verb: str) -> torch.optim.Optimizer:
+        if self._optimizer is None:
+            raise ValueError(
+                f"SLSAM.{verb}_checkpoint: a DeepSpeedEngine has its own; use {verb}_checkpoint of the engine that "
+                "slsam_ds.initialize returned"
+            )
+        return self._optimizer
+
+    def _check_optimizer(self) -> None:
+        """Once after a resume, when optimizer and SL-SAM have loaded in either order: undo what loading made up.
+
+        A layer never updated has no optimizer state. `torch.distributed.checkpoint` makes some, with a step counted
+        that was never taken, and leaves it where the checkpoint has none (`allow_partial_load`).
+        """
+        pieces = self.engine.pieces(range(len(self.layers)))
+        for piece in pieces:
+            if self._num_updates[piece.arm] == 0:
+                self.engine.optimizer_state.pop(piece.stepped, None)
+        if self._previous is not None:
+            self._previous.forget_lost(pieces)
+        self._optimizer_is_checked = True
 
     def _plan(self, step: int, sample: tuple[int, ...], inclusion: Mapping[int, float], window_length: int) -> Plan:
         arms = (ALWAYS, *sample) if self.layers.always else sample

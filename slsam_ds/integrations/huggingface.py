@@ -19,11 +19,11 @@ from slsam_ds.engines.param_groups import regroup
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
-from slsam_ds.integrations.trainer_state import check_state, read_state, write_state
 from slsam_ds.layers import LayerMap, split_param_groups
 from slsam_ds.metrics import MetricMeans, step_metrics
 from slsam_ds.protocol import Engine
 from slsam_ds.records import StepWriter, write_layers
+from slsam_ds.saved_state import check_state, read_state, write_state
 from slsam_ds.slsam import SLSAM, map_layers
 from slsam_ds.step import ForwardBackward
 

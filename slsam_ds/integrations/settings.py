@@ -21,8 +21,8 @@ from slsam_ds.integrations.arguments import (
     build_parser,
     describe_unknown,
 )
-from slsam_ds.integrations.trainer_state import STATE_FILE
 from slsam_ds.integrations.usage import UsageError, join_ranks, refusals
+from slsam_ds.saved_state import STATE_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

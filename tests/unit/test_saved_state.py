@@ -6,8 +6,8 @@ import pytest
 
 from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.integrations.trainer_state import STATE_FILE, check_state, read_state, write_state
 from slsam_ds.layers import find_layers
+from slsam_ds.saved_state import STATE_FILE, check_state, read_state, write_state
 from tests.models import tiny_llama
 
 KNOBS = SLSAMConfig(active_layers=2)

@@ -1,0 +1,238 @@
+"""DeepSpeed checkpoints, loaded by any number of ranks: each is given the partition that it would have saved itself.
+
+DeepSpeed's universal checkpoint is the stock way to another number of ranks. It needs optimizer state of every layer,
+gives all of ZeRO-3's layers the step counter of the first, and knows Adam only. Nothing of that can happen where the
+saved partitions are cut anew and handed to DeepSpeed's own load.
+
+Private structures: the files and methods of deepspeed/runtime/engine.py, and the state that
+deepspeed/runtime/zero/stage_1_and_2.py and stage3.py save, 0.19.8.
+"""
+
+import contextlib
+import functools
+import glob
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from slsam_ds.engines.deepspeed_step import overlaid
+
+
+def setup_of(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What the files of a checkpoint depend on: another stage or dtype looks for files of other names and contents."""
+    return {
+        "zero_optimization.stage": int(engine.zero_optimization_stage()),
+        "bf16": bool(engine.bfloat16_enabled()),
+        "fp16": bool(engine.fp16_enabled()),
+    }
+
+
+def checkpoint_folder(load_dir: str | os.PathLike[str], tag: str | None) -> Path | None:
+    """Where a checkpoint lies; without a tag the one that `latest` names, None where there is no such file."""
+    if tag is None:
+        latest = Path(load_dir, "latest")
+        if not latest.is_file():
+            return None
+        tag = latest.read_text(encoding="utf-8").strip()
+    return Path(load_dir, tag)
+
+
+def writes_for_its_node(engine: DeepSpeedEngine) -> bool:
+    """Whether this rank writes what is the same on all: one per checkpoint, or per node where each has its own disk."""
+    return int(engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
+
+
+def check_partitions(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Refuse, before anything is loaded, partitions that cannot be cut anew.
+
+    Raises:
+        ValueError: The checkpoint was saved by another number of ranks, which ordered the weights otherwise.
+    """
+    if not engine.zero_optimization():
+        return
+    with _any_ranks_files(engine):
+        name = engine._get_ckpt_name(str(folder.parent), folder.name)
+    saved = _read(name)
+    num_saved, num_ranks = saved["dp_world_size"], engine.seq_dp_world_size
+    if num_saved == num_ranks:
+        return
+    saved_order = [list(group) for group in saved["param_shapes"]]
+    if saved_order != [list(group) for group in engine._get_zero_param_shapes()]:
+        raise ValueError(
+            f"{folder}: was saved by {num_saved} ranks, whose partitions hold the weights in another order than those "
+            f"of {num_ranks} (zero_optimization.round_robin_gradients or sub_group_size): resume with {num_saved} ranks"
+        )
+
+
+def load_checkpoint(
+    engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
+) -> Any:
+    """`DeepSpeedEngine.load_checkpoint` by any number of ranks, and of all parameters.
+
+    Args:
+        engine: Nothing of it is under way.
+        load_dir: What was given to `save_checkpoint`.
+        tag: Likewise; None: the latest.
+        **kwargs: Further arguments of the method.
+
+    Returns:
+        What the method returns.
+    """
+    with _any_ranks_files(engine):
+        if not engine.zero_optimization():
+            return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
+        load_zero = functools.partial(_load_zero_checkpoint, engine, engine._load_zero_checkpoint)
+        with overlaid(engine, "_load_zero_checkpoint", load_zero):
+            return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
+
+
+@contextlib.contextmanager
+def _any_ranks_files(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within, a rank that has not saved a model file reads the first one's: under ZeRO-3 there is one per rank."""
+    stock = engine._get_ckpt_name
+
+    def name(folder: str, tag: str, mp_placeholder: str | None = None, pp_placeholder: str | None = None) -> str:
+        own: str = stock(folder, tag, mp_placeholder, pp_placeholder)
+        return own if glob.glob(own) else str(stock(folder, tag, mp_placeholder, "0"))
+
+    with overlaid(engine, "_get_ckpt_name", name):
+        yield
+
+
+def _load_zero_checkpoint(
+    engine: DeepSpeedEngine, stock: Callable[..., bool], load_dir: str, tag: str, load_optimizer_states: bool = True
+) -> bool:
+    """DeepSpeed's own, and with it what it does not load: other ranks' partitions, ZeRO-3's frozen parameters."""
+    if engine.zero_optimization_partition_weights():
+        _load_frozen(engine, load_dir, tag)
+    if engine.loaded_checkpoint_dp_world_size == engine.seq_dp_world_size or not load_optimizer_states:
+        return stock(load_dir, tag, load_optimizer_states=load_optimizer_states)
+    names = engine._get_all_zero_checkpoint_names(load_dir, tag, engine.bfloat16_enabled())
+    saved = [_read(name)["optimizer_state_dict"] for name in names]
+    rank = dist.get_rank(engine.optimizer.dp_process_group)
+    engine.optimizer.load_state_dict(
+        state_dict_list={rank: _cut_anew(engine, saved, rank)},  # of the list, DeepSpeed reads this rank's alone
+        load_optimizer_states=True,
+        load_from_fp32_weights=engine.zero_load_from_fp32_weights(),
+        param_shapes=engine._get_zero_param_shapes(),
+    )
+    return True
+
+
+def _read(name: str) -> dict[str, Any]:
+    """A file of the checkpoint; of its tensors only what is looked at. Unpickled, as DeepSpeed itself does it."""
+    content: dict[str, Any] = torch.load(name, map_location="cpu", mmap=True, weights_only=False)
+    return content
+
+
+def _load_frozen(engine: DeepSpeedEngine, load_dir: str, tag: str) -> None:
+    """Parameters outside the optimizer, of which ZeRO-3 saves partitions and loads nothing.
+
+    Stages 1 and 2 have them whole. With `exclude_frozen_parameters`, as Trainer saves adapters, there are none.
+    """
+    num_saved = engine.loaded_checkpoint_dp_world_size
+    names = [engine._get_ckpt_name(load_dir, tag, None, str(rank)) for rank in range(num_saved)]
+    saved = [_read(name)["frozen_param_fragments"] or {} for name in names]
+    here = {name: parameter for parameter, name in engine.param_names.items()}
+    rank = dist.get_rank(engine.optimizer.dp_process_group)
+    for name, fragment in saved[0].items():
+        target = here[name].ds_tensor
+        cut = _Cut(numel=here[name].ds_numel, saved=fragment.numel(), here=target.numel())
+        target.data.copy_(cut.take([fragments[name].view(-1) for fragments in saved], 0, rank).view_as(target))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Consecutive elements, cut into equal partitions, the last of them padded.
+
+    Attributes:
+        numel: Elements, without padding.
+        saved: Elements of a partition in the checkpoint.
+        here: And of one here.
+    """
+
+    numel: int
+    saved: int
+    here: int
+
+    def take(self, partitions: Sequence[Tensor], offset: int, rank: int) -> Tensor:
+        """A rank's partition here, zeros where it is padded.
+
+        Args:
+            partitions: Of each rank that saved, 1-D; at the end they may lack what is padding.
+            offset: Where in them the saved partition begins.
+            rank: The rank.
+        """
+        taken = partitions[0].new_zeros(self.here)
+        first, last = rank * self.here, min((rank + 1) * self.here, self.numel)
+        for number, partition in enumerate(partitions):
+            begins = number * self.saved
+            start, end = max(first, begins), min(last, begins + self.saved)
+            if start < end:
+                source = partition[offset + start - begins : offset + end - begins]
+                taken[start - first : end - first].copy_(source)
+        return taken
+
+
+def _cut_anew(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
+    """The optimizer's file as this rank would have saved it.
+
+    Args:
+        engine: Whose ranks load.
+        saved: The files of all ranks that saved.
+        rank: This one.
+    """
+    if engine.zero_optimization_partition_weights():
+        masters, base = "fp32_flat_groups", "optimizer_state_dict"
+        cuts = _cuts_of_stage_3(engine, len(saved))
+    else:
+        masters, base = "single_partition_of_fp32_groups", "base_optimizer_state"
+        cuts = _cuts_of_stage_1_2(engine, saved)
+    optimizer = saved[0][base]
+    state = {
+        group: {
+            key: _merge(cuts[group], [file[base]["state"][group][key] for file in saved], rank)
+            for key in optimizer["state"][group]
+        }
+        for group in optimizer["state"]  # torch numbers what it steps, which is one tensor per group
+    }
+    partitions = [
+        _merge(group_cuts, [file[masters][group] for file in saved], rank) for group, group_cuts in enumerate(cuts)
+    ]
+    return {**saved[0], masters: partitions, base: {**optimizer, "state": state}}
+
+
+def _cuts_of_stage_1_2(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]]) -> list[list[_Cut]]:
+    """A group is cut as a whole. Its partitions are saved without padding, which only the last one has."""
+    zero: Any = engine.optimizer
+    cuts = []
+    for group, partition in enumerate(zero.single_partition_of_fp32_groups):
+        paddings = zero.round_robin_bit16_padding[group]
+        numel = sum(p.numel() for p in zero.round_robin_bit16_groups[group]) + sum(paddings)
+        first = saved[0]["single_partition_of_fp32_groups"][group].numel() + saved[0]["group_paddings"][group]
+        cuts.append([_Cut(numel, saved=first, here=partition.numel())])
+    return cuts
+
+
+def _cuts_of_stage_3(engine: DeepSpeedEngine, num_saved: int) -> list[list[_Cut]]:
+    """Each parameter is cut by itself."""
+    return [
+        [_Cut(p.ds_numel, saved=-(-p.ds_numel // num_saved), here=p.ds_tensor.numel()) for p in group]
+        for group in engine.optimizer.fp16_groups
+    ]
+
+
+def _merge(cuts: Sequence[_Cut], values: Sequence[Any], rank: int) -> Any:
+    """A rank's part of what the ranks that saved have parts of; of a step counter all have the same."""
+    if not isinstance(values[0], Tensor) or values[0].dim() == 0:
+        return values[0]
+    offsets = itertools.accumulate((cut.saved for cut in cuts), initial=0)
+    return torch.cat([cut.take(values, offset, rank) for cut, offset in zip(cuts, offsets, strict=False)])
