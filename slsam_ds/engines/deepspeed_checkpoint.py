@@ -72,26 +72,28 @@ def check_partitions(engine: DeepSpeedEngine, folder: Path) -> None:
         )
 
 
-def load_checkpoint(
-    engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
-) -> Any:
+def load_checkpoint(engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str, **kwargs: Any) -> Any:
     """`DeepSpeedEngine.load_checkpoint` by any number of ranks, and of all parameters.
 
     Args:
         engine: Nothing of it is under way.
         load_dir: What was given to `save_checkpoint`.
-        tag: Likewise; None: the latest.
+        tag: Likewise.
         **kwargs: Further arguments of the method.
 
     Returns:
         What the method returns.
     """
-    with _any_ranks_files(engine):
-        if not engine.zero_optimization():
-            return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
-        load_zero = functools.partial(_load_zero_checkpoint, engine, engine._load_zero_checkpoint)
-        with overlaid(engine, "_load_zero_checkpoint", load_zero):
-            return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
+    if not engine.zero_optimization():
+        return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
+    load_module = functools.partial(_load_module, engine, engine.load_module_state_dict, Path(load_dir, tag))
+    load_zero = functools.partial(_load_zero_checkpoint, engine, engine._load_zero_checkpoint)
+    with (
+        _any_ranks_files(engine),
+        overlaid(engine, "load_module_state_dict", load_module),
+        overlaid(engine, "_load_zero_checkpoint", load_zero),
+    ):
+        return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
 
 
 @contextlib.contextmanager
@@ -107,12 +109,32 @@ def _any_ranks_files(engine: DeepSpeedEngine) -> Iterator[None]:
         yield
 
 
+def _load_module(
+    engine: DeepSpeedEngine, stock: Callable[..., None], folder: Path, checkpoint: dict[str, Any], **kwargs: Any
+) -> None:
+    """DeepSpeed's own; parameters outside the optimizer, of which ZeRO-3 saves partitions, cut anew.
+
+    With `exclude_frozen_parameters`, as a Trainer saves adapters, there are none.
+    """
+    num_saved = checkpoint["dp_world_size"]
+    if engine.zero_optimization_partition_weights() and num_saved != engine.seq_dp_world_size:
+        names = [engine._get_ckpt_name(str(folder.parent), folder.name, None, str(rank)) for rank in range(num_saved)]
+        saved = [_read(name)["frozen_param_fragments"] or {} for name in names]
+        here = {name: parameter for parameter, name in engine.param_names.items()}
+        rank = dist.get_rank(engine.optimizer.dp_process_group)
+        cuts = {
+            name: _Cut(here[name].ds_numel, saved=fragment.numel(), here=here[name].ds_tensor.numel())
+            for name, fragment in saved[0].items()
+        }
+        fragments = {name: cut.take([file[name] for file in saved], 0, rank) for name, cut in cuts.items()}
+        checkpoint["frozen_param_fragments"] = fragments or None
+    stock(checkpoint=checkpoint, **kwargs)
+
+
 def _load_zero_checkpoint(
     engine: DeepSpeedEngine, stock: Callable[..., bool], load_dir: str, tag: str, load_optimizer_states: bool = True
 ) -> bool:
-    """DeepSpeed's own, and with it what it does not load: other ranks' partitions, ZeRO-3's frozen parameters."""
-    if engine.zero_optimization_partition_weights():
-        _load_frozen(engine, load_dir, tag)
+    """DeepSpeed's own; where other ranks saved, with the file that this rank would have saved."""
     if engine.loaded_checkpoint_dp_world_size == engine.seq_dp_world_size or not load_optimizer_states:
         return stock(load_dir, tag, load_optimizer_states=load_optimizer_states)
     names = engine._get_all_zero_checkpoint_names(load_dir, tag, engine.bfloat16_enabled())
@@ -131,22 +153,6 @@ def _read(name: str) -> dict[str, Any]:
     """A file of the checkpoint; of its tensors only what is looked at. Unpickled, as DeepSpeed itself does it."""
     content: dict[str, Any] = torch.load(name, map_location="cpu", mmap=True, weights_only=False)
     return content
-
-
-def _load_frozen(engine: DeepSpeedEngine, load_dir: str, tag: str) -> None:
-    """Parameters outside the optimizer, of which ZeRO-3 saves partitions and loads nothing.
-
-    Stages 1 and 2 have them whole. With `exclude_frozen_parameters`, as Trainer saves adapters, there are none.
-    """
-    num_saved = engine.loaded_checkpoint_dp_world_size
-    names = [engine._get_ckpt_name(load_dir, tag, None, str(rank)) for rank in range(num_saved)]
-    saved = [_read(name)["frozen_param_fragments"] or {} for name in names]
-    here = {name: parameter for parameter, name in engine.param_names.items()}
-    rank = dist.get_rank(engine.optimizer.dp_process_group)
-    for name, fragment in saved[0].items():
-        target = here[name].ds_tensor
-        cut = _Cut(numel=here[name].ds_numel, saved=fragment.numel(), here=target.numel())
-        target.data.copy_(cut.take([fragments[name].view(-1) for fragments in saved], 0, rank).view_as(target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +238,9 @@ def _cuts_of_stage_3(engine: DeepSpeedEngine, num_saved: int) -> list[list[_Cut]
 
 def _merge(cuts: Sequence[_Cut], values: Sequence[Any], rank: int) -> Any:
     """A rank's part of what the ranks that saved have parts of; of a step counter all have the same."""
-    if not isinstance(values[0], Tensor) or values[0].dim() == 0:
+    if not isinstance(values[0], Tensor):
         return values[0]
+    if values[0].dim() == 0:
+        return values[0].clone()  # of the file, nothing stays in use
     offsets = itertools.accumulate((cut.saved for cut in cuts), initial=0)
     return torch.cat([cut.take(values, offset, rank) for cut, offset in zip(cuts, offsets, strict=False)])

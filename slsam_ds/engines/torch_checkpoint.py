@@ -32,23 +32,20 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, al
         also: As for `complete_state`.
     """
     with completed_state(optimizer, also=also):
-        content: dict[str, Any] = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-        dcp.save(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.save(_content(model, optimizer), checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> None:
     """What `save` wrote. Layers that were never updated are left with state: it says 0 steps."""
     complete_state(optimizer, also=also)
-    content: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
-    }
+    content = _content(model, optimizer)
     dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, content["model"])
     set_optimizer_state_dict(model, optimizer, content["optimizer"])
+
+
+def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 @contextlib.contextmanager
