@@ -75,18 +75,14 @@ class SLSAMEngine:
         Raises:
             ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
         """
-        from slsam_ds.engines.deepspeed_checkpoint import check_partitions, checkpoint_folder, load_checkpoint, setup_of
+        from slsam_ds.engines.deepspeed_checkpoint import checkpoint_folder, setup_of
 
         folder = checkpoint_folder(load_dir, tag)
         if folder is None or load_module_only:
             return self._engine.load_checkpoint(str(load_dir), tag=tag, load_module_only=load_module_only, **kwargs)
-
-        def check() -> None:
-            check_state(folder, self.slsam.layers, self.slsam.config, setup_of(self._engine))
-            check_partitions(self._engine, folder)
-
-        self.slsam.engine.ranks.together(check)
-        path, client_state = load_checkpoint(self._engine, load_dir, folder.name, **kwargs)
+        setup = setup_of(self._engine)
+        self.slsam.engine.ranks.together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
+        path, client_state = self._engine.load_checkpoint(load_dir, folder.name, **kwargs)
         self.slsam.load_state_dict(read_state(folder))
         self.slsam.load_random_state(folder)
         return path, client_state

@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slsam_ds.config import SLSAMConfig
 from slsam_ds.protocol import Piece, Shard
 
 logger = logging.getLogger(__name__)
 
 STATE_KEY = "slsam_previous_gradient"
+
+
+def kept_in_optimizer(config: SLSAMConfig) -> list[str]:
+    """What the optimizer's state holds besides its own."""
+    return [STATE_KEY] if config.ascent_source == "previous" else []
 
 
 class PreviousGradients:

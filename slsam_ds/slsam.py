@@ -23,7 +23,7 @@ from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
 from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
 from slsam_ds.prefix import Prefix
-from slsam_ds.previous import STATE_KEY, PreviousGradients
+from slsam_ds.previous import PreviousGradients, kept_in_optimizer
 from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.rng import RandomState, reseed
 from slsam_ds.saved_state import STATE_VERSION, check_layers, check_state, read_state, write_state
@@ -282,7 +282,9 @@ class SLSAM:
         path, ranks = Path(folder), self.engine.ranks
         path.mkdir(parents=True, exist_ok=True)
         self.save_random_state(path)
-        save(path, self.model, self._torch_optimizer("save"), also=self._optimizer_also_holds)
+        optimizer = self._torch_optimizer("save")
+        self.complete_optimizer_state()
+        save(path, self.model, optimizer)
         if ranks.rank == 0:  # `save` has waited for all ranks
             write_state(path, self.state_dict(), {})
         ranks.together(lambda: None)
@@ -299,7 +301,8 @@ class SLSAM:
 
         path, optimizer = Path(folder), self._torch_optimizer("load")
         self.engine.ranks.together(lambda: check_state(path, self.layers, self.config, {}))
-        load(path, self.model, optimizer, also=self._optimizer_also_holds)
+        self.complete_optimizer_state()
+        load(path, self.model, optimizer)
         self.load_state_dict(read_state(path))
         self.load_random_state(path)
 
@@ -320,9 +323,16 @@ class SLSAM:
             logger.warning("%s: was saved by another number of ranks: dropout goes on with new random numbers", folder)
             reseed(self.config.seed, self.num_steps, ranks.rank)
 
-    @property
-    def _optimizer_also_holds(self) -> Sequence[str]:
-        return [] if self._previous is None else [STATE_KEY]
+    def complete_optimizer_state(self) -> None:
+        """Until the next step, give the optimizer state of every layer, as its first step would begin with.
+
+        For `torch.distributed.checkpoint`, which saves and loads the state of all parameters or of none.
+        """
+        if self._optimizer is not None:
+            from slsam_ds.engines.torch_checkpoint import complete_state
+
+            complete_state(self._optimizer, also=kept_in_optimizer(self.config))
+            self._optimizer_is_checked = False
 
     def _torch_optimizer(self, verb: str) -> torch.optim.Optimizer:
         if self._optimizer is None:
@@ -338,9 +348,9 @@ class SLSAM:
         A layer never updated has no optimizer state. `torch.distributed.checkpoint` makes some, with a step counted
         that was never taken, and leaves it where the checkpoint has none (`allow_partial_load`).
         """
-        pieces = self.engine.pieces(range(len(self.layers)))
+        pieces = self.engine.pieces([*range(len(self.layers)), *([ALWAYS] if self.layers.always else [])])
         for piece in pieces:
-            if self._num_updates[piece.arm] == 0:
+            if piece.arm != ALWAYS and self._num_updates[piece.arm] == 0:
                 self.engine.optimizer_state.pop(piece.stepped, None)
         if self._previous is not None:
             self._previous.forget_lost(pieces)

@@ -50,50 +50,44 @@ def writes_for_its_node(engine: DeepSpeedEngine) -> bool:
     return int(engine.local_rank if engine.use_node_local_storage() else engine.global_rank) == 0
 
 
-def check_partitions(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Refuse, before anything is loaded, partitions that cannot be cut anew.
+def accept_other_ranks(engine: DeepSpeedEngine) -> None:
+    """From here on, `engine.load_checkpoint` takes what any number of ranks has saved."""
+    engine.load_checkpoint = functools.partial(_load_checkpoint, engine)
+
+
+def _load_checkpoint(
+    engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
+) -> tuple[Any, Any]:
+    """`DeepSpeedEngine.load_checkpoint` by any number of ranks.
 
     Raises:
-        ValueError: The checkpoint was saved by another number of ranks, which ordered the weights otherwise.
+        ValueError: Another number of ranks has saved it, and ordered the weights otherwise; nothing was changed.
     """
-    if not engine.zero_optimization():
-        return
-    with _any_ranks_files(engine):
-        name = engine._get_ckpt_name(str(folder.parent), folder.name)
-    saved = _read(name)
-    num_saved, num_ranks = saved["dp_world_size"], engine.seq_dp_world_size
-    if num_saved == num_ranks:
-        return
-    saved_order = [list(group) for group in saved["param_shapes"]]
-    if saved_order != [list(group) for group in engine._get_zero_param_shapes()]:
-        raise ValueError(
-            f"{folder}: was saved by {num_saved} ranks, whose partitions hold the weights in another order than those "
-            f"of {num_ranks} (zero_optimization.round_robin_gradients or sub_group_size): resume with {num_saved} ranks"
-        )
-
-
-def load_checkpoint(engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str, **kwargs: Any) -> Any:
-    """`DeepSpeedEngine.load_checkpoint` by any number of ranks, and of all parameters.
-
-    Args:
-        engine: Nothing of it is under way.
-        load_dir: What was given to `save_checkpoint`.
-        tag: Likewise.
-        **kwargs: Further arguments of the method.
-
-    Returns:
-        What the method returns.
-    """
-    if not engine.zero_optimization():
-        return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
-    load_module = functools.partial(_load_module, engine, engine.load_module_state_dict, Path(load_dir, tag))
+    stock = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **kwargs)
+    folder = checkpoint_folder(load_dir, tag)
+    if folder is None or not engine.zero_optimization():
+        return stock(tag=tag)
+    load_module = functools.partial(_load_module, engine, engine.load_module_state_dict, folder)
     load_zero = functools.partial(_load_zero_checkpoint, engine, engine._load_zero_checkpoint)
     with (
         _any_ranks_files(engine),
         overlaid(engine, "load_module_state_dict", load_module),
         overlaid(engine, "_load_zero_checkpoint", load_zero),
     ):
-        return engine.load_checkpoint(str(load_dir), tag=tag, **kwargs)
+        _check_order(engine, folder)
+        return stock(tag=folder.name)
+
+
+def _check_order(engine: DeepSpeedEngine, folder: Path) -> None:
+    """Refuse, before anything is loaded, partitions that cannot be cut anew."""
+    saved = _read(engine._get_ckpt_name(str(folder.parent), folder.name))
+    num_saved, num_ranks = saved["dp_world_size"], engine.seq_dp_world_size
+    saved_order = [list(group) for group in saved["param_shapes"]]
+    if num_saved != num_ranks and saved_order != [list(group) for group in engine._get_zero_param_shapes()]:
+        raise ValueError(
+            f"{folder}: was saved by {num_saved} ranks, whose partitions hold the weights in another order than those "
+            f"of {num_ranks} (zero_optimization.round_robin_gradients or sub_group_size): resume with {num_saved} ranks"
+        )
 
 
 @contextlib.contextmanager

@@ -5,8 +5,7 @@ state of some, and makes up a step that was never taken where it is told to load
 never updated are saved with the state that their first step would begin with.
 """
 
-import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,19 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> None:
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write all weights, and the optimizer's settings and state; every rank its share.
 
     Args:
         folder: Created where missing.
         model: Plain or sharded by FSDP2.
-        optimizer: No step is under way.
-        also: As for `complete_state`.
+        optimizer: Its state is complete, see `complete_state`.
     """
-    with completed_state(optimizer, also=also):
-        dcp.save(_content(model, optimizer), checkpoint_id=folder, no_dist=not dist.is_initialized())
+    dcp.save(_content(model, optimizer), checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> None:
-    """What `save` wrote. Layers that were never updated are left with state: it says 0 steps."""
-    complete_state(optimizer, also=also)
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What `save` wrote, into an optimizer whose state is complete, too."""
     content = _content(model, optimizer)
     dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(model, content["model"])
@@ -46,21 +42,6 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, al
 
 def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-
-
-@contextlib.contextmanager
-def completed_state(optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> Iterator[None]:
-    """Within, as after `complete_state`; afterwards the optimizer has forgotten what that made."""
-    had = {parameter: set(state) for parameter, state in optimizer.state.items()}
-    complete_state(optimizer, also=also)
-    try:
-        yield
-    finally:
-        for parameter, state in list(optimizer.state.items()):
-            for key in state.keys() - had.get(parameter, set()):
-                del state[key]
-            if not state:
-                del optimizer.state[parameter]
 
 
 def complete_state(optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> None:
