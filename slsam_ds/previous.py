@@ -1,14 +1,13 @@
 """The gradient that each layer last descended along: where single-step SAM climbs, without a pass of its own."""
 
 import logging
-from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.protocol import Piece, Shard
+from slsam_ds.protocol import Engine, Piece, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +24,16 @@ class PreviousGradients:
     along. In bf16: a direction needs no more digits.
 
     Args:
-        optimizer_state: By what the optimizer steps, as `Engine.optimizer_state`.
+        engine: Whose `optimizer_state` it is; an optimizer that loads a checkpoint makes another.
         home: Where they wait; None: where the optimizer steps.
 
     Attributes:
         sq_norms: Squared norm over all ranks of each arm's, unscaled; arms without a gradient are missing.
     """
 
-    def __init__(
-        self, optimizer_state: MutableMapping[Tensor, MutableMapping[str, Any]], home: torch.device | None = None
-    ) -> None:
+    def __init__(self, engine: Engine, home: torch.device | None = None) -> None:
         self.sq_norms: dict[int, float] = {}
-        self._state = optimizer_state
+        self._engine = engine
         self._home = home
         self._pending: dict[Tensor, Tensor] = {}
         self._pending_sq_norms: dict[int, float] = {}
@@ -65,7 +62,7 @@ class PreviousGradients:
     def keep(self) -> None:
         """The optimizer has stepped: only now, because one that finds state of a layer takes its moments for made."""
         for stepped, gradient in self._pending.items():
-            self._state[stepped][STATE_KEY] = gradient.to(self._home or gradient.device)
+            self._engine.optimizer_state[stepped][STATE_KEY] = gradient.to(self._home or gradient.device)
         self.sq_norms.update(self._pending_sq_norms)
         self._pending = {}
 
@@ -76,7 +73,7 @@ class PreviousGradients:
         for piece in pieces:
             if piece.arm not in self.sq_norms:
                 continue
-            state = self._state[piece.stepped]
+            state = self._engine.optimizer_state[piece.stepped]
             # Optimizers load all they remember in the dtype of what they step.
             state[STATE_KEY] = state[STATE_KEY].to(torch.bfloat16)
             sq_norms[piece.arm] = self.sq_norms[piece.arm]
@@ -90,7 +87,8 @@ class PreviousGradients:
         Args:
             pieces: All of them.
         """
-        lost = {piece.arm for piece in pieces if STATE_KEY not in self._state.get(piece.stepped, {})}
+        state = self._engine.optimizer_state
+        lost = {piece.arm for piece in pieces if STATE_KEY not in state.get(piece.stepped, {})}
         lost &= self.sq_norms.keys()
         if lost:
             logger.warning(

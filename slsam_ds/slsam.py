@@ -139,7 +139,7 @@ class SLSAM:
         self.engine.optimizer_state_home = home
         self._previous = None
         if self.config.ascent_source == "previous":
-            self._previous = PreviousGradients(self.engine.optimizer_state, home)
+            self._previous = PreviousGradients(self.engine, home)
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0

@@ -1,5 +1,6 @@
 """Remembered gradients find their weights again, in the optimizer's state."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,14 @@ def piece(arm: int, stepped: Tensor, offset: int, numel: int) -> Piece:
     return Piece(arm, weight, weight, stepped, 0, offset)
 
 
+def previous_gradients(state: dict[Tensor, dict[str, Any]], home: torch.device | None = None) -> PreviousGradients:
+    return PreviousGradients(SimpleNamespace(optimizer_state=state), home)  # type: ignore[arg-type]
+
+
 def test_pieces_may_be_cut_otherwise_and_padded() -> None:
     stepped, state = torch.zeros(8), {}
     state[stepped] = {}
-    previous = PreviousGradients(state)
+    previous = previous_gradients(state)
     shards = [
         Shard(piece(2, stepped, 0, 3), torch.tensor([2.0, 4.0, 6.0])),
         Shard(piece(2, stepped, 4, 2), torch.tensor([8.0, 10.0])),
@@ -37,7 +42,7 @@ def test_pieces_may_be_cut_otherwise_and_padded() -> None:
 def test_it_is_kept_in_bf16_and_owns_its_memory() -> None:
     stepped, state = torch.zeros(4), {}
     state[stepped] = {}
-    previous = PreviousGradients(state, home=torch.device("cpu"))
+    previous = previous_gradients(state, home=torch.device("cpu"))
     gradient = torch.ones(4, dtype=torch.bfloat16)
     previous.remember([Shard(piece(0, stepped, 0, 4), gradient)], {0: 4.0}, loss_scale=1.0)
     previous.keep()
@@ -51,7 +56,7 @@ def test_it_is_kept_in_bf16_and_owns_its_memory() -> None:
 def test_an_arm_that_is_empty_on_this_rank() -> None:
     stepped, state = torch.zeros(0), {}
     state[stepped] = {}
-    previous = PreviousGradients(state)
+    previous = previous_gradients(state)
     previous.remember([Shard(piece(1, stepped, 0, 0), torch.zeros(0))], {1: 9.0}, loss_scale=1.0)
     previous.keep()
     (shard,), sq_norms = previous.recall([piece(1, stepped, 0, 0)])
@@ -62,7 +67,7 @@ def test_an_arm_that_is_empty_on_this_rank() -> None:
 def test_what_did_not_come_along_is_forgotten_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     here, lost = torch.zeros(2), torch.zeros(2)
     state: dict[Tensor, dict[str, Any]] = {here: {STATE_KEY: torch.zeros(2)}}
-    previous = PreviousGradients(state)
+    previous = previous_gradients(state)
     previous.sq_norms = {0: 1.0, 3: 2.0}
     previous.forget_lost([piece(0, here, 0, 2), piece(3, lost, 0, 2), piece(4, lost, 0, 2)])
     assert previous.arms == (0,)
