@@ -7,17 +7,24 @@ import pytest
 from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.layers import find_layers
-from slsam_ds.saved_state import STATE_FILE, check_state, read_state, write_state
+from slsam_ds.saved_state import STATE_FILE, STATE_VERSION, check_state, read_state, write_state
 from tests.models import tiny_llama
 
 KNOBS = SLSAMConfig(active_layers=2)
 LAYERS = find_layers(tiny_llama())
-SETUP = {"world_size": 2, "bf16": True}
+SETUP = {"zero_optimization.stage": 2, "bf16": True}
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    state = {"layers": LAYERS.fingerprint(), "selector": make_selector(KNOBS, len(LAYERS)).state_dict(), "step": 3}
+    state = {
+        "version": STATE_VERSION,
+        "layers": LAYERS.fingerprint(),
+        "arms": LAYERS.outline(),
+        "selector": make_selector(KNOBS, len(LAYERS)).state_dict(),
+        "step": 3,
+    }
+    (tmp_path / "weights").write_bytes(b"1234")
     write_state(tmp_path, state, SETUP)
     return tmp_path
 
@@ -36,7 +43,11 @@ def test_knobs_that_the_state_does_not_depend_on_may_change(checkpoint: Path) ->
     [
         ({"active_layers": 3}, {}, "the number of active layers is 2 in the saved state and 3 here"),
         ({"active_layers": 2, "selector": "uniform"}, {}, "the selector is 'exp3m' in the saved state and 'uniform'"),
-        ({"active_layers": 2}, {"world_size": 3}, "was saved with world_size=2, this run has 3: resume with 2"),
+        (
+            {"active_layers": 2},
+            {"zero_optimization.stage": 3},
+            "was saved with zero_optimization.stage=2, this run has 3",
+        ),
         ({"active_layers": 2}, {"bf16": False}, "was saved with bf16=True, this run has False: resume with True"),
     ],
 )
@@ -50,8 +61,14 @@ def test_another_run_is_refused(
 
 
 def test_another_model_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="was saved for other layers"):
+    with pytest.raises(ValueError, match=r"was saved for other layers.*: it has 6 layers, this run 4; resume with"):
         check_state(checkpoint, find_layers(tiny_llama(), other_parameters="freeze"), KNOBS, SETUP)
+
+
+def test_a_torn_file_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "weights").write_bytes(b"12")
+    with pytest.raises(ValueError, match="weights has 2 of 4 bytes: resume from another checkpoint"):
+        check_state(checkpoint, LAYERS, KNOBS, SETUP)
 
 
 @pytest.mark.parametrize("text", [None, "{"])
