@@ -56,8 +56,8 @@ class SLSAMEngine:
         self.slsam.save_random_state(folder)
         saved = self._engine.save_checkpoint(str(save_dir), tag=tag, client_state=dict(client_state or {}), **kwargs)
         if writes_for_its_node(self._engine):  # DeepSpeed has waited for all ranks
-            setup = setup_of(self._engine)
-            write_state(folder, self.slsam.state_dict(), setup)
+            unfinished = "*" if self._engine.checkpoint_engine.is_decoupled() else ""
+            write_state(folder, self.slsam.state_dict(), setup_of(self._engine), unfinished=unfinished)
         return saved
 
     def load_checkpoint(

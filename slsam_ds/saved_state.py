@@ -6,6 +6,7 @@ It is written last and lists the checkpoint's other files, so what it is missing
 import json
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,23 @@ STATE_FILE = "slsam_state.json"
 STATE_VERSION = 2
 
 
-def write_state(checkpoint: str | Path, state: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
+def write_state(
+    checkpoint: str | Path, state: Mapping[str, Any], setup: Mapping[str, Any], *, unfinished: str = ""
+) -> None:
     """Write SL-SAM's state, and what the checkpoint's other files are and depend on.
 
     Args:
-        checkpoint: The folder; all that has to be complete is in it.
+        checkpoint: The folder.
         state: Of `SLSAM.state_dict`.
         setup: Settings that the other files only fit when they are the same, as JSON has them.
+        unfinished: Names of files that other ranks may be writing still, as for `fnmatch`; of all others the size is
+            noted.
     """
     folder = Path(checkpoint)
     files = {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != STATE_FILE
+        if path.is_file() and path.name != STATE_FILE and not fnmatch(path.name, unfinished)
     }
     temporary = folder / f"{STATE_FILE}.tmp"
     with temporary.open("w", encoding="utf-8") as file:

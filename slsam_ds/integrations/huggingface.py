@@ -234,7 +234,7 @@ class SLSAMMixin(_TrainerMethods):
             self.slsam.complete_optimizer_state()
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save and self.slsam is not None:
-            write_state(output_dir, self.slsam.state_dict(), self._setup())
+            write_state(output_dir, self.slsam.state_dict(), self._setup(), unfinished="rng_state_*")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too

@@ -65,6 +65,13 @@ def test_another_model_is_refused(checkpoint: Path) -> None:
         check_state(checkpoint, find_layers(tiny_llama(), other_parameters="freeze"), KNOBS, SETUP)
 
 
+def test_a_file_that_is_being_written_is_not_held_against_the_checkpoint(checkpoint: Path) -> None:
+    (checkpoint / "rng_state_1.pth").touch()  # by another rank, which has only just opened it
+    write_state(checkpoint, read_state(checkpoint), SETUP, unfinished="rng_state_*")
+    (checkpoint / "rng_state_1.pth").write_bytes(b"12")
+    check_state(checkpoint, LAYERS, KNOBS, SETUP)
+
+
 def test_a_torn_file_is_refused(checkpoint: Path) -> None:
     (checkpoint / "weights").write_bytes(b"12")
     with pytest.raises(ValueError, match="weights has 2 of 4 bytes: resume from another checkpoint"):
