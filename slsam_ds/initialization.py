@@ -11,7 +11,7 @@ from torch import nn
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.metrics import step_metrics
 from slsam_ds.micro_batches import LossFunction
-from slsam_ds.saved_state import check_state, read_state, write_state
+from slsam_ds.saved_state import check_contents, check_state, read_state, write_state
 from slsam_ds.slsam import SLSAM, StepResult, map_layers
 
 
@@ -80,8 +80,9 @@ class SLSAMEngine:
         folder = checkpoint_folder(load_dir, tag)
         if folder is None or load_module_only:
             return self._engine.load_checkpoint(str(load_dir), tag=tag, load_module_only=load_module_only, **kwargs)
-        setup = setup_of(self._engine)
-        self.slsam.engine.ranks.together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
+        ranks, setup = self.slsam.engine.ranks, setup_of(self._engine)
+        ranks.together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
+        ranks.together(lambda: check_contents(folder, rank=ranks.rank, num_ranks=ranks.world_size))
         path, client_state = self._engine.load_checkpoint(load_dir, folder.name, **kwargs)
         self.slsam.load_state_dict(read_state(folder))
         self.slsam.load_random_state(folder)

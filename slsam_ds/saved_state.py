@@ -5,6 +5,7 @@ It is written last and lists the checkpoint's other files, so what it is missing
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -123,3 +124,19 @@ def _check_files(folder: Path, files: Mapping[str, int]) -> None:
         if found != size:
             has = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
             raise ValueError(f"{name} {has}: resume from another checkpoint")
+
+
+def check_contents(checkpoint: str | Path, *, rank: int, num_ranks: int) -> None:
+    """Refuse damaged files, where they hold checksums (torch's do). Each rank reads its share of them, once.
+
+    Raises:
+        ValueError: Naming one.
+    """
+    for name in sorted(read_state(checkpoint)["files"])[rank::num_ranks]:
+        path = Path(checkpoint, name)
+        try:
+            damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None
+        except (OSError, zipfile.BadZipFile):
+            damaged = True
+        if damaged:
+            raise ValueError(f"{checkpoint}: {name} is damaged: resume from another checkpoint")

@@ -186,6 +186,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(engine: str, tmp_path:
     folder = next(tmp_path.rglob(STATE_FILE)).parent
     largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
+    if engine != "fsdp2":  # torch.distributed.checkpoint has no checksums
+        half = len(content) // 2
+        largest.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+        (damaged,) = run_on_ranks(2, refuse, [setup], str(tmp_path))[0]
+        assert f"{largest.name} is damaged: resume from another checkpoint" in damaged
     largest.write_bytes(content[: len(content) // 2])
     (torn,) = run_on_ranks(2, refuse, [setup], str(tmp_path))[1]
     assert f"{largest.name} has {len(content) // 2:,} of {len(content):,} bytes: resume from another" in torn

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.layers import find_layers
-from slsam_ds.saved_state import STATE_FILE, STATE_VERSION, check_state, read_state, write_state
+from slsam_ds.saved_state import STATE_FILE, STATE_VERSION, check_contents, check_state, read_state, write_state
 from tests.models import tiny_llama
 
 KNOBS = SLSAMConfig(active_layers=2)
@@ -86,3 +87,15 @@ def test_a_state_that_is_missing_or_torn_is_refused(checkpoint: Path, text: str 
         (checkpoint / STATE_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"slsam_state\.json: no readable slsam state"):
         check_state(checkpoint, LAYERS, KNOBS, SETUP)
+
+
+def test_a_damaged_file_is_found_by_the_rank_whose_share_it_is(checkpoint: Path) -> None:
+    torch.save({"weight": torch.zeros(1000)}, checkpoint / "model.pt")
+    write_state(checkpoint, read_state(checkpoint), SETUP)
+    check_contents(checkpoint, rank=0, num_ranks=1)
+    content = bytearray((checkpoint / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / "model.pt").write_bytes(content)
+    check_contents(checkpoint, rank=1, num_ranks=2)  # the other file
+    with pytest.raises(ValueError, match=r"model\.pt is damaged"):
+        check_contents(checkpoint, rank=0, num_ranks=2)
