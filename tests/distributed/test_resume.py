@@ -90,7 +90,7 @@ def test_resume_is_bit_identical(engine: str, dtype: torch.dtype, tmp_path: Path
 
 
 @pytest.mark.parametrize("num_ranks", [slow(1), 3])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [slow("zero2") if engine == "zero2" else engine for engine in ENGINES])
 def test_resume_by_another_number_of_ranks(engine: str, num_ranks: int, tmp_path: Path) -> None:
     """Layers never selected before have no optimizer state, parameters outside the optimizer are in no partition of it,
     and three ranks cut all of them unevenly.
@@ -106,7 +106,7 @@ def test_the_bandit_goes_on_by_another_number_of_ranks(tmp_path: Path) -> None:
     assert resumed[0] == whole[0]
 
 
-@pytest.mark.parametrize("num_ranks", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("num_ranks", [slow(1), slow(2), 3])
 @pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, "zero2", ALSO_ZERO3, slow("fsdp2"), *ALSO_OFFLOADED])
 def test_resume_takes_the_previous_gradients_along(engine: str, num_ranks: int, tmp_path: Path) -> None:
     setup = Setup(engine=engine, slsam={"ascent_source": "previous"})
