@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.metrics import step_metrics
 from slsam_ds.micro_batches import LossFunction
-from slsam_ds.slsam import SLSAM, StepResult, map_layers
+from slsam_ds.plan import StepResult
+from slsam_ds.saved_state import check_contents, check_state, read_state, replace_text, write_state
+from slsam_ds.slsam import SLSAM, map_layers
 
 
 class SLSAMEngine:
@@ -43,27 +46,59 @@ class SLSAMEngine:
         save_dir: str | os.PathLike[str],
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state riding in the client state."""
-        state = {**(client_state or {}), "slsam": self.slsam.state_dict()}
-        return self._engine.save_checkpoint(save_dir, tag=tag, client_state=state, **kwargs)
+        """`DeepSpeedEngine.save_checkpoint`, and beside its files SL-SAM's state and each rank's random state.
+
+        The file `latest` is changed when all else is written, so that it always names a checkpoint that is whole.
+        """
+        from slsam_ds.engines.deepspeed_checkpoint import setup_of, writes_for_its_node
+
+        tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"  # DeepSpeed's own choice
+        folder = Path(save_dir, tag)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.slsam.save_random_state(folder)
+        later = self._engine.checkpoint_engine.is_decoupled()  # then DeepSpeed alone knows when all is written
+        saved = self._engine.save_checkpoint(
+            str(save_dir), tag=tag, client_state=dict(client_state or {}), save_latest=save_latest and later, **kwargs
+        )
+
+        def finish() -> None:
+            if writes_for_its_node(self._engine):  # DeepSpeed has waited for all ranks
+                write_state(folder, self.slsam.state_dict(), setup_of(self._engine), unfinished="*" if later else "")
+                if save_latest and not later:
+                    replace_text(Path(save_dir, "latest"), tag)
+
+        self.slsam.engine.ranks.together(finish)
+        return saved
 
     def load_checkpoint(
-        self, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        load_module_only: bool = False,
+        **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included.
+        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included; any number of ranks may have saved it.
+
+        With `load_module_only` DeepSpeed's own, which leaves SL-SAM and the optimizer as they are.
 
         Raises:
-            ValueError: The checkpoint holds no SL-SAM state, or that of another setup.
+            ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
         """
-        path, client_state = self._engine.load_checkpoint(load_dir, tag=tag, **kwargs)
-        if path is None:
-            return path, client_state
-        state = client_state.pop("slsam", None)
-        if state is None:
-            raise ValueError(f"{path}: holds no slsam state; it was not saved by slsam_ds")
-        self.slsam.load_state_dict(state)
+        from slsam_ds.engines.deepspeed_checkpoint import checkpoint_folder, setup_of
+
+        folder = checkpoint_folder(load_dir, tag)
+        if folder is None or load_module_only:
+            return self._engine.load_checkpoint(str(load_dir), tag=tag, load_module_only=load_module_only, **kwargs)
+        ranks, setup = self.slsam.engine.ranks, setup_of(self._engine)
+        ranks.together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
+        ranks.together(lambda: check_contents(folder, rank=ranks.rank, num_ranks=ranks.world_size))
+        path, client_state = self._engine.load_checkpoint(load_dir, folder.name, **kwargs)
+        self.slsam.load_state_dict(read_state(folder))
+        self.slsam.load_random_state(folder)
         return path, client_state
 
     def _tell_monitor(self, result: StepResult) -> None:

@@ -86,6 +86,10 @@ class LayerMap:
             for layer in self.layers
         ]
 
+    def outline(self) -> list[list[Any]]:
+        """Name and number of weights of each arm: enough to say where two maps differ."""
+        return [[layer.name, layer.numel] for layer in self.layers]
+
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that differ where `describe()` differs: to compare ranks and checkpoints."""
         return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()[:16]

@@ -4,7 +4,6 @@ Everything here works on local tensors of one rank and knows nothing of other ra
 """
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slsam_ds.config import Rounding
+from slsam_ds.rng import seed_of
 
 # Perturbing happens in pieces of this many elements, so that the float32 temporaries of a large layer stay small.
 _CHUNK_NUMEL = 2**24
@@ -34,8 +34,7 @@ def perturbation_scale(global_sq_norm: float, *, rho: float) -> float:
 
 def rounding_generator(device: torch.device, *key: int) -> torch.Generator:
     """Random generator that is a pure function of `key` (seed, step, owner, piece): resume repeats it."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device=device).manual_seed(seed_of(*key))
 
 
 # How many of float32's bits a dtype lacks at the lower end.

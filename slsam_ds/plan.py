@@ -82,3 +82,58 @@ class Outcome:
     flagged: bool = False
     ascent_seconds: float = 0.0
     descent_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did. Numbers are global: over the whole window and all ranks.
+
+    Attributes:
+        step: Number of the step, from 1; skipped steps count.
+        loss: Mean loss of the window at the perturbed point.
+        ascent_loss: Mean loss of the window at the weights themselves; None where there was no ascent pass.
+        active: Arms perturbed and updated, ascending.
+        probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.
+        grad_norms: Descent-gradient norm by active arm.
+        rho: Radius asked for.
+        perturbation_norm: Norm of the change really made to the weights.
+        perturbation_projection: That change along the one asked for: 1 where all of it arrived; None without one.
+        skipped: A non-finite loss or gradient stopped the step; nothing changed.
+        stop_requested: Some rank called `request_stop` before this step; the same on all ranks.
+        seconds: Wall-clock time of the step on this rank.
+        ascent_seconds: Of that, the ascent with its reduction.
+        descent_seconds: And the descent.
+    """
+
+    step: int
+    loss: float
+    ascent_loss: float | None
+    active: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    grad_norms: Mapping[int, float]
+    rho: float
+    perturbation_norm: float
+    perturbation_projection: float | None
+    skipped: bool
+    stop_requested: bool
+    seconds: float
+    ascent_seconds: float
+    descent_seconds: float
+
+    def to_record(self) -> dict[str, Any]:
+        """The line of `slsam_steps.jsonl`."""
+        return {
+            "step": self.step,
+            "active": list(self.active),
+            "probabilities": list(self.probabilities),
+            "grad_norms": {str(arm): norm for arm, norm in self.grad_norms.items()},
+            "ascent_loss": self.ascent_loss,
+            "loss": self.loss,
+            "rho": self.rho,
+            "perturbation_norm": self.perturbation_norm,
+            "perturbation_projection": self.perturbation_projection,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+            "ascent_seconds": self.ascent_seconds,
+            "descent_seconds": self.descent_seconds,
+        }

@@ -3,7 +3,7 @@
 A new sharding regime implements `Engine` and one case in `slsam_ds.engines.select_engine`.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,15 +25,19 @@ class Piece:
         arm: The arm it belongs to.
         weight: What forward reads, or is cast from; writable in place. In its own dtype.
         master: The same elements in full precision; `weight` itself where there is no master copy.
+        stepped: What the optimizer steps, and keeps state of, that holds the master; it may hold more. Any shape.
         owner: The rank that speaks for these elements in sums over ranks. Sharded: this rank. Replicated: one rank
             for all, so that nothing is counted twice and every replica draws the same rounding noise.
+        offset: Where in `stepped`, laid flat, the master begins.
         read_dtype: What forward casts `weight` to on its way; None: it reads `weight` as it is.
     """
 
     arm: int
     weight: Tensor
     master: Tensor
+    stepped: Tensor
     owner: int
+    offset: int = 0
     read_dtype: torch.dtype | None = None
 
 
@@ -59,6 +63,14 @@ class Ranks(Protocol):
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place. Every rank gets the same bits."""
+        ...
+
+    def together(self, check: Callable[[], None]) -> None:
+        """Call `check` on every rank, and end it alike on all: none goes on before the last has, or where one cannot.
+
+        Raises:
+            ValueError: What it raised, or an OSError said, on the first rank where it did.
+        """
         ...
 
     def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
@@ -99,6 +111,11 @@ class Engine(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
+        ...
+
+    @property
+    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
+        """What the user's optimizer remembers, by `Piece.stepped`; saved and loaded with it."""
         ...
 
     @property

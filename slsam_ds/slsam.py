@@ -1,11 +1,9 @@
 """SL-SAM around a model and its optimizer: composes bandit, step and engine, and owns the state."""
 
-import dataclasses
 import logging
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +18,11 @@ from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
 from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
-from slsam_ds.plan import BadNumbers, Outcome, Plan
+from slsam_ds.plan import BadNumbers, Outcome, Plan, StepResult
 from slsam_ds.prefix import Prefix
 from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import ALWAYS, Engine
+from slsam_ds.resumable import Resumable
 from slsam_ds.statistics import RewardScale, checksum
 from slsam_ds.step import BeginPass, ForwardBackward, take_step
 
@@ -35,65 +34,9 @@ class BadNumbersError(RuntimeError):
 
 
 _MAX_UPDATE_SCALE = 10.0
-_STATE_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult:
-    """What one optimizer step did. Numbers are global: over the whole window and all ranks.
-
-    Attributes:
-        step: Number of the step, from 1; skipped steps count.
-        loss: Mean loss of the window at the perturbed point.
-        ascent_loss: Mean loss of the window at the weights themselves; None where there was no ascent pass.
-        active: Arms perturbed and updated, ascending.
-        probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.
-        grad_norms: Descent-gradient norm by active arm.
-        rho: Radius asked for.
-        perturbation_norm: Norm of the change really made to the weights.
-        perturbation_projection: That change along the one asked for: 1 where all of it arrived; None without one.
-        skipped: A non-finite loss or gradient stopped the step; nothing changed.
-        stop_requested: Some rank called `request_stop` before this step; the same on all ranks.
-        seconds: Wall-clock time of the step on this rank.
-        ascent_seconds: Of that, the ascent with its reduction.
-        descent_seconds: And the descent.
-    """
-
-    step: int
-    loss: float
-    ascent_loss: float | None
-    active: tuple[int, ...]
-    probabilities: tuple[float, ...]
-    grad_norms: Mapping[int, float]
-    rho: float
-    perturbation_norm: float
-    perturbation_projection: float | None
-    skipped: bool
-    stop_requested: bool
-    seconds: float
-    ascent_seconds: float
-    descent_seconds: float
-
-    def to_record(self) -> dict[str, Any]:
-        """The line of `slsam_steps.jsonl`."""
-        return {
-            "step": self.step,
-            "active": list(self.active),
-            "probabilities": list(self.probabilities),
-            "grad_norms": {str(arm): norm for arm, norm in self.grad_norms.items()},
-            "ascent_loss": self.ascent_loss,
-            "loss": self.loss,
-            "rho": self.rho,
-            "perturbation_norm": self.perturbation_norm,
-            "perturbation_projection": self.perturbation_projection,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-            "ascent_seconds": self.ascent_seconds,
-            "descent_seconds": self.descent_seconds,
-        }
-
-
-class SLSAM:
+class SLSAM(Resumable):
     """Sparse-Layer SAM around a model and its optimizer.
 
     Args:
@@ -129,6 +72,7 @@ class SLSAM:
             from slsam_ds.engines.param_groups import regroup
 
             regroup(optimizer, layer_map)
+        self._optimizer = optimizer
         self.layers = layer_map
         self._fingerprint = layer_map.fingerprint()
         self.selector = make_selector(self.config, len(layer_map), total_steps=total_steps)
@@ -141,12 +85,16 @@ class SLSAM:
         self.engine.activate(None)
         home = torch.device("cpu") if self.config.offload_state else None
         self.engine.optimizer_state_home = home
-        self._previous = PreviousGradients(home) if self.config.ascent_source == "previous" else None
+        self._previous = None
+        if self.config.ascent_source == "previous":
+            self._previous = PreviousGradients(self.engine, home)
         self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
         self._reuses_prefix = self._can_reuse_prefix()
         self.num_steps = 0
         self._num_skipped = 0  # in a row, up to now
         self._stop_requested = False
+        self._num_updates = [0] * len(layer_map)
+        self._optimizer_is_checked = True
         self._costs: CostModel | None = None
         self._priced_window = 0
         self._chooses_by_cost = self.config.budget is not None or self.config.reward == "grad_norm_per_cost"
@@ -202,6 +150,8 @@ class SLSAM:
             one = [window[0]]
             costs = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
             self._use_costs(costs, len(window))
+        if not self._optimizer_is_checked:
+            self._check_optimizer()
         step = self.num_steps + 1
         forced = active is not None
         sample = _checked_sample(active, len(self.layers)) if active is not None else self.selector.sample(step)
@@ -219,6 +169,8 @@ class SLSAM:
         if outcome.skipped:
             self._report_skipped(step, outcome.bad_numbers)
         else:
+            for arm in sample:
+                self._num_updates[arm] += 1
             self._learn(sample, outcome, forced)
         return StepResult(
             step=step,
@@ -240,39 +192,6 @@ class SLSAM:
     def request_stop(self) -> None:
         """Let the next step say `stop_requested` on every rank: a signal may reach one of them alone."""
         self._stop_requested = True
-
-    def state_dict(self) -> dict[str, Any]:
-        """SL-SAM's own state as JSON-serialisable values; the same on every rank.
-
-        Model, optimizer and scheduler are saved by whoever owns them.
-        """
-        return {
-            "version": _STATE_VERSION,
-            "step": self.num_steps,
-            "layers": self._fingerprint,
-            "selector": self.selector.state_dict(),
-            "reward_maximum": self._rewards.maximum,
-            "costs": self._costs and {"counted": dataclasses.asdict(self._costs), "window": self._priced_window},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state: the same samples follow as in the uninterrupted run.
-
-        Raises:
-            ValueError: The state belongs to other layers, another selector or another version.
-        """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"slsam state version {state.get('version')!r}: expected {_STATE_VERSION}")
-        if state["layers"] != self._fingerprint:
-            raise ValueError(
-                "the slsam state was saved for other layers (another model, other trainable parameters, or another "
-                "`layers` or `other_parameters` setting): resume with the setup of the saved run"
-            )
-        if self._chooses_by_cost and state.get("costs"):
-            self._use_costs(CostModel.from_dict(state["costs"]["counted"]), state["costs"]["window"])
-        self.selector.load_state_dict(state["selector"])
-        self._rewards.maximum = float(state["reward_maximum"])
-        self.num_steps = int(state["step"])
 
     def _plan(self, step: int, sample: tuple[int, ...], inclusion: Mapping[int, float], window_length: int) -> Plan:
         arms = (ALWAYS, *sample) if self.layers.always else sample

@@ -77,6 +77,8 @@ def take_step(
             learning_rate_scale=plan.learning_rate_scale,
             skip=False,
         )
+        if previous is not None and updated:
+            previous.keep()
     except BaseException:
         engine.discard()
         raise

@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
+from slsam_ds.engines.deepspeed_checkpoint import accept_other_ranks
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.layers import LayerMap, split_param_groups
 
@@ -30,7 +31,9 @@ _AUTO_DEFAULTS: Mapping[str, Any] = {
 }
 _DEFAULT_LEARNING_RATE = 5e-5
 
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing")
+_SECTIONS = (
+    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint",
+)  # fmt: skip
 _NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _USUAL_KEYS = (*_SECTIONS, *_NUMBERS, "slsam")
 _SURELY = 0.8  # no other key that DeepSpeed 0.19 reads is so similar to one of these
@@ -96,6 +99,11 @@ def check_config(config: Mapping[str, Any]) -> None:
         offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
         if offload is not None and offload.device not in ("none", "cpu"):
             raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; use cpu")
+    if config.get("checkpoint", {}).get("load_universal") is True:  # its step counters are another layer's
+        raise ValueError(
+            "checkpoint.load_universal=true: not supported; leave it out, slsam_ds loads plain checkpoints of any "
+            "number of ranks"
+        )
     if config.get("hybrid_engine", {}).get("enabled") is True:
         raise ValueError("hybrid_engine.enabled=true: not supported; switch it off")
     if stage == 0 and config.get("fp16", {}).get("enabled") is True:
@@ -174,7 +182,7 @@ def build_engine(
                 config["optimizer"] = {"type": "AdamW", "params": {"lr": _DEFAULT_LEARNING_RATE, "weight_decay": 0.01}}
             else:
                 optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
-    return deepspeed.initialize(
+    engine, *others = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
         model_parameters=model_parameters,
@@ -182,6 +190,8 @@ def build_engine(
         config=config,
         **kwargs,
     )
+    accept_other_ranks(engine)
+    return engine, *others
 
 
 def _offloads_optimizer(config: Mapping[str, Any]) -> bool:

@@ -86,7 +86,8 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
 
     def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
         weight = _local(parameter.detach())
-        return Piece(arm, weight, weight, _owner(parameter), self._inner[id(parameter)].read_dtype)
+        read_dtype = self._inner[id(parameter)].read_dtype
+        return Piece(arm, weight, weight, parameter, _owner(parameter), read_dtype=read_dtype)
 
     def _end_prefetch_at(self, arm: int | None) -> None:
         """Keep backward from gathering what is below this arm, where nothing is left to do.

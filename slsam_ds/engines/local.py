@@ -38,12 +38,14 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
         return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters[arm])
 
     def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
-        return Piece(arm, parameter.detach().view(-1), self._master(parameter), owner=0)
+        stepped, offset = self._stepped_as(parameter)
+        master = stepped.detach().view(-1)[offset : offset + parameter.numel()]
+        return Piece(arm, parameter.detach().view(-1), master, stepped, owner=0, offset=offset)
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         """Mean over ranks, in place; the gradients of all that is active."""
         self.ranks.average(gradients)
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter in full precision, flat."""
-        return parameter.detach().view(-1)
+    def _stepped_as(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        """What the optimizer steps that holds the parameter in full precision, and where in it that begins."""
+        return parameter, 0

@@ -38,7 +38,7 @@ class Replicated:
             yield shards
             for arm, parameter in active:
                 weight = parameter.detach().view(-1)
-                piece = Piece(arm, weight, weight, owner=self.ranks.rank)
+                piece = Piece(arm, weight, weight, parameter, owner=self.ranks.rank)
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 shards.append(Shard(piece, gradient.view(-1)))
         finally:

@@ -47,6 +47,20 @@ class ProcessGroupRanks:
                     bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)]
                 )
 
+    def together(self, check: Callable[[], None]) -> None:
+        problem: str | None = None
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems: list[str | None] = [problem]
+        if self.world_size > 1:
+            problems = [None] * self.world_size
+            dist.all_gather_object(problems, problem, group=self._group)
+        for found in problems:
+            if found is not None:
+                raise ValueError(found)
+
     def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
         if self.world_size == 1:
             return lambda: flag

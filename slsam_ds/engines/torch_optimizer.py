@@ -1,6 +1,7 @@
 """What engines have in common whose parameters a torch optimizer steps directly."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class TorchOptimizerEngine:
         self._active = set(self._parameters)
         self.device = self._parameters[layer_map[0].index][0].device
         self.ranks = ProcessGroupRanks(None, self.device)
+
+    @property
+    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
+        return self._optimizer.state
 
     def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
         wanted = set(self._parameters) if arms is None else set(arms)

@@ -7,7 +7,7 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -65,6 +65,11 @@ class ZeroEngine(DeepSpeedStep):
     @property
     def sends_during_backward(self) -> bool:
         return self._reduces_every_micro_batch
+
+    @property
+    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
+        state: MutableMapping[Tensor, MutableMapping[str, Any]] = self._zero.optimizer.state
+        return state
 
     @property
     def loss_scale(self) -> float:

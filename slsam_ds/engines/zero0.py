@@ -48,8 +48,9 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
         self.device = torch.device(engine.device)
         self._wrapper = wrapper if wrapper is not inner else None
         self._masters: dict[nn.Parameter, Tensor] = {}
+        self._flat: dict[nn.Parameter, Tensor] = {}
         if self._wrapper is not None:
-            self._masters = _find_masters(self._wrapper)
+            self._masters, self._flat = _find_masters(self._wrapper)
             _undo_first_step(engine, self._wrapper)
 
     def backward(self, loss: Tensor) -> None:
@@ -61,8 +62,10 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
         with boundary(self._engine, True):
             self._engine.allreduce_gradients()
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        return self._masters.get(parameter, parameter).detach().view(-1)
+    def _stepped_as(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        master = self._masters.get(parameter, parameter)
+        flat = self._flat.get(parameter, master)
+        return flat, int(master.storage_offset()) - int(flat.storage_offset())
 
     @contextlib.contextmanager
     def _only(self, arms: Collection[int]) -> Iterator[None]:
@@ -106,16 +109,19 @@ def _check_supported(engine: DeepSpeedEngine) -> None:
             raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds; switch it off, or use ZeRO stage 1")
 
 
-def _find_masters(wrapper: Any) -> dict[nn.Parameter, Tensor]:
-    """The float32 copy that the optimizer steps, by parameter."""
+def _find_masters(wrapper: Any) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+    """The float32 copy of each parameter; and of those that the optimizer steps as one tensor, that tensor."""
     masters: dict[nn.Parameter, Tensor] = {}
+    flat: dict[nn.Parameter, Tensor] = {}
     for index, members in enumerate(wrapper.fp16_groups):
         if isinstance(wrapper, FP16_UnfusedOptimizer):
             copies = wrapper.fp32_groups[index]
         else:
-            copies = wrapper.fp32_groups_flat[index].split([parameter.numel() for parameter in members])
+            whole = wrapper.fp32_groups_flat[index]
+            copies = whole.split([parameter.numel() for parameter in members])
+            flat.update(dict.fromkeys(members, whole))
         masters.update(zip(members, copies, strict=True))
-    return masters
+    return masters, flat
 
 
 def _undo_first_step(engine: DeepSpeedEngine, wrapper: Any) -> None:

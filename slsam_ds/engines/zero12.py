@@ -110,7 +110,8 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
         weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
-        yield Piece(arm, weight, self._zero.single_partition_of_fp32_groups[group].detach(), self.ranks.rank)
+        master = self._zero.single_partition_of_fp32_groups[group]
+        yield Piece(arm, weight, master.detach(), master, self.ranks.rank)
 
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:
         """This rank's partition of a group, in the pieces DeepSpeed keeps its reduced gradient in (no copy)."""
@@ -123,7 +124,8 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         offset = 0
         for gradient in gradients:
             end = min(offset + gradient.numel(), partition.weight.numel())
-            piece = Piece(arm, partition.weight[offset:end], partition.master[offset:end], partition.owner)
+            weight, master = partition.weight[offset:end], partition.master[offset:end]
+            piece = Piece(arm, weight, master, partition.stepped, partition.owner, offset)
             yield Shard(piece, gradient.view(-1)[: end - offset])
             offset = end
 

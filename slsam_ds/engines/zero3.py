@@ -139,12 +139,13 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         }
 
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
-        master = self._zero.fp32_partitioned_groups_flat[group].detach()
+        stepped = self._zero.fp32_partitioned_groups_flat[group]
+        master = stepped.detach()
         for parameter in self._members[group]:
             weight, (_, offset, numel) = _shard(parameter), self._grad_position(parameter)
             # The last shards are padded with whatever the memory held.
             real = max(0, min(numel, _numel(parameter) - numel * self.ranks.rank))
-            yield Piece(arm, weight[:real], master[offset : offset + real], self.ranks.rank)
+            yield Piece(arm, weight[:real], master[offset : offset + real], stepped, self.ranks.rank, offset)
 
     def _shards(self, arm: int, group: int) -> Iterator[Shard]:
         for piece, parameter in zip(self._pieces(arm, group), self._members[group], strict=True):

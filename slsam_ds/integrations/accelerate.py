@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config
+from slsam_ds.engines.deepspeed_checkpoint import accept_other_ranks
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.slsam import SLSAM, map_layers
 
@@ -60,6 +61,7 @@ def prepare(
             broadcast(tensor.detach())
         prepared = [accelerator.prepare(other) for other in (optimizer, *others)]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accept_other_ranks(model)
         stepper = SLSAM(model, None, config, layer_map=layer_map, total_steps=total_steps, max_grad_norm=max_grad_norm)
     else:  # FSDP2 has put other tensors into the module and the groups
         inner = getattr(prepared[0], "optimizer", prepared[0])
@@ -71,6 +73,8 @@ def prepare(
             total_steps=total_steps,
             max_grad_norm=max_grad_norm,
         )
+        accelerator.register_save_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
+        accelerator.register_load_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
     accelerator.register_for_checkpointing(stepper)
     return stepper, model, *prepared
 

@@ -11,19 +11,22 @@ from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config
+from slsam_ds.engines.deepspeed_checkpoint import accept_other_ranks
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.engines.torch_checkpoint import complete_state
+from slsam_ds.integrations.checkpoints import last_complete_checkpoint
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
-from slsam_ds.integrations.trainer_state import check_state, read_state, write_state
 from slsam_ds.layers import LayerMap, split_param_groups
 from slsam_ds.metrics import MetricMeans, step_metrics
+from slsam_ds.previous import kept_in_optimizer
 from slsam_ds.protocol import Engine
 from slsam_ds.records import StepWriter, write_layers
+from slsam_ds.saved_state import check_state, read_state, write_state
 from slsam_ds.slsam import SLSAM, map_layers
 from slsam_ds.step import ForwardBackward
 
@@ -94,16 +97,17 @@ class SLSAMMixin(_TrainerMethods):
         Raises:
             ValueError: It does not.
         """
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        if last:
-            self.check_checkpoint(str(last))
+        if resume_from_checkpoint is True:  # where there is none, the trainer says so
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str):
+            self.check_checkpoint(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_checkpoint(self, folder: str) -> None:
         """Refuse a checkpoint that this trainer cannot resume from, before DeepSpeed tries to.
 
         Raises:
-            ValueError: It was saved with another model, by another number of ranks, or with other knobs.
+            ValueError: It is not whole, or was saved with another model, setup, or other knobs.
         """
         check_state(folder, self.layer_map, self.slsam_config, self._setup())
 
@@ -125,6 +129,12 @@ class SLSAMMixin(_TrainerMethods):
         else:
             regroup(optimizer, layer_map)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own. The engine is made by then, and its checkpoint not yet loaded."""
+        if self.is_deepspeed_enabled:
+            accept_other_ranks(self.accelerator.deepspeed_engine_wrapped.engine)
+        return super().create_scheduler(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of the next optimizer step; kept, because SL-SAM passes over them twice."""
@@ -198,8 +208,11 @@ class SLSAMMixin(_TrainerMethods):
             yield
 
     def _setup(self) -> dict[str, Any]:
-        """What a checkpoint depends on: with another world size or dtype, DeepSpeed looks for files of other names."""
-        return {"world_size": self.args.world_size, "bf16": self.args.bf16} if self.is_deepspeed_enabled else {}
+        """What a checkpoint depends on: with another stage or dtype, DeepSpeed looks for files of other names."""
+        if not self.is_deepspeed_enabled:
+            return {}
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
+        return {"zero_optimization.stage": stage, "bf16": self.args.bf16, "fp16": self.args.fp16}
 
     def _begin_slsam(self, total_steps: int) -> None:
         """Build SL-SAM around the prepared engine, and continue where the checkpoint left off."""
@@ -239,11 +252,23 @@ class SLSAMMixin(_TrainerMethods):
             self._step_writer = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled and self.slsam is not None:
+            self.slsam.complete_optimizer_state()
         super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The trainer's own, and last of all SL-SAM's state: only trainer_state.json comes after it.
+
+        Older checkpoints are deleted when both are there.
+        """
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
         if self.args.should_save and self.slsam is not None:
             write_state(output_dir, self.slsam.state_dict(), self._setup())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
+            complete_state(self.optimizer.optimizer, also=kept_in_optimizer(self.slsam_config))
         super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed import check_config, read_config
@@ -21,8 +21,9 @@ from slsam_ds.integrations.arguments import (
     build_parser,
     describe_unknown,
 )
-from slsam_ds.integrations.trainer_state import STATE_FILE
+from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
 from slsam_ds.integrations.usage import UsageError, join_ranks, refusals
+from slsam_ds.saved_state import STATE_FILE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,15 +169,16 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
     if asked is None or asked.lower() == "false":
         return None
     if asked.lower() == "true":
-        last = get_last_checkpoint(training.output_dir)
+        last = last_complete_checkpoint(training.output_dir)
         if last is None:
             raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {training.output_dir}")
-        asked = str(last)
-    for name in ("trainer_state.json", STATE_FILE):
+        asked = last
+    for name in (TRAINER_STATE_NAME, STATE_FILE):
         if not Path(asked, name).is_file():
             raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
-    with refusals(ValueError, KeyError, prefix=f"--resume_from_checkpoint {asked}: trainer_state.json: "):
-        num_steps = json.loads(Path(asked, "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    with refusals(prefix="--resume_from_checkpoint "):
+        check_complete(Path(asked))
+    num_steps = json.loads(Path(asked, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
         raise UsageError(
             f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"

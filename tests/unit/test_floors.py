@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
 ENTRIES = {"estimate/__main__"}  # thin, like launch/: what they run is in integrations
-COMPOSITION = {"__init__", "initialization", "slsam"}
+COMPOSITION = {"__init__", "initialization", "resumable", "slsam"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 
 

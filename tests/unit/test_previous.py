@@ -1,40 +1,75 @@
-"""Remembered gradients find their weights again."""
+"""Remembered gradients find their weights again, in the optimizer's state."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
 
-from slsam_ds.previous import PreviousGradients
+from slsam_ds.previous import STATE_KEY, PreviousGradients
 from slsam_ds.protocol import Piece, Shard
 
 
-def piece(arm: int, numel: int) -> Piece:
-    weight = torch.zeros(numel)
-    return Piece(arm, weight, weight, 0)
+def piece(arm: int, stepped: Tensor, offset: int, numel: int) -> Piece:
+    weight = stepped[offset : offset + numel]
+    return Piece(arm, weight, weight, stepped, 0, offset)
+
+
+def previous_gradients(state: dict[Tensor, dict[str, Any]], home: torch.device | None = None) -> PreviousGradients:
+    return PreviousGradients(SimpleNamespace(optimizer_state=state), home)  # type: ignore[arg-type]
 
 
 def test_pieces_may_be_cut_otherwise_and_padded() -> None:
-    previous = PreviousGradients()
-    shards = [Shard(piece(2, 3), torch.tensor([2.0, 4.0, 6.0])), Shard(piece(2, 2), torch.tensor([8.0, 10.0]))]
+    stepped, state = torch.zeros(8), {}
+    state[stepped] = {}
+    previous = previous_gradients(state)
+    shards = [
+        Shard(piece(2, stepped, 0, 3), torch.tensor([2.0, 4.0, 6.0])),
+        Shard(piece(2, stepped, 4, 2), torch.tensor([8.0, 10.0])),
+    ]
     previous.remember(shards, {2: 55.0}, loss_scale=2.0)
-    recalled, sq_norms = previous.recall([piece(2, 1), piece(2, 7), piece(5, 4)])
+    assert previous.arms == ()
+    previous.keep()
+    recalled, sq_norms = previous.recall(
+        [piece(2, stepped, 0, 1), piece(2, stepped, 1, 7), piece(5, torch.zeros(4), 0, 4)]
+    )
     assert sq_norms == {2: 55.0}
-    assert [shard.gradient.tolist() for shard in recalled] == [[1.0], [2.0, 3.0, 4.0, 5.0]]
-    assert [shard.piece.weight.numel() for shard in recalled] == [1, 4]
+    assert [shard.gradient.tolist() for shard in recalled] == [[1.0], [2.0, 3.0, 0.0, 4.0, 5.0, 0.0, 0.0]]
     assert previous.arms == (2,)
 
 
-def test_it_is_kept_at_home_in_bf16_and_owns_its_memory() -> None:
-    previous = PreviousGradients(home=torch.device("cpu"))
+def test_it_is_kept_in_bf16_and_owns_its_memory() -> None:
+    stepped, state = torch.zeros(4), {}
+    state[stepped] = {}
+    previous = previous_gradients(state, home=torch.device("cpu"))
     gradient = torch.ones(4, dtype=torch.bfloat16)
-    previous.remember([Shard(piece(0, 4), gradient)], {0: 4.0}, loss_scale=1.0)
+    previous.remember([Shard(piece(0, stepped, 0, 4), gradient)], {0: 4.0}, loss_scale=1.0)
+    previous.keep()
     gradient.zero_()
-    (shard,), _ = previous.recall([piece(0, 4)])
+    state[stepped][STATE_KEY] = state[stepped][STATE_KEY].float()  # as optimizers load it
+    (shard,), _ = previous.recall([piece(0, stepped, 0, 4)])
     assert shard.gradient.dtype == torch.bfloat16
     assert shard.gradient.tolist() == [1.0] * 4
 
 
 def test_an_arm_that_is_empty_on_this_rank() -> None:
-    previous = PreviousGradients()
-    previous.remember([Shard(piece(1, 0), torch.zeros(0))], {1: 9.0}, loss_scale=1.0)
-    (shard,), sq_norms = previous.recall([piece(1, 0)])
+    stepped, state = torch.zeros(0), {}
+    state[stepped] = {}
+    previous = previous_gradients(state)
+    previous.remember([Shard(piece(1, stepped, 0, 0), torch.zeros(0))], {1: 9.0}, loss_scale=1.0)
+    previous.keep()
+    (shard,), sq_norms = previous.recall([piece(1, stepped, 0, 0)])
     assert shard.gradient.numel() == 0
     assert sq_norms == {1: 9.0}
+
+
+def test_what_did_not_come_along_is_forgotten_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    here, lost = torch.zeros(2), torch.zeros(2)
+    state: dict[Tensor, dict[str, Any]] = {here: {STATE_KEY: torch.zeros(2)}}
+    previous = previous_gradients(state)
+    previous.sq_norms = {0: 1.0, 3: 2.0}
+    previous.forget_lost([piece(0, here, 0, 2), piece(3, lost, 0, 2), piece(4, lost, 0, 2)])
+    assert previous.arms == (0,)
+    (record,) = caplog.records
+    assert "of 1 layers" in record.getMessage()

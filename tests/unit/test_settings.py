@@ -9,8 +9,8 @@ import torch
 from slsam_ds.integrations.arguments import ModelArguments, build_parser
 from slsam_ds.integrations.models import choose_max_length, load_model
 from slsam_ds.integrations.settings import read_settings
-from slsam_ds.integrations.trainer_state import STATE_FILE
 from slsam_ds.integrations.usage import UsageError, together
+from slsam_ds.saved_state import STATE_FILE
 from tests.models import tiny_llama
 from tests.tokenizers import tiny_tokenizer
 

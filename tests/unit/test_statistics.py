@@ -7,7 +7,7 @@ from slsam_ds.statistics import RewardScale, describe_disagreement, fingerprint,
 
 
 def shard(arm: int, gradient: torch.Tensor, owner: int = 0) -> Shard:
-    return Shard(Piece(arm, gradient, gradient, owner), gradient)
+    return Shard(Piece(arm, gradient, gradient, gradient, owner), gradient)
 
 
 def test_each_arm_sums_the_shards_this_rank_speaks_for() -> None:

@@ -3,21 +3,29 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.integrations.trainer_state import STATE_FILE, check_state, read_state, write_state
 from slsam_ds.layers import find_layers
+from slsam_ds.saved_state import STATE_FILE, STATE_VERSION, check_contents, check_state, read_state, write_state
 from tests.models import tiny_llama
 
 KNOBS = SLSAMConfig(active_layers=2)
 LAYERS = find_layers(tiny_llama())
-SETUP = {"world_size": 2, "bf16": True}
+SETUP = {"zero_optimization.stage": 2, "bf16": True}
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    state = {"layers": LAYERS.fingerprint(), "selector": make_selector(KNOBS, len(LAYERS)).state_dict(), "step": 3}
+    state = {
+        "version": STATE_VERSION,
+        "layers": LAYERS.fingerprint(),
+        "arms": LAYERS.outline(),
+        "selector": make_selector(KNOBS, len(LAYERS)).state_dict(),
+        "step": 3,
+    }
+    (tmp_path / "weights").write_bytes(b"1234")
     write_state(tmp_path, state, SETUP)
     return tmp_path
 
@@ -36,7 +44,11 @@ def test_knobs_that_the_state_does_not_depend_on_may_change(checkpoint: Path) ->
     [
         ({"active_layers": 3}, {}, "the number of active layers is 2 in the saved state and 3 here"),
         ({"active_layers": 2, "selector": "uniform"}, {}, "the selector is 'exp3m' in the saved state and 'uniform'"),
-        ({"active_layers": 2}, {"world_size": 3}, "was saved with world_size=2, this run has 3: resume with 2"),
+        (
+            {"active_layers": 2},
+            {"zero_optimization.stage": 3},
+            "was saved with zero_optimization.stage=2, this run has 3",
+        ),
         ({"active_layers": 2}, {"bf16": False}, "was saved with bf16=True, this run has False: resume with True"),
     ],
 )
@@ -50,8 +62,21 @@ def test_another_run_is_refused(
 
 
 def test_another_model_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="was saved for other layers"):
+    with pytest.raises(ValueError, match=r"was saved for other layers.*: it has 6 layers, this run 4; resume with"):
         check_state(checkpoint, find_layers(tiny_llama(), other_parameters="freeze"), KNOBS, SETUP)
+
+
+def test_a_file_that_is_being_written_is_not_held_against_the_checkpoint(checkpoint: Path) -> None:
+    (checkpoint / "rng_state_1.pth").touch()  # by another rank, which has only just opened it
+    write_state(checkpoint, read_state(checkpoint), SETUP, unfinished="rng_state_*")
+    (checkpoint / "rng_state_1.pth").write_bytes(b"12")
+    check_state(checkpoint, LAYERS, KNOBS, SETUP)
+
+
+def test_a_torn_file_is_refused(checkpoint: Path) -> None:
+    (checkpoint / "weights").write_bytes(b"12")
+    with pytest.raises(ValueError, match="weights has 2 of 4 bytes: resume from another checkpoint"):
+        check_state(checkpoint, LAYERS, KNOBS, SETUP)
 
 
 @pytest.mark.parametrize("text", [None, "{"])
@@ -62,3 +87,15 @@ def test_a_state_that_is_missing_or_torn_is_refused(checkpoint: Path, text: str 
         (checkpoint / STATE_FILE).write_text(text)
     with pytest.raises(ValueError, match=r"slsam_state\.json: no readable slsam state"):
         check_state(checkpoint, LAYERS, KNOBS, SETUP)
+
+
+def test_a_damaged_file_is_found_by_the_rank_whose_share_it_is(checkpoint: Path) -> None:
+    torch.save({"weight": torch.zeros(1000)}, checkpoint / "model.pt")
+    write_state(checkpoint, read_state(checkpoint), SETUP)
+    check_contents(checkpoint, rank=0, num_ranks=1)
+    content = bytearray((checkpoint / "model.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / "model.pt").write_bytes(content)
+    check_contents(checkpoint, rank=1, num_ranks=2)  # the other file
+    with pytest.raises(ValueError, match=r"model\.pt is damaged"):
+        check_contents(checkpoint, rank=0, num_ranks=2)

@@ -1,0 +1,41 @@
+"""Which of a Trainer's checkpoints is whole: a run may have died while it saved the last."""
+
+import json
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from slsam_ds.integrations.usage import warn
+from slsam_ds.saved_state import check_files
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint that was saved to its end; None where there is none. Warns of newer ones."""
+    numbers = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if named and folder.is_dir():
+            numbers[int(named[1])] = folder
+    for number in sorted(numbers, reverse=True):
+        try:
+            check_complete(numbers[number])
+        except ValueError as error:
+            warn(f"{error}; looking for an older one")
+        else:
+            return str(numbers[number])
+    return None
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a checkpoint that was not saved to its end, or has lost something since.
+
+    Raises:
+        ValueError: Saying what it lacks.
+    """
+    check_files(folder)
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: no readable {TRAINER_STATE_NAME} ({error})") from None
