@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-full bench lint format type clean
+.PHONY: help install demo test test-slow test-full bench soak lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
 
 bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
 	python -m benchmarks
+
+soak: $(INSTALLED)  ## kill ranks, inject bad numbers, damage inputs: hundreds of times; writes docs/reliability.md
+	python -m tests.soak
 
 lint: $(INSTALLED) type  ## ruff and mypy
 	ruff check .
