@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
     if options.rounds is None:
-        options.rounds = 2 if options.quick else 12
+        options.rounds = 2 if options.quick else 8
     setup = _setup(options)
     problem = None if options.report_only else _problem(setup, options)
     if problem is not None:
@@ -107,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """What to call for each section."""
     quick, rounds = options.quick, options.rounds
-    long, counted = Effort(rounds=rounds, counted=1 if quick else 2, seed=options.seed), 1 if quick else 12
-    few = Effort(rounds=min(rounds, 5), counted=1, seed=options.seed)
+    long, counted = Effort(rounds=rounds, counted=1, seed=options.seed), 1 if quick else 12
+    few = Effort(rounds=min(rounds, 4), counted=1, seed=options.seed)
     short_steps = dataclasses.replace(setup, length=max(1, setup.length // 2))
     same = {name: getattr(setup, name) for name in ("device", "engine", "world_size")}
     docstrings = dataclasses.replace(DOCSTRINGS, **same)
@@ -122,9 +122,9 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
     together = options.together or _TOGETHER[options.preset]
     return {
         "comparison": lambda: compare(setup, MODES, long, together=together),
-        "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(long, counted=0), together=together),
+        "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(few, counted=0), together=together),
         "fine_tuning": lambda: compare(
-            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 7), counted=1), together=together
+            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 6), counted=1), together=together
         ),
         "profile": lambda: break_down(setup, few),
         "sweeps": lambda: sweeps.sweep_all(base, few, short=quick),
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: docs/benchmarks (docs/benchmarks/cuda)")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report again")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: shows that everything runs")
-    parser.add_argument("--rounds", type=int, help="steps of each mode on the clock (default: 12, or 2 when --quick)")
+    parser.add_argument("--rounds", type=int, help="steps of each mode on the clock (default: 8, or 2 when --quick)")
     parser.add_argument("--seed", type=int, default=0, help="of the order within rounds (default: 0)")
     parser.add_argument(
         "--together", type=int, metavar="N", help="modes in memory at once (default: all; 4 of the large preset)"

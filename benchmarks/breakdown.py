@@ -58,7 +58,7 @@ def _measure(setup: Setup, num_rounds: int) -> dict[str, Any]:
                 seconds, step = timed_step(training, window, setup, loss_fn=watch.timed("forward", model_loss))
             if number > NUM_WARMUP:
                 steps[name].append({**watch.seconds, "rest": seconds - sum(watch.seconds.values()), "all": seconds})
-                prices[name].append(training.price(costs, len(window), step))
+                prices[name].append(training.price(costs, window, step))
     return {
         name: {
             "flops": statistics.mean(prices[name]),

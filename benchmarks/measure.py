@@ -119,7 +119,7 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
             if number > NUM_WARMUP:
                 one = found[name]
                 one.seconds.append(seconds)
-                one.prices.append(trainings[name].price(costs, len(window), step))
+                one.prices.append(trainings[name].price(costs, window, step))
                 one.ascent_seconds.append(step.ascent_seconds)
                 one.descent_seconds.append(step.descent_seconds)
                 one.losses.append(float(step.loss))
@@ -133,7 +133,7 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
             flops, step = counted_step(training, window, setup, found[name])
             adamw = adamw or flops
             found[name].counted_flops.append(flops / adamw)
-            found[name].counted_prices.append(training.price(costs, len(window), step))
+            found[name].counted_prices.append(training.price(costs, window, step))
     for name, training in trainings.items():
         found[name].optimizer = optimizer_bytes(training)
         found[name].losses = _mean_over_ranks(found[name].losses, setup)  # stock loops know their rank's own

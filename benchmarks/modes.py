@@ -84,7 +84,7 @@ class Training(Protocol):
         """One optimizer step."""
         ...
 
-    def price(self, costs: CostModel, num_micro_batches: int, step: Step) -> float:
+    def price(self, costs: CostModel, window: Window, step: Step) -> float:
         """FLOPs of a step by the price list; AdamW's are 1."""
         ...
 
@@ -135,7 +135,7 @@ class Stock:
             self.optimizer.zero_grad()
         return Step(loss=total)
 
-    def price(self, costs: CostModel, num_micro_batches: int, step: Step) -> float:
+    def price(self, costs: CostModel, window: Window, step: Step) -> float:
         return _price_of_all(costs, Passes(ascent=0.0, reused=0.0))
 
     def gradient_bytes(self) -> int:
@@ -173,7 +173,7 @@ class TwoCalls:
             total = total + loss.detach()
         return total
 
-    def price(self, costs: CostModel, num_micro_batches: int, step: Step) -> float:
+    def price(self, costs: CostModel, window: Window, step: Step) -> float:
         return _price_of_all(costs, Passes(ascent=1.0, reused=0.0))
 
     def gradient_bytes(self) -> int:
@@ -209,10 +209,9 @@ class Ours:
             descent_seconds=result.descent_seconds,
         )
 
-    def price(self, costs: CostModel, num_micro_batches: int, step: Step) -> float:
-        passes = Passes.of(self.slsam.config, num_micro_batches, reuses_prefix=self.slsam._reuses_prefix)
+    def price(self, costs: CostModel, window: Window, step: Step) -> float:
         assert step.active is not None
-        return costs.prices(passes).of(step.active)
+        return costs.prices(self.slsam.passes(window)).of(step.active)
 
     def gradient_bytes(self) -> None:
         return None

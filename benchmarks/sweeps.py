@@ -10,7 +10,7 @@ from benchmarks.measure import Effort, Measured, ratio, ratio_range, run_togethe
 from benchmarks.modes import ADAMW_MODE, EXACT, Mode
 from benchmarks.setup import Setup
 
-BASE = Setup(hidden=192, vocabulary=1024, batch=4, length=64)
+BASE = Setup(hidden=160, vocabulary=1024, batch=4, length=32)
 
 SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
 BLOCKS = (4, 16, 64, 128)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.micro_batches import ascent_part, num_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +75,24 @@ class Passes:
     reused: float
 
     @classmethod
-    def of(cls, config: SLSAMConfig, num_micro_batches: int, *, reuses_prefix: bool) -> "Passes":
+    def of(
+        cls, config: SLSAMConfig, num_micro_batches: int, num_samples: int | None = None, *, reuses_prefix: bool
+    ) -> "Passes":
         """What the configuration asks for.
 
         Args:
             config: The knobs.
             num_micro_batches: Of a window.
+            num_samples: Of a micro-batch; the ascent takes whole ones. 0: it cannot be divided; None: any share of it
+                can be had.
             reuses_prefix: Whether the descent may start above the prefix: of micro-batches that the ascent took whole.
         """
         if config.rho == 0 or config.ascent_source == "previous":
             return cls(ascent=0.0, reused=0.0)
-        climbed = config.ascent_fraction * num_micro_batches
-        whole = config.ascent_scope != "micro_batch" and math.isclose(climbed, round(climbed))
-        reused = config.ascent_fraction if reuses_prefix and (whole or config.ascent_fraction == 1) else 0.0
-        return cls(ascent=config.ascent_fraction, reused=reused)
+        of_each = config.ascent_scope == "micro_batch"
+        num, share = ascent_part(config.ascent_fraction, num_micro_batches, of_each=of_each)
+        if num_samples is not None:
+            share = num_kept(share, num_samples) / num_samples if num_samples > 0 else 1.0
+        whole = math.isclose(share, 1.0)
+        ascent = num * share / num_micro_batches
+        return cls(ascent=ascent, reused=ascent if reuses_prefix and whole else 0.0)

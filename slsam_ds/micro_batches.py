@@ -1,5 +1,6 @@
 """Micro-batches: grouping them into windows, moving them to the device, and the loss of one."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -68,10 +69,35 @@ def first_samples(micro_batch: Any, share: float) -> Any:
             counts the samples; anything else in it is kept as it is.
         share: Of the samples, in (0, 1].
     """
+    length = num_samples(micro_batch)
+    kept = num_kept(share, length)
+    return micro_batch if kept == length else _map(micro_batch, lambda tensor: tensor[:kept])
+
+
+def num_samples(micro_batch: Any) -> int:
+    """The first dimension of all its tensors; 0 where they differ, and nobody can tell."""
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in _tensors(micro_batch)}
-    num_samples = lengths.pop() if len(lengths) == 1 else 0
-    num_kept = max(1, round(share * num_samples))
-    return micro_batch if num_kept >= num_samples else _map(micro_batch, lambda tensor: tensor[:num_kept])
+    return lengths.pop() if len(lengths) == 1 else 0
+
+
+def num_kept(share: float, num_samples: int) -> int:
+    """How many samples a share of so many is: at least one; none of what cannot be divided."""
+    return min(num_samples, max(1, round(share * num_samples)))
+
+
+def ascent_part(fraction: float, num_micro_batches: int, *, of_each: bool) -> tuple[int, float]:
+    """What of a window makes up a fraction: so many micro-batches, as few as will do, and this share of each.
+
+    Equal shares need no weights, and as many micro-batches on every rank keep collectives in step.
+
+    Args:
+        fraction: Of the window, in (0, 1].
+        num_micro_batches: Of the window.
+        of_each: Every micro-batch has a part in it.
+    """
+    wanted = fraction * num_micro_batches
+    num = num_micro_batches if of_each else math.ceil(wanted - 1e-9)
+    return num, wanted / num
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -1,10 +1,10 @@
 """What of SL-SAM outlives a process: its state, and checkpoints of what a torch optimizer steps."""
 
-import dataclasses
 import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.cost import CostModel
+from slsam_ds.cost import CostModel, Passes
 from slsam_ds.layers import LayerMap
 from slsam_ds.previous import PreviousGradients, kept_in_optimizer
 from slsam_ds.protocol import ALWAYS, Engine
@@ -42,10 +42,10 @@ class Resumable:
     _rewards: RewardScale
     _previous: PreviousGradients | None
     _costs: CostModel | None
-    _priced_window: int
+    _passes: Passes | None
     _chooses_by_cost: bool
 
-    def _use_costs(self, costs: CostModel, window_length: int) -> None:
+    def _use_costs(self, costs: CostModel, passes: Passes) -> None:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Resumable:
             "previous": None if self._previous is None else {str(a): n for a, n in self._previous.sq_norms.items()},
             "selector": self.selector.state_dict(),
             "reward_maximum": self._rewards.maximum,
-            "costs": self._costs and {"counted": dataclasses.asdict(self._costs), "window": self._priced_window},
+            "costs": self._costs and {"counted": asdict(self._costs), "passes": self._passes and asdict(self._passes)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Resumable:
         """
         check_layers(state, self.layers)
         if self._chooses_by_cost and state.get("costs"):
-            self._use_costs(CostModel.from_dict(state["costs"]["counted"]), state["costs"]["window"])
+            self._use_costs(CostModel.from_dict(state["costs"]["counted"]), Passes(**state["costs"]["passes"]))
         self.selector.load_state_dict(state["selector"])
         self._rewards.maximum = float(state["reward_maximum"])
         self.num_steps = int(state["step"])

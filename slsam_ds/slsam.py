@@ -17,7 +17,7 @@ from slsam_ds.cost import CostModel, Passes
 from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap, find_layers
-from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, to_device
+from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
 from slsam_ds.plan import BadNumbers, Outcome, Plan, StepResult
 from slsam_ds.prefix import Prefix
 from slsam_ds.previous import PreviousGradients
@@ -96,7 +96,7 @@ class SLSAM(Resumable):
         self._num_updates = [0] * len(layer_map)
         self._optimizer_is_checked = True
         self._costs: CostModel | None = None
-        self._priced_window = 0
+        self._passes: Passes | None = None
         self._chooses_by_cost = self.config.budget is not None or self.config.reward == "grad_norm_per_cost"
         self._rewards = RewardScale(self.config.reward, layer_map.numels)
 
@@ -149,7 +149,7 @@ class SLSAM(Resumable):
         if self._costs is None and self._chooses_by_cost:
             one = [window[0]]
             costs = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
-            self._use_costs(costs, len(window))
+            self._use_costs(costs, self.passes(window))
         if not self._optimizer_is_checked:
             self._check_optimizer()
         step = self.num_steps + 1
@@ -188,6 +188,10 @@ class SLSAM(Resumable):
             ascent_seconds=outcome.ascent_seconds,
             descent_seconds=outcome.descent_seconds,
         )
+
+    def passes(self, window: Sequence[Any]) -> Passes:
+        """What a step over such a window runs, and so pays for."""
+        return Passes.of(self.config, len(window), num_samples(window[0]), reuses_prefix=self._reuses_prefix)
 
     def request_stop(self) -> None:
         """Let the next step say `stop_requested` on every rank: a signal may reach one of them alone."""
@@ -230,10 +234,10 @@ class SLSAM(Resumable):
             return {}
         return {f"the weights of {arm.name}": checksum(self.engine.live_weights([arm.index])) for arm in self.layers}
 
-    def _use_costs(self, costs: CostModel, window_length: int) -> None:
+    def _use_costs(self, costs: CostModel, passes: Passes) -> None:
         """Let the choice of layers, and the rewards, go by what samples cost."""
-        self._costs, self._priced_window = costs, window_length
-        prices = costs.prices(Passes.of(self.config, window_length, reuses_prefix=self._reuses_prefix))
+        self._costs, self._passes = costs, passes
+        prices = costs.prices(passes)
         self._rewards.costs = [base + share for base, share in zip(prices.base, prices.share, strict=True)]
         if isinstance(self.selector, BudgetedExp3):
             self.selector.use_prices(prices)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from slsam_ds.micro_batches import first_samples
+from slsam_ds.micro_batches import ascent_part, first_samples
 from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
 from slsam_ds.plan import BadNumbers, Outcome, Plan
 from slsam_ds.prefix import Prefix
@@ -313,15 +313,11 @@ class _Run:
 
 
 def _ascent_window(window: Sequence[Any], plan: Plan) -> Sequence[Any]:
-    """What of the window to climb on: as few micro-batches as will do, an equal share of the samples of each.
-
-    Equal shares need no weights, and as many micro-batches on every rank keep collectives in step.
-    """
+    """What of the window to climb on."""
     if plan.ascent_fraction == 1:
         return window
-    wanted = plan.ascent_fraction * len(window)
-    num = len(window) if plan.scope == "micro_batch" else math.ceil(wanted - 1e-9)
-    return [first_samples(micro_batch, wanted / num) for micro_batch in window[:num]]
+    num, share = ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch")
+    return [first_samples(micro_batch, share) for micro_batch in window[:num]]
 
 
 @contextlib.contextmanager

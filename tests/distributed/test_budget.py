@@ -2,13 +2,13 @@
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds import SLSAM, SLSAMConfig
-from slsam_ds.cost import Passes
 from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
@@ -16,14 +16,20 @@ from tests.ranks import run_on_ranks
 NUM_BLOCKS = 12
 
 
-def make(window_length: int = 1, *, tied: bool = False, **knobs: Any) -> SLSAM:
-    model = tiny_llama(num_blocks=NUM_BLOCKS, tied=tied)
+def make(window_length: int = 1, *, tied: bool = False, lora: bool = False, **knobs: Any) -> SLSAM:
+    model: Any = tiny_llama(num_blocks=NUM_BLOCKS, tied=tied)
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
     return SLSAM(model, torch.optim.AdamW(model.parameters(), lr=1e-4), SLSAMConfig(**knobs))
+
+
+def make_window(step: int, length: int) -> list[dict[str, Tensor]]:
+    return [micro_batch(step, 0, index, length=16) for index in range(length)]
 
 
 def flops(slsam: SLSAM, step: int, window_length: int = 1, **kwargs: Any) -> float:
     with FlopCounterMode(display=False) as counter:
-        slsam.step([micro_batch(step, 0, index, length=16) for index in range(window_length)], **kwargs)
+        slsam.step(make_window(step, window_length), **kwargs)
     return float(counter.get_total_flops())
 
 
@@ -32,22 +38,24 @@ def flops(slsam: SLSAM, step: int, window_length: int = 1, **kwargs: Any) -> flo
     [
         (1, {}),
         (1, {"tied": True}),
+        (1, {"lora": True}),
         (1, {"other_parameters": "freeze"}),
         (1, {"other_parameters": "always"}),
         (1, {"prefix_reuse": False}),
         (4, {"ascent_fraction": 0.25}),
         (1, {"ascent_fraction": 0.5}),
+        (2, {"ascent_fraction": 0.125}),
         (1, {"ascent_source": "previous"}),
         (1, {"rho": 0.0}),
     ],
 )
 def test_prices_are_the_flops_counted(window_length: int, knobs: dict[str, Any]) -> None:
     slsam = make(reward="grad_norm_per_cost", **knobs)
-    others = {name: knobs[name] for name in ("tied", "other_parameters") if name in knobs}
+    others = {name: knobs[name] for name in ("tied", "lora", "other_parameters") if name in knobs}
     adamw = flops(make(rho=0.0, selector="all", **others), 1, window_length)
     flops(slsam, 1, window_length)  # counts
     assert slsam._costs is not None
-    passes = Passes.of(slsam.config, window_length, reuses_prefix=slsam._reuses_prefix)
+    passes = slsam.passes(make_window(1, window_length))
     last = len(slsam.layers) - 1
     for step, sample in enumerate(([0], [1], [2], [5, 7], [last], [3, last], range(last + 1)), start=2):
         paid = flops(slsam, step, window_length, active=sample) / adamw
@@ -66,7 +74,7 @@ def test_prices_know_that_checkpointing_takes_backward_all_the_way() -> None:
     adamw = flops(make_checkpointed(rho=0.0, selector="all"), 1)
     flops(slsam, 1)  # counts
     assert slsam._costs is not None
-    prices = slsam._costs.prices(Passes.of(slsam.config, 1, reuses_prefix=False))
+    prices = slsam._costs.prices(slsam.passes(make_window(1, 1)))
     for step, sample in enumerate(([0], [5], [NUM_BLOCKS + 1], [3, 7]), start=2):
         assert prices.of(sample) == pytest.approx(flops(slsam, step, active=sample) / adamw, rel=1e-3), sample
 
