@@ -124,10 +124,10 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
         "comparison": lambda: compare(setup, MODES, long, together=together),
         "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(few, counted=0), together=together),
         "fine_tuning": lambda: compare(
-            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 6), counted=1), together=together
+            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 5), counted=1), together=together
         ),
         "profile": lambda: break_down(setup, few),
-        "sweeps": lambda: sweeps.sweep_all(base, few, short=quick),
+        "sweeps": lambda: sweeps.sweep_all(base, dataclasses.replace(few, rounds=min(rounds, 3)), short=quick),
         "engines": lambda: count_engines(COUNTED_ENGINES, active=setup.active, steps=2 if quick else 40, **engines),
         "traffic": lambda: count_traffic(setup, ("zero3", "fsdp2"), counted),
     }

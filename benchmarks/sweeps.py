@@ -14,8 +14,8 @@ BASE = Setup(hidden=160, vocabulary=1024, batch=4, length=32)
 
 SHARES = (0.05, 0.1, 0.2, 0.5, 1.0)
 BLOCKS = (4, 16, 64, 128)
-WORLD_SIZES = (1, 2, 3, 4)
-WINDOWS = (1, 2, 4, 8)
+WORLD_SIZES = (1, 2, 4)
+WINDOWS = (1, 2, 8)
 
 
 def sweep_all(base: Setup, effort: Effort, *, short: bool = False) -> dict[str, Any]:
