@@ -5,6 +5,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ SECTIONS = ("kills", "bad_numbers", "bad_inputs", "long_run")
 
 
 def main() -> None:
-    """Parse, inject faults section by section, write each one's counts when they are there."""
+    """Parse, inject faults row by row, write each one's counts when they are there."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
@@ -34,33 +35,37 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     each = -(-given.kills // len(given.engines))
-    sections: dict[str, Callable[[], Any]] = {
-        "kills": lambda: {engine: count_kills(engine, each, seed=given.seed) for engine in given.engines},
-        "bad_numbers": lambda: {
-            engine: count_bad_numbers(engine, given.bad_numbers, seed=given.seed) for engine in given.engines
-        },
-        "bad_inputs": lambda: _count_bad_inputs(given.bad_inputs),
-        "long_run": lambda: {"zero2": run_long(given.steps, seed=given.seed)},
+    sections: dict[str, dict[str, Callable[[], Any]]] = {
+        "kills": {name: partial(count_kills, name, each, seed=given.seed) for name in given.engines},
+        "bad_numbers": {name: partial(count_bad_numbers, name, given.bad_numbers) for name in given.engines},
+        "bad_inputs": {"": partial(_count_bad_inputs, given.bad_inputs)},
+        "long_run": {"zero2": partial(run_long, given.steps, seed=given.seed)},
     }
     for name in given.only:
-        print(f"{name} ...", flush=True)
-        started = time.monotonic()
-        counts = sections[name]()
-        found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        found[name] = {"counts": counts, "seconds": round(time.monotonic() - started), "machine": _machine()}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        write_tables(DOCUMENT, found)
-        print(json.dumps(counts), flush=True)
+        for row, measure in sections[name].items():
+            print(f"{name} {row} ...", flush=True)
+            started = time.monotonic()
+            counts = measure()
+            _add(name, counts if row == "" else {row: counts}, round(time.monotonic() - started))
+            print(json.dumps(counts), flush=True)
+
+
+def _add(section: str, counts: dict[str, Any], seconds: int) -> None:
+    """Put rows into a section's results, in place of those of the same names."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    before = found.get(section, {"counts": {}})
+    found[section] = {
+        "counts": before["counts"] | {row: {**values, "seconds": seconds} for row, values in counts.items()},
+        "machine": f"{platform.machine()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}",
+    }
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_tables(DOCUMENT, found)
 
 
 def _count_bad_inputs(examples: int) -> dict[str, dict[str, int]]:
     from tests.bad_inputs import count
 
     return count(examples)
-
-
-def _machine() -> str:
-    return f"{platform.machine()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}"
 
 
 if __name__ == "__main__":

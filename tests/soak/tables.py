@@ -55,7 +55,7 @@ def write_tables(document: Path, found: Mapping[str, Any]) -> None:
 def _table(name: str, section: Mapping[str, Any]) -> str:
     columns = _COLUMNS[name]
     rows = [
-        f"**{_TITLES[name]}** ({section['machine']}; {section['seconds']} s)\n",
+        f"**{_TITLES[name]}** ({section['machine']})\n",
         f"| | {' | '.join(columns.values())} |",
         "|---|" + "---|" * len(columns),
     ]
