@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """What to call for each section."""
     quick, rounds = options.quick, options.rounds
-    long, counted = Effort(rounds=rounds, counted=1, seed=options.seed), 1 if quick else 12
+    long, counted = Effort(rounds=rounds, counted=1, seed=options.seed), 1 if quick else 5
     few = Effort(rounds=min(rounds, 4), counted=1, seed=options.seed)
     short_steps = dataclasses.replace(setup, length=max(1, setup.length // 2))
     same = {name: getattr(setup, name) for name in ("device", "engine", "world_size")}
