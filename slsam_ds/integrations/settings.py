@@ -1,7 +1,7 @@
 """Everything the command line and the DeepSpeed JSON say, checked as far as possible without model and data."""
 
-import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from slsam_ds.integrations.arguments import (
     build_parser,
     describe_unknown,
 )
-from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
-from slsam_ds.integrations.usage import UsageError, join_ranks, refusals
+from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint, step_of
+from slsam_ds.integrations.usage import UsageError, join_ranks, path_of, refusals
 from slsam_ds.saved_state import STATE_FILE
 
 
@@ -66,6 +66,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
             join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
         model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
     _check_training(training)
+    if training.hub_token is not None:  # the trainer writes its arguments, all of them, beside every checkpoint
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     if data.streaming:
         # Else the first rank would read for all, and could not: it joins batches of different lengths.
         training.accelerator_config.dispatch_batches = False
@@ -173,14 +175,15 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
         if last is None:
             raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {training.output_dir}")
         asked = last
+    folder = path_of(f"--resume_from_checkpoint {asked}", asked)
     for name in (TRAINER_STATE_NAME, STATE_FILE):
-        if not Path(asked, name).is_file():
+        if not (folder / name).is_file():
             raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
     with refusals(prefix="--resume_from_checkpoint "):
-        check_complete(Path(asked))
-    num_steps = json.loads(Path(asked, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        check_complete(folder)
+        num_steps = step_of(folder)
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
         raise UsageError(
             f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"
         )
-    return str(asked)
+    return str(folder)
