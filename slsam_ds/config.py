@@ -205,7 +205,7 @@ def _shown(value: Any) -> str:
 
 def _escaped(text: str) -> str:
     """On one line."""
-    return _shown(text).strip('"')
+    return _shown(text)[1:].removesuffix('"')
 
 
 def _check_types(config: SLSAMConfig) -> None:

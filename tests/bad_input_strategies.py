@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,7 +30,21 @@ ROOT = Path(__file__).parents[1]
 
 # Numbers that float, int, JSON or NumPy cannot hold; texts that are no UTF-8, of several lines, or look like a number.
 _ODD_NUMBERS = [0, -1, 2**63, 10**400, 0.0, -0.5, 1e308, float("inf"), float("nan")]
-_ODD_TEXTS = ["", " ", "\n", "a\nb", "\ud800", "\x85", "\u2028", "nan", "1e999", "9" * 5000, "null", "~nobody/x", "x" * 5000]
+_ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "a\nb",
+    "\ud800",
+    "\x85",
+    "\u2028",
+    "nan",
+    "1e999",
+    "9" * 5000,
+    "null",
+    "~nobody/x",
+    "x" * 5000,
+]
 _scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(_ODD_NUMBERS)
     | st.sampled_from(_ODD_TEXTS)
@@ -110,10 +125,15 @@ def _dump(value: Any) -> str:
 
 
 _KNOBS = [knob.name for knob in dataclasses.fields(SLSAMConfig)]
-_PLAUSIBLE = [
-    0.02, 0.5, 1, 2, 7, "auto", "exp3m", "uniform", "cyclic", "all", "top_k", "grad_rms", "rank", "micro_batch", "global",
-    "previous", "none", "nearest", "freeze", "always", True, False, None, ["a.*"], ["("], ["a{99999999999}"], [], [1],
-]  # fmt: skip
+_VALID: dict[str, list[Any]] = {
+    "rho": [0, 0.02], "active_layers": [0.5, 2], "selector": ["uniform", "cyclic", "all", "top_k", "exp3m"],
+    "gamma": [0.5, "auto"], "share": [0, 0.1], "reward": ["grad_rms"], "ascent_scope": ["rank", "micro_batch"],
+    "ascent_fraction": [0.5], "ascent_source": ["previous"], "budget": [1.0], "update_scale": ["none"],
+    "rounding": ["nearest"], "prefix_reuse": [True, "auto"], "other_parameters": ["freeze", "always"],
+    "layers": [["a.*"], None], "offload_state": [True], "max_skipped_steps": [3, None], "check_weights_every": [0],
+    "seed": [7],
+}  # fmt: skip
+_PLAUSIBLE = [value for some in _VALID.values() for value in some] + [["("], ["a{99999999999}"], [], [1], 7]
 
 
 @st.composite
@@ -121,7 +141,10 @@ def blocks(draw: st.DrawFn) -> tuple[Any, list[str] | None]:
     """A block, and assignments over it or None."""
     keys = st.sampled_from(_KNOBS) | st.sampled_from(_KNOBS) | st.sampled_from(["rhoo", "a\nb", "", " "]) | st.text()
     value = st.sampled_from(_PLAUSIBLE) | values
-    block = draw(st.dictionaries(keys, value, max_size=3) | values)
+    valid = st.fixed_dictionaries({}, optional={key: st.sampled_from(some) for key, some in _VALID.items()})
+    few = st.lists(st.sampled_from(_KNOBS), max_size=3)
+    some_valid = st.builds(lambda block, keys: {key: block[key] for key in keys if key in block}, valid, few)
+    block = draw(some_valid | st.dictionaries(keys, value, max_size=2) | values)
     if not isinstance(block, dict) or draw(st.booleans()):
         return block, None
     texts = value.map(_dump) | st.text(max_size=8) | st.sampled_from([*_ODD_TEXTS, _DEEP, "0.1", "all", "2"])
@@ -208,13 +231,18 @@ def models() -> st.SearchStrategy[ModelExample]:
         st.sampled_from(_LEAVES),
         lambda inner: st.one_of(
             st.tuples(st.sampled_from(["list", "sequential", "root"]), st.lists(inner, max_size=4)),
-            st.tuples(st.sampled_from(["list", "sequential"]), st.integers(0, 4).flatmap(lambda n: inner.map(lambda x: [x] * n))),
+            st.tuples(
+                st.sampled_from(["list", "sequential"]),
+                st.integers(0, 4).flatmap(lambda n: inner.map(lambda x: [x] * n)),
+            ),
             st.tuples(st.just("same"), inner, st.integers(0, 3)),
         ),
         max_leaves=8,
     )
     patterns = st.one_of(
-        st.sampled_from(["part0", "part1", "part0.0", r"part0\.[01]\..*", ".*weight", ".*", "", "part0.inner0", "model.layers.0"]),
+        st.sampled_from(
+            ["part0", "part1", "part0.0", r"part0\.[01]\..*", ".*weight", ".*", "", "part0.inner0", "model.layers.0"]
+        ),
         st.text(alphabet="part01.*+?[](){}|^$\\w", max_size=10),
         st.text(max_size=4),
         st.sampled_from(_ODD_TEXTS),
@@ -307,7 +335,9 @@ def data_files(draw: st.DrawFn) -> DataExample:
         content = _render(suffix, draw(_rows()))
         files[f"{name}.{suffix}"] = draw(damaged_bytes(content))
     columns = draw(
-        st.sampled_from([{}, {}, {}, {"text_column": "other"}, {"messages_column": "messages"}, {"text_column": "text"}])
+        st.sampled_from(
+            [{}, {}, {}, {"text_column": "other"}, {"messages_column": "messages"}, {"text_column": "text"}]
+        )
     )
     return DataExample(files, columns, draw(st.booleans()))
 
@@ -336,6 +366,17 @@ def names_of_command(example: CommandExample) -> Iterator[str]:
             yield part.lstrip("-").replace("-", "_")
             yield part
             yield part[:20].split("\n")[0]
+    yield from ("belongs to no flag", "slsam.")
+
+
+def names_of_estimate(example: CommandExample) -> Iterator[str]:
+    """As those of `names_of_command`; or what was not given."""
+    return itertools.chain(names_of_command(example), ["--model: give"])
+
+
+def names_of_report(example: CommandExample) -> Iterator[str]:
+    """As those of `names_of_command`; or what was not given."""
+    return itertools.chain(names_of_command(example), ["OUTPUT_DIR", "the --output_dir", "unrecognized arguments"])
 
 
 _FLAG_VALUES = [

@@ -25,6 +25,7 @@ from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.integrations.arguments import DataArguments
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
+from slsam_ds.integrations.command_line import quieten
 from slsam_ds.integrations.estimate_arguments import parse_flags, read_setup
 from slsam_ds.integrations.finetune import read_samples
 from slsam_ds.integrations.rows import Rows
@@ -186,7 +187,7 @@ def _use_records(example: bytes, folder: Path) -> None:
 def _resume_records(example: bytes, folder: Path) -> None:
     (folder / STEPS_FILE).write_bytes(example)
     StepWriter(folder, first_step=3).close()
-    assert [record["step"] for record in read_steps(folder)] in ([], [1], [1, 2])
+    assert [record["step"] for record in read_steps(folder)] in ([], [1], [2], [1, 2])
 
 
 KINDS: dict[str, Kind] = {
@@ -194,8 +195,8 @@ KINDS: dict[str, Kind] = {
     "layer map": Kind(strategies.models(), _use_layers, (ValueError,), lambda example: ("slsam.layers", "Root")),
     "data file": Kind(strategies.data_files(), _use_files, (UsageError,), lambda example: example.files),
     "launch/train.py": Kind(strategies.commands(), _use_command, (UsageError,), strategies.names_of_command),
-    "slsam_ds.estimate": Kind(strategies.estimates(), _use_estimate, (UsageError,), strategies.names_of_command),
-    "slsam_ds.report": Kind(strategies.reports(), _use_report, (), strategies.names_of_command),
+    "slsam_ds.estimate": Kind(strategies.estimates(), _use_estimate, (UsageError,), strategies.names_of_estimate),
+    "slsam_ds.report": Kind(strategies.reports(), _use_report, (), strategies.names_of_report),
     "checkpoint": Kind(
         strategies.checkpoints(), _use_checkpoint, (ValueError, UsageError), lambda example: ("checkpoint-3",)
     ),
@@ -244,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=1000, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     given_flags = parser.parse_args(argv)
+    quieten()
     print("| input | tried | accepted | refused | broken |\n|---|---|---|---|---|", flush=True)
     num_broken = 0
     for kind in given_flags.kinds:

@@ -56,7 +56,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
     """
     content = _content(model, optimizer)
     _check_index(folder / ".metadata")
-    dcp.load(content, storage_reader=dcp.FileSystemReader(folder), planner=_Planner(), no_dist=not dist.is_initialized())
+    dcp.load(
+        content, storage_reader=dcp.FileSystemReader(folder), planner=_Planner(), no_dist=not dist.is_initialized()
+    )
     set_model_state_dict(model, content["model"])
     set_optimizer_state_dict(model, optimizer, content["optimizer"])
 

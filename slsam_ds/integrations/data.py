@@ -189,4 +189,6 @@ def _check_text(value: Any, where: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can write it, but it is no character, and no tokenizer takes it
-        raise UsageError(f"{where} holds half a surrogate pair, as character {error.start + 1}; expected text") from None
+        raise UsageError(
+            f"{where} holds half a surrogate pair, as character {error.start + 1}; expected text"
+        ) from None

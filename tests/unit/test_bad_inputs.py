@@ -44,7 +44,10 @@ def _text(**files: bytes) -> DataExample:
         ("data file", _text(a_jsonl=b'{"text": "half a pair: \\ud800"}\n')),
         ("data file", _text(a_jsonl=b'{"text": "x", "id": ' + b"9" * 5000 + b"}\n")),
         ("data file", _text(a_csv=b'"a\nb"\nx\n')),
-        ("launch/train.py", CommandExample(["--train_file", "~nobody/x.jsonl", "--resume_from_checkpoint", "x" * 5000])),
+        (
+            "launch/train.py",
+            CommandExample(["--train_file", "~nobody/x.jsonl", "--resume_from_checkpoint", "x" * 5000]),
+        ),
         ("launch/train.py", CommandExample(["--deepspeed", "ds.json"], {"ds.json": b'{"hybrid_engine": 5}'})),
     ],
 )
