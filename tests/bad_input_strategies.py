@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -276,7 +276,8 @@ _messages = st.lists(
 )
 _NAMES = ["text", "prompt", "response", "messages"]
 _CELLS = {
-    "text": st.text(max_size=12), "prompt": st.text(max_size=12), "response": st.text(max_size=12), "messages": _messages,
+    "text": st.text(max_size=12), "prompt": st.text(max_size=12), "response": st.text(max_size=12),
+    "messages": _messages,
 }  # fmt: skip
 
 
@@ -366,7 +367,8 @@ def names_of_command(example: CommandExample) -> Iterator[str]:
             yield part.lstrip("-").replace("-", "_")
             yield part
             yield part[:20].split("\n")[0]
-    yield from ("belongs to no flag", "slsam.")
+        yield repr(argument)
+    yield from ("belongs to no flag", "slsam", "DeepSpeed config")
 
 
 def names_of_estimate(example: CommandExample) -> Iterator[str]:
@@ -380,7 +382,8 @@ def names_of_report(example: CommandExample) -> Iterator[str]:
 
 
 _FLAG_VALUES = [
-    "0", "1", "-1", "2", "3.5", "nan", "inf", "1e400", "true", "False", "no", "none", "steps", "epoch", "auto", "{}", "[1]", "5",
+    "0", "1", "-1", "2", "3.5", "nan", "inf", "1e400", "true", "False", "no", "none", "steps", "epoch", "auto", "{}",
+    "[1]", "5",
     '{"a": 1}', "{", "a b", "ds.json", "a.jsonl", "out", "/dev/null", "/dev/null/x", "cosine", "adamw_torch", "all",
     "rho=0.1", "seed=x", "=", "lora", "uniform", "bf16", "full_shard", "linear", "--", "-x",
 ]  # fmt: skip

@@ -32,7 +32,8 @@ _AUTO_DEFAULTS: Mapping[str, Any] = {
 _DEFAULT_LEARNING_RATE = 5e-5
 
 _SECTIONS = (
-    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint", "hybrid_engine",
+    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint",
+    "hybrid_engine",
 )  # fmt: skip
 _NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _USUAL_KEYS = (*_SECTIONS, *_NUMBERS, "slsam")

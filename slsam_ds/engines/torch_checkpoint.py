@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-_NO_DATA = "is neither a tensor nor plain data, and loading it may run code: resume from a checkpoint that save_checkpoint wrote"
+_NO_DATA = "is neither a tensor nor plain data, and loading it may run code: resume from another checkpoint"
 _IN_INDEX = {  # of torch 2.8 to 2.13, with dtypes
     ("pathlib", "PosixPath"),
     ("torch", "Size"),
