@@ -114,7 +114,7 @@ class SLSAMConfig:
                 try:
                     re.compile(pattern)
                 except (re.error, OverflowError, RecursionError) as error:
-                    raise ValueError(f"slsam.layers: {_shown(pattern)} is not a regular expression ({error})") from None
+                    raise ValueError(f"slsam.layers: {pattern!r} is not a regular expression ({error})") from None
         if self.ascent_source == "previous":
             for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
                 reason = f'ascent_source="previous" has no ascent pass; use {_shown(needed)}'

@@ -368,7 +368,7 @@ def names_of_command(example: CommandExample) -> Iterator[str]:
             yield part
             yield part[:20].split("\n")[0]
         yield repr(argument)
-    yield from ("belongs to no flag", "slsam", "DeepSpeed config")
+    yield from ("belongs to no flag", "slsam", "DeepSpeed config", "the training flags")
 
 
 def names_of_estimate(example: CommandExample) -> Iterator[str]:
@@ -402,7 +402,12 @@ def _command(draw: st.DrawFn, flags: list[str], usual: list[list[str]]) -> Comma
     more = {"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}, "scheduler": {"type": "WarmupLR", "params": {}}}
     more |= {"fp16": {"enabled": False}, "hybrid_engine": {"enabled": False}, "train_batch_size": "auto"}
     content = draw(damaged_json(json_file | draw(st.sampled_from([{}, more]))))
-    return CommandExample(argv, {"ds.json": content if draw(st.booleans()) else json.dumps(json_file).encode()})
+    fsdp_file = json.loads((ROOT / "ds_configs" / "fsdp2.json").read_text())
+    files = {
+        "ds.json": content if draw(st.booleans()) else json.dumps(json_file).encode(),
+        "fsdp.json": draw(damaged_json(fsdp_file)),
+    }
+    return CommandExample(argv, files)
 
 
 @functools.cache
@@ -416,6 +421,7 @@ def commands() -> st.SearchStrategy[CommandExample]:
     ours = ["--train_file", "--validation_file", "--dataset_name", "--max_length", "--peft", "--lora_r", "--slsam"]
     ours += ["--streaming", "--packing", "--shuffle_buffer", "--output_dir", "--resume_from_checkpoint", "--max_steps"]
     usual = [["--deepspeed", "ds.json"], ["--deepspeed", "ds.json", "--train_file", "a.jsonl"], []]
+    usual += [["--fsdp", "True", "--fsdp_config", "fsdp.json"]]
     return st.sampled_from([ours, _flags_of_training()]).flatmap(lambda flags: _command(flags, usual))
 
 

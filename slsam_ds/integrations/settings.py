@@ -1,5 +1,6 @@
 """Everything the command line and the DeepSpeed JSON say, checked as far as possible without model and data."""
 
+import json
 import math
 import os
 import tempfile
@@ -24,6 +25,12 @@ from slsam_ds.integrations.arguments import (
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint, step_of
 from slsam_ds.integrations.usage import UsageError, join_ranks, path_of, refusals
 from slsam_ds.saved_state import STATE_FILE
+
+_FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
+_JSON_FLAGS = (
+    "accelerator_config", "fsdp_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "lr_scheduler_kwargs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +68,10 @@ def read_settings(argv: Sequence[str]) -> Settings:
         parser.set_defaults(**_demo_defaults(argv))
     if given.fp16:
         parser.set_defaults(bf16=False)
-    with refusals(ValueError, ImportError, NotImplementedError, OSError):
+    with (
+        refusals(Exception, prefix="the training flags do not fit together: "),  # whatever their code runs into
+        refusals(ValueError, ImportError, NotImplementedError, OSError),
+    ):
         if given.use_cpu:
             join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
         model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
@@ -105,9 +115,22 @@ def _check_combinations(given: Any) -> None:
     ):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+    for name in _FINITE:
         if not 0 <= getattr(given, name) < math.inf:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a finite number of at least 0")
+    for name in _JSON_FLAGS:
+        _check_json(f"--{name}", getattr(given, name), may_be_file=name.endswith("_config"))
+
+
+def _check_json(flag: str, text: str | None, *, may_be_file: bool) -> None:
+    """Refuse what is no JSON object, by the flag's name, which transformers would not say."""
+    if text is None:
+        return
+    with refusals(ValueError, OSError, RecursionError, prefix=f"{flag} {text}: "):
+        from_file = may_be_file and not text.startswith("{")
+        values = json.loads(Path(text).read_text(encoding="utf-8") if from_file else text)
+    if not isinstance(values, dict):
+        raise UsageError(f"{flag} {text}: expected a JSON object, like {{...}}" + ", or a file of one" * may_be_file)
 
 
 def _check_streaming(given: Any) -> None:
@@ -151,7 +174,8 @@ def _make_output_dir(folder: str) -> None:
 
 
 def _check_training(training: TrainingArguments) -> None:
-    with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}: "):
+    options = f" --optim_args {training.optim_args}" if training.optim_args else ""
+    with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}{options}: "):
         Trainer.get_optimizer_cls_and_kwargs(training)
     mismatches = training.hf_deepspeed_config.mismatches if training.deepspeed else []
     if mismatches:
