@@ -239,6 +239,11 @@ def models() -> st.SearchStrategy[ModelExample]:
         ),
         max_leaves=8,
     )
+    blocks_of = st.sampled_from([("root", ["linear", "norm"]), ("root", ["frozen", "linear"]), ("root", ["frozen"])])
+    stacked = st.builds(
+        lambda block, count, others: [("list", [block] * count), *others],
+        blocks_of, st.integers(1, 3), st.lists(st.sampled_from(_LEAVES), max_size=2),
+    )  # fmt: skip
     patterns = st.one_of(
         st.sampled_from(
             ["part0", "part1", "part0.0", r"part0\.[01]\..*", ".*weight", ".*", "", "part0.inner0", "model.layers.0"]
@@ -249,7 +254,7 @@ def models() -> st.SearchStrategy[ModelExample]:
     )
     return st.builds(
         ModelExample,
-        st.lists(parts, max_size=3) | st.just("llama"),
+        st.lists(parts, max_size=3) | stacked | st.just("llama"),
         st.none() | st.lists(patterns, max_size=3).map(tuple),
         st.sampled_from(["arms", "always", "freeze"]),
     )

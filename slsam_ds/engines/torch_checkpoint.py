@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 _NO_DATA = "is neither a tensor nor plain data, and loading it may run code: resume from another checkpoint"
-_IN_INDEX = {  # of torch 2.8 to 2.13, with dtypes
+_IN_INDEX = {  # besides dtypes; torch 2.13
     ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -84,8 +85,8 @@ def _check_index(path: Path) -> None:
     try:
         with path.open("rb") as file:
             _IndexUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle may end in any
+        raise ValueError(f"{path}: cannot be loaded ({error})") from None
 
 
 class _IndexUnpickler(pickle.Unpickler):

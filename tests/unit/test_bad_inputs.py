@@ -1,5 +1,6 @@
 """Whatever people give: accepted, or refused with one sentence that names it; never a traceback, never a hang."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from hypothesis import given
 
 from slsam_ds.engines.deepspeed_checkpoint import _read
 from slsam_ds.integrations.settings import read_settings
-from tests.bad_input_strategies import CommandExample, DataExample
+from slsam_ds.slsam import SLSAM
+from tests.bad_input_strategies import SAVED_KNOBS, CommandExample, DataExample, saved_model
 from tests.bad_inputs import KINDS, BrokenError, attempt, trying
 
 NUM_EXAMPLES = {"launch/train.py": 40, "checkpoint": 40}
@@ -72,11 +74,26 @@ class _RunsCode:
         return Path.touch, (Path("ran"),)
 
 
-def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_in_a_checkpoint_of_deepspeed_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"module": {}, "extra": _RunsCode()}, "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt: holds .* neither a tensor nor plain data"):
         _read("model.pt")
+    assert not Path("ran").exists()
+
+
+def test_nothing_in_a_checkpoint_of_torch_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = saved_model()
+    slsam = SLSAM(model, torch.optim.AdamW(model.parameters()), SAVED_KNOBS)
+    slsam.save_checkpoint("saved")
+    slsam.load_checkpoint("saved")
+    index = Path("saved", ".metadata")
+    index.write_bytes(pickle.dumps(_RunsCode()).ljust(index.stat().st_size, b"\0"))
+    with pytest.raises(
+        ValueError, match=r"\.metadata: cannot be loaded \(pathlib.* is neither a tensor nor plain data"
+    ):
+        slsam.load_checkpoint("saved")
     assert not Path("ran").exists()
 
 

@@ -187,7 +187,12 @@ def test_checkpoint_is_resumed_only_where_steps_are_left(tmp_path: Path) -> None
     checkpoint.mkdir()
     write_state(checkpoint, {}, {})
     flags = ["--deepspeed", ZERO2, "--output_dir", str(tmp_path), "--resume_from_checkpoint"]
-    for text, sentence in [("{", "Expecting"), ("{}", "'global_step'"), ("[]", "list"), ('{"global_step": "4"}', "'4'")]:
+    for text, sentence in [
+        ("{", "Expecting"),
+        ("{}", "'global_step'"),
+        ("[]", "list"),
+        ('{"global_step": "4"}', "'4'"),
+    ]:
         (checkpoint / "trainer_state.json").write_text(text)
         with pytest.raises(UsageError, match=rf"no readable trainer_state\.json \(.*{sentence}"):
             read_settings([*flags, str(checkpoint)])
