@@ -223,6 +223,7 @@ def count(examples: int) -> dict[str, dict[str, int]]:
 
 
 def _count(kind: str, examples: int) -> dict[str, int]:
+    quieten()
     tally = Counter(tried=0, accepted=0, refused=0, broken=0)
 
     @trying(examples)
@@ -245,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=1000, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     given_flags = parser.parse_args(argv)
-    quieten()
     print("| input | tried | accepted | refused | broken |\n|---|---|---|---|---|", flush=True)
     num_broken = 0
     for kind in given_flags.kinds:
