@@ -1,6 +1,5 @@
 """What `tests.bad_inputs` tries: plausible input of every kind, and damage to it."""
 
-import copy
 import csv
 import dataclasses
 import functools
@@ -24,102 +23,10 @@ from slsam_ds.integrations.arguments import build_parser
 from slsam_ds.records import LAYERS_FILE, STEPS_FILE
 from slsam_ds.saved_state import write_state
 from slsam_ds.slsam import SLSAM
+from tests.damage import DEEP, ODD_TEXTS, damaged_bytes, damaged_json, damaged_tree, dump, values
 from tests.models import tiny_llama, window
 
 ROOT = Path(__file__).parents[1]
-
-# Numbers that float, int, JSON or NumPy cannot hold; texts that are no UTF-8, of several lines, or look like a number.
-_ODD_NUMBERS = [0, -1, 2**63, 10**400, 0.0, -0.5, 1e308, float("inf"), float("nan")]
-_ODD_TEXTS = [
-    "",
-    " ",
-    "\n",
-    "a\nb",
-    "\ud800",
-    "\x85",
-    "\u2028",
-    "nan",
-    "1e999",
-    "9" * 5000,
-    "null",
-    "~nobody/x",
-    "x" * 5000,
-]
-_scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(_ODD_NUMBERS)
-    | st.sampled_from(_ODD_TEXTS)
-)  # fmt: skip
-values = st.recursive(
-    _scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-)
-_DEEP = "[" * 100_000
-
-
-# Damage
-
-
-@st.composite
-def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """As it is, cut off, with some bytes changed or put in, in another encoding, or something else altogether."""
-    how = draw(st.sampled_from(["none", "cut", "flip", "insert", "bom", "utf-16", "nul", "other", "empty", "twice"]))
-    place = draw(st.integers(0, max(0, len(content) - 1)))
-    match how:
-        case "cut":
-            return content[:place]
-        case "flip" if content:
-            return content[:place] + bytes([content[place] ^ draw(st.integers(1, 255))]) + content[place + 1 :]
-        case "insert":
-            return content[:place] + draw(st.binary(min_size=1, max_size=9)) + content[place:]
-        case "bom":
-            return b"\xef\xbb\xbf" + content
-        case "utf-16":
-            return content.decode("utf-8", "replace").encode("utf-16", "replace")
-        case "nul":
-            return content[:place] + bytes(100)
-        case "other":
-            return draw(st.binary(max_size=60) | st.sampled_from([b"5", b"null", b"{}", b"[]", _DEEP.encode()]))
-        case "empty":
-            return b""
-        case "twice":
-            return content + content
-    return content
-
-
-@st.composite
-def damaged_tree(draw: st.DrawFn, tree: Any) -> Any:
-    """A JSON value of which one part is another one, missing, or in a place of its own."""
-    tree = copy.deepcopy(tree)
-    node = tree
-    while isinstance(node, (dict, list)) and node:
-        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
-        if draw(st.booleans()) and isinstance(node[key], (dict, list)) and node[key]:
-            node = node[key]
-            continue
-        match draw(st.sampled_from(["replace", "remove", "add"])):
-            case "replace":
-                node[key] = draw(values)
-            case "remove":
-                del node[key]
-            case "add" if isinstance(node, dict):
-                node[draw(st.text(max_size=5) | st.sampled_from(["a\nb", f"{key}s"]))] = draw(values)
-        return tree
-    return draw(values)
-
-
-@st.composite
-def damaged_json(draw: st.DrawFn, tree: Any) -> bytes:
-    """A JSON value as a file, damaged as text or as a value."""
-    if draw(st.booleans()):
-        return draw(damaged_bytes(json.dumps(tree).encode()))
-    return _dump(draw(damaged_tree(tree))).encode()
-
-
-def _dump(value: Any) -> str:
-    try:
-        return json.dumps(value)
-    except ValueError:  # Python writes no number of more than 4,300 digits
-        return "9" * 5000
-
 
 # The `slsam` block
 
@@ -147,7 +54,7 @@ def blocks(draw: st.DrawFn) -> tuple[Any, list[str] | None]:
     block = draw(some_valid | st.dictionaries(keys, value, max_size=2) | values)
     if not isinstance(block, dict) or draw(st.booleans()):
         return block, None
-    texts = value.map(_dump) | st.text(max_size=8) | st.sampled_from([*_ODD_TEXTS, _DEEP, "0.1", "all", "2"])
+    texts = value.map(dump) | st.text(max_size=8) | st.sampled_from([*ODD_TEXTS, DEEP, "0.1", "all", "2"])
     separators = st.sampled_from(["=", "=", "=", "=", "", " = ", "=="])
     assignments = st.builds(lambda key, separator, text: key + separator + text, keys, separators, texts)
     return block, draw(st.lists(assignments, max_size=3))
@@ -250,7 +157,7 @@ def models() -> st.SearchStrategy[ModelExample]:
         ),
         st.text(alphabet="part01.*+?[](){}|^$\\w", max_size=10),
         st.text(max_size=4),
-        st.sampled_from(_ODD_TEXTS),
+        st.sampled_from(ODD_TEXTS),
     )
     return st.builds(
         ModelExample,
@@ -300,9 +207,9 @@ def _rows(draw: st.DrawFn) -> list[Any]:
 def _render(suffix: str, rows: list[Any]) -> bytes:
     match suffix:
         case "jsonl":
-            text = "\n".join(map(_dump, rows)) + "\n"
+            text = "\n".join(map(dump, rows)) + "\n"
         case "json":
-            text = _dump(rows)
+            text = dump(rows)
         case "csv":
             file = io.StringIO()
             writer = csv.writer(file)
@@ -318,7 +225,7 @@ def _render(suffix: str, rows: list[Any]) -> bytes:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else _dump(value)
+    return value if isinstance(value, str) else dump(value)
 
 
 def _parquet(rows: list[Any]) -> bytes:
@@ -327,7 +234,7 @@ def _parquet(rows: list[Any]) -> bytes:
         table = pa.Table.from_pylist([row for row in rows if isinstance(row, dict)])
         pq.write_table(table, file)
     except (pa.ArrowException, ValueError, OverflowError, TypeError):  # mixed types: as text, then
-        table = pa.Table.from_pylist([{"text": _dump(row)} for row in rows])
+        table = pa.Table.from_pylist([{"text": dump(row)} for row in rows])
         pq.write_table(table, file)
     return file.getvalue()
 
@@ -392,7 +299,7 @@ _FLAG_VALUES = [
     '{"a": 1}', "{", "a b", "ds.json", "a.jsonl", "out", "/dev/null", "/dev/null/x", "cosine", "adamw_torch", "all",
     "rho=0.1", "seed=x", "=", "lora", "uniform", "bf16", "full_shard", "linear", "--", "-x",
 ]  # fmt: skip
-_ODD_ARGUMENTS = [text.replace("\ud800", "\udcff") for text in _ODD_TEXTS]  # bytes that are no UTF-8 come as such
+_ODD_ARGUMENTS = [text.replace("\ud800", "\udcff") for text in ODD_TEXTS]  # bytes that are no UTF-8 come as such
 
 
 @st.composite
@@ -502,7 +409,7 @@ def records(draw: st.DrawFn) -> bytes:
     lines = _saved_run()[STEPS_FILE].decode().splitlines()
     place = draw(st.integers(0, 2))
     if draw(st.booleans()):
-        lines[place] = _dump(draw(damaged_tree(json.loads(lines[place]))))
+        lines[place] = dump(draw(damaged_tree(json.loads(lines[place]))))
     content = ("\n".join(lines) + "\n").encode()
     return draw(damaged_bytes(content)) if draw(st.booleans()) else content
 
