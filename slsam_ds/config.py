@@ -4,11 +4,13 @@ One dataclass feeds Python, the `slsam` block of a DeepSpeed JSON, the command l
 saved run record.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
-import math
 import re
+import reprlib
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -91,9 +93,7 @@ class SLSAMConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(
-            self, "rho", math.isfinite(self.rho) and self.rho >= 0, "choose a finite radius ≥ 0 (0.01 to 0.05 is usual)"
-        )
+        _require(self, "rho", 0 <= self.rho <= _LARGEST, "choose a finite radius ≥ 0 (0.01 to 0.05 is usual)")
         if isinstance(self.active_layers, int):
             _require(self, "active_layers", self.active_layers >= 1, _ACTIVE_LAYERS_HINT)
         else:
@@ -107,13 +107,13 @@ class SLSAMConfig:
         _require(self, "check_weights_every", self.check_weights_every >= 0, "choose a whole number ≥ 0; 0 is never")
         _require(self, "seed", 0 <= self.seed < 2**63, "choose an integer from 0 to 2^63 - 1")
         if self.budget is not None:
-            _require(self, "budget", math.isfinite(self.budget) and self.budget > 0, "choose a number > 0, or null")
+            _require(self, "budget", 0 < self.budget <= _LARGEST, "choose a number > 0, or null")
         if self.layers is not None:
             _require(self, "layers", len(self.layers) > 0, "name at least one layer, or null to find them in the model")
             for pattern in self.layers:
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, OverflowError, RecursionError) as error:
                     raise ValueError(f"slsam.layers: {pattern!r} is not a regular expression ({error})") from None
         if self.ascent_source == "previous":
             for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
@@ -137,7 +137,7 @@ class SLSAMConfig:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
-                raise ValueError(f"slsam.{key}: unknown key; {hint}known keys are {', '.join(known)}")
+                raise ValueError(f"slsam.{_escaped(str(key))}: unknown key; {hint}known keys are {', '.join(known)}")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
         }
@@ -154,10 +154,10 @@ class SLSAMConfig:
         for assignment in assignments:
             key, separator, text = assignment.partition("=")
             if not separator or not key:
-                raise ValueError(f"--slsam {assignment}: expected KEY=VALUE, like --slsam rho=0.02")
+                raise ValueError(f"--slsam {_escaped(assignment)}: expected KEY=VALUE, like --slsam rho=0.02")
             try:
                 block[key.strip()] = json.loads(text)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 block[key.strip()] = text
         return cls.from_dict(block)
 
@@ -177,13 +177,15 @@ class SLSAMConfig:
         if isinstance(self.active_layers, int):
             if self.active_layers > num_arms:
                 raise ValueError(
-                    f"slsam.active_layers={self.active_layers}: "
+                    f"slsam.active_layers={_shown(self.active_layers)}: "
                     f"choose a fraction in (0, 1] or a count from 1 to {num_arms}"
                 )
             return self.active_layers
         return max(1, round(self.active_layers * num_arms))
 
 
+_LARGEST = sys.float_info.max  # JSON may hold larger integers
+_LONGEST = 200  # characters of a value in a message
 _ACTIVE_LAYERS_HINT = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
 
 
@@ -193,11 +195,17 @@ def _require(config: SLSAMConfig, name: str, condition: bool, allowed: str) -> N
 
 
 def _shown(value: Any) -> str:
-    """The value as the user would write it in JSON."""
-    try:
-        return json.dumps(value)
-    except TypeError:
-        return repr(value)
+    """The value as the user would write it in JSON, on one line; shortened where it is long."""
+    for write in (json.dumps, reprlib.repr):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            text = " ".join(write(value).splitlines())
+            return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return f"a {type(value).__name__}"
+
+
+def _escaped(text: str) -> str:
+    """On one line."""
+    return _shown(text)[1:].removesuffix('"')
 
 
 def _check_types(config: SLSAMConfig) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class StepWriter:
     def __init__(self, output_dir: str | Path, *, first_step: int) -> None:
         path = Path(output_dir) / STEPS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_steps(output_dir) if record["step"] < first_step]
+        kept = _ascending(read_steps(output_dir), first_step)
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         temporary.replace(path)
@@ -59,8 +59,18 @@ def iterate_steps(output_dir: str | Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return
+
+
+def _ascending(records: Iterable[Any], first_step: int) -> Iterator[Any]:
+    """Those of the steps before `first_step`; what is none, or out of order, a damaged disk has left."""
+    last = 0
+    for record in records:
+        step = record.get("step") if isinstance(record, dict) else None
+        if isinstance(step, int) and last < step < first_step:
+            last = step
+            yield record
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,10 +40,17 @@ class RandomState:
 
     @classmethod
     def saved(cls, folder: Path, rank: int, num_ranks: int, device: torch.device) -> Self | None:
-        """What `save` wrote; None where it was another number of ranks, or another kind of device."""
+        """What `save` wrote; None where it was another number of ranks, or another kind of device.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
         if not _file(folder, num_ranks - 1).is_file() or _file(folder, num_ranks).is_file():
             return None
-        states = load_file(_file(folder, rank))
+        try:
+            states = load_file(_file(folder, rank))
+        except SafetensorError as error:
+            raise ValueError(f"{_file(folder, rank)}: is damaged ({error}): resume from another checkpoint") from None
         if ("device" in states) == (device.type == "cpu"):
             return None
         return cls(device, states["cpu"], states.get("device"))

@@ -3,6 +3,7 @@
 It is written last and lists the checkpoint's other files, so what it is missing from was never finished.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -37,7 +38,12 @@ def write_state(
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != STATE_FILE and not fnmatch(path.name, unfinished)
     }
-    replace_text(folder / STATE_FILE, json.dumps({**state, "setup": dict(setup), "files": files}))
+    content = {**state, "setup": dict(setup), "files": files}
+    replace_text(folder / STATE_FILE, json.dumps({**content, "checksum": _checksum(content)}))
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -54,15 +60,17 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     """What `write_state` wrote.
 
     Raises:
-        ValueError: There is none, or it is not readable.
+        ValueError: There is none, or it is not what was written.
     """
     path = Path(checkpoint, STATE_FILE)
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: no readable slsam state ({error}); was this checkpoint saved by slsam_ds, and completely?"
         ) from None
+    if not isinstance(state, dict) or state.pop("checksum", None) != _checksum(state):
+        raise ValueError(f"{path}: is damaged, or from before slsam_ds wrote checksums: resume from another checkpoint")
     return state
 
 
@@ -128,7 +136,7 @@ def check_files(checkpoint: str | Path) -> None:
     Raises:
         ValueError: Naming the file.
     """
-    for name, size in read_state(checkpoint).get("files", {}).items():
+    for name, size in read_state(checkpoint)["files"].items():
         path = Path(checkpoint, name)
         found = path.stat().st_size if path.is_file() else None
         if found != size:

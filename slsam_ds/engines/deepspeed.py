@@ -33,6 +33,7 @@ _DEFAULT_LEARNING_RATE = 5e-5
 
 _SECTIONS = (
     "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint",
+    "hybrid_engine",
 )  # fmt: skip
 _NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _USUAL_KEYS = (*_SECTIONS, *_NUMBERS, "slsam")
@@ -67,7 +68,7 @@ def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
             values = json.loads(Path(config).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"DeepSpeed configuration {config}: cannot be read ({error.strerror})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"DeepSpeed configuration {config}: not valid JSON ({error})") from None
         if not isinstance(values, dict):
             raise ValueError(f"DeepSpeed configuration {config}: expected a JSON object of settings")

@@ -13,6 +13,8 @@ import functools
 import glob
 import itertools
 import os
+import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from slsam_ds.engines.deepspeed_step import overlaid
+
+_SAVED_BY_DEEPSPEED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 def setup_of(engine: DeepSpeedEngine) -> dict[str, Any]:
@@ -51,7 +58,8 @@ def writes_for_its_node(engine: DeepSpeedEngine) -> bool:
 
 
 def accept_other_ranks(engine: DeepSpeedEngine) -> None:
-    """From here on, `engine.load_checkpoint` takes what any number of ranks has saved."""
+    """From here on, `engine.load_checkpoint` takes what any number of ranks has saved, and runs no code in it."""
+    engine.checkpoint_engine.load = functools.partial(_read, mmap=None)
     engine.load_checkpoint = functools.partial(_load_checkpoint, engine)
 
 
@@ -61,7 +69,8 @@ def _load_checkpoint(
     """`DeepSpeedEngine.load_checkpoint` by any number of ranks.
 
     Raises:
-        ValueError: Another number of ranks has saved it, and ordered the weights otherwise; nothing was changed.
+        ValueError: Another number of ranks has saved it, and ordered the weights otherwise: nothing was changed; or a
+            file holds more than data.
     """
     stock = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **kwargs)
     folder = checkpoint_folder(load_dir, tag)
@@ -143,9 +152,23 @@ def _load_zero_checkpoint(
     return True
 
 
-def _read(name: str) -> dict[str, Any]:
-    """A file of the checkpoint; of its tensors only what is looked at. Unpickled, as DeepSpeed itself does it."""
-    content: dict[str, Any] = torch.load(name, map_location="cpu", mmap=True, weights_only=False)
+def _read(name: str, map_location: Any = "cpu", *, mmap: bool | None = True) -> dict[str, Any]:
+    """A file of the checkpoint; with `mmap`, of its tensors only what is looked at.
+
+    DeepSpeed's own (TorchCheckpointEngine.load) unpickles whatever it finds, and a pickle may run anything.
+
+    Raises:
+        ValueError: It holds objects that neither torch nor DeepSpeed has put there.
+    """
+    with torch.serialization.safe_globals(_SAVED_BY_DEEPSPEED):
+        try:
+            content: dict[str, Any] = torch.load(name, map_location, mmap=mmap, weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise ValueError(
+                f"{name}: holds {found[1] if found else 'something'}, which is neither a tensor nor plain data, and "
+                "loading it may run code: if you trust the file, name it to torch.serialization.add_safe_globals"
+            ) from None
     return content
 
 

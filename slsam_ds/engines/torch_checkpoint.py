@@ -5,6 +5,8 @@ state of some, and makes up a step that was never taken where it is told to load
 never updated are saved with the state that their first step would begin with.
 """
 
+import io
+import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+_NO_DATA = "is neither a tensor nor plain data, and loading it may run code: resume from another checkpoint"
+_IN_INDEX = {  # besides dtypes; torch 2.13
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+} | {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )
+}  # fmt: skip
+
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write all weights, and the optimizer's settings and state; every rank its share.
@@ -33,15 +50,52 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> No
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What `save` wrote, into an optimizer whose state is complete, too."""
+    """What `save` wrote, into an optimizer whose state is complete, too.
+
+    Raises:
+        ValueError: It holds objects that `save` does not write.
+    """
     content = _content(model, optimizer)
-    dcp.load(content, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    _check_index(folder / ".metadata")
+    dcp.load(
+        content, storage_reader=dcp.FileSystemReader(folder), planner=_Planner(), no_dist=not dist.is_initialized()
+    )
     set_model_state_dict(model, content["model"])
     set_optimizer_state_dict(model, optimizer, content["optimizer"])
 
 
 def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """Loads values that are no tensors, learning rates and the like, without running what a pickle may hold."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f"{read_item.dest_index.fqn} {_NO_DATA}") from None
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def _check_index(path: Path) -> None:
+    """Refuse a checkpoint's index, a pickle, that would run anything when `torch.distributed.checkpoint` loads it."""
+    try:
+        with path.open("rb") as file:
+            _IndexUnpickler(file).load()
+    except Exception as error:  # a damaged pickle may end in any
+        raise ValueError(f"{path}: cannot be loaded ({error})") from None
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" or (module, name) in _IN_INDEX:
+            found = super().find_class(module, name)
+            if (module, name) in _IN_INDEX or isinstance(found, torch.dtype):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} {_NO_DATA}")
 
 
 def complete_state(optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> None:

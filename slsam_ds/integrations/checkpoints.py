@@ -4,10 +4,11 @@ import json
 import re
 from pathlib import Path
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from slsam_ds.integrations.usage import warn
+from slsam_ds.integrations.usage import one_line, warn
 from slsam_ds.saved_state import check_files
 
 
@@ -35,7 +36,21 @@ def check_complete(folder: Path) -> None:
         ValueError: Saying what it lacks.
     """
     check_files(folder)
+    step_of(folder)
+
+
+def step_of(folder: Path) -> int:
+    """After how many steps a Trainer saved a checkpoint.
+
+    Raises:
+        ValueError: Its own state is missing or damaged.
+    """
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: no readable {TRAINER_STATE_NAME} ({error})") from None
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        step = state["global_step"]
+        TrainerState(**state)  # as the trainer will read it
+        if not isinstance(step, int) or step < 0:
+            raise ValueError(f"global_step={step!r}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}: no readable {TRAINER_STATE_NAME} ({one_line(error)})") from None
+    return step

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from slsam_ds.integrations.arguments import DataArguments
@@ -106,8 +105,8 @@ class Encoder:
             messages = _checked_messages(values[0], f"{where}, column {self._columns.names[0]!r}")
             return self._cut(*self._encode_messages(messages, where)) if messages else self._cut([], [])
         for name, value in zip(self._columns.names, values, strict=True):
-            if value is not None and not isinstance(value, str):
-                raise UsageError(f"{where}: column {name!r} holds {type(value).__name__}; expected text")
+            if value is not None:
+                _check_text(value, f"{where}: column {name!r}")
         if not (values[-1] or "").strip():
             return self._cut([], [])
         if self._columns.kind == "text":
@@ -122,7 +121,7 @@ class Encoder:
 
     def _encode_messages(self, messages: list[dict[str, Any]], where: str) -> tuple[list[int], list[int], int]:
         """Token ids, labels, and the number of assistant turns that could not be located."""
-        with refusals(TemplateError, ValueError, prefix=f"{where}: the chat template refuses it: "):
+        with refusals(Exception, prefix=f"{where}: the chat template refuses it: "):  # it may compute anything
             if self._marks_turns:
                 out = self._tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
                 ids = list(out["input_ids"])
@@ -180,4 +179,16 @@ def _checked_messages(value: Any, where: str) -> list[dict[str, Any]]:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise UsageError(f"{where}: message {number} has no {key} that is text")
+            _check_text(message[key], f"{where}: the {key} of message {number}")
     return messages
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise UsageError(f"{where} holds {type(value).__name__}; expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write it, but it is no character, and no tokenizer takes it
+        raise UsageError(
+            f"{where} holds half a surrogate pair, as character {error.start + 1}; expected text"
+        ) from None

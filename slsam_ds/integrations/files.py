@@ -79,7 +79,7 @@ def _read_json_lines(path: Path) -> Iterator[Numbered]:
             continue
         try:
             row = json.loads(line.rstrip("\r\n"))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} is not valid JSON ({_reason(error)})") from error
         if not isinstance(row, dict):
             raise UsageError(f"line {number} is not an object, like {{...}}")
@@ -95,7 +95,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
         rows = json.loads("".join(line for _, line in _lines(path)))
     except json.JSONDecodeError as error:
         raise UsageError(f"line {error.lineno} is not valid JSON ({_reason(error)})") from error
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"not valid JSON ({_reason(error)})") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -134,7 +134,7 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deeply"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[Numbered]]] = {

@@ -1,14 +1,12 @@
 """The model and the tokenizer that the command line trains, whole or by LoRA."""
 
-from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slsam_ds.integrations.arguments import ModelArguments
 from slsam_ds.integrations.demo import load_demo_model
-from slsam_ds.integrations.usage import UsageError, refusals, warn
+from slsam_ds.integrations.usage import UsageError, path_of, refusals, warn
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -62,7 +60,7 @@ def choose_max_length(asked: int | None, model: PreTrainedModel, *, flag: str = 
 def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     flag = f"--model_name_or_path {name}"
     failing = f"{flag}: no such folder, and not to be had from the hub: "
-    folder = Path(name).expanduser()
+    folder = path_of(flag, name)
     if folder.is_dir():
         name = str(folder)
         if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
@@ -78,8 +76,10 @@ def _load_named(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         raise UsageError(f"{flag}: no such folder")
     failures = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
     with refusals(*failures, prefix=failing):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         warn(f"{flag}: {len(missing)} weights are not in the folder and start from random values, like {missing[0]}")

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from slsam_ds.integrations.files import Numbered, check_file, read_rows
-from slsam_ds.integrations.usage import UsageError, one_line, refusals
+from slsam_ds.integrations.usage import UsageError, one_line, path_of, refusals
 
 _NUM_PEEKED = 100  # rows of a file that tell its columns
 
@@ -80,7 +80,7 @@ def read_files(flag: str, files: Sequence[str]) -> Rows:
         UsageError: A file that is missing, empty, of an unknown format, or malformed at its beginning; files without
             a common column.
     """
-    return _of_files(flag, f"{flag} {' '.join(files)}", [Path(name).expanduser() for name in files])
+    return _of_files(flag, f"{flag} {' '.join(files)}", [path_of(f"{flag} {name}", name) for name in files])
 
 
 def read_named(name: str, config: str | None = None, *, streaming: bool = False) -> tuple[Rows, Rows | None]:
@@ -98,7 +98,7 @@ def read_named(name: str, config: str | None = None, *, streaming: bool = False)
         UsageError: It cannot be loaded, or has no split `train`, or one that is empty.
     """
     flag = f"--dataset_name {name}"
-    folder = Path(name).expanduser()
+    folder = path_of(flag, name)
     if folder.is_file():
         raise UsageError(f"{flag}: expected a folder or a hub id; files are given by --train_file")
     if not folder.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,15 @@ from slsam_ds.integrations.arguments import (
     build_parser,
     describe_unknown,
 )
-from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
-from slsam_ds.integrations.usage import UsageError, join_ranks, refusals
+from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint, step_of
+from slsam_ds.integrations.usage import UsageError, join_ranks, path_of, refusals
 from slsam_ds.saved_state import STATE_FILE
+
+_FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
+_JSON_FLAGS = (
+    "accelerator_config", "fsdp_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "lr_scheduler_kwargs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +68,16 @@ def read_settings(argv: Sequence[str]) -> Settings:
         parser.set_defaults(**_demo_defaults(argv))
     if given.fp16:
         parser.set_defaults(bf16=False)
-    with refusals(ValueError, ImportError, NotImplementedError, OSError):
+    with (
+        refusals(Exception, prefix="the training flags do not fit together: "),  # whatever their code runs into
+        refusals(ValueError, ImportError, NotImplementedError, OSError),
+    ):
         if given.use_cpu:
             join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
         model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
     _check_training(training)
+    if training.hub_token is not None:  # the trainer writes its arguments, all of them, beside every checkpoint
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     if data.streaming:
         # Else the first rank would read for all, and could not: it joins batches of different lengths.
         training.accelerator_config.dispatch_batches = False
@@ -103,9 +115,22 @@ def _check_combinations(given: Any) -> None:
     ):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
-    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+    for name in _FINITE:
         if not 0 <= getattr(given, name) < math.inf:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a finite number of at least 0")
+    for name in _JSON_FLAGS:
+        _check_json(f"--{name}", getattr(given, name), may_be_file=name.endswith("_config"))
+
+
+def _check_json(flag: str, text: str | None, *, may_be_file: bool) -> None:
+    """Refuse what is no JSON object, by the flag's name, which transformers would not say."""
+    if text is None:
+        return
+    with refusals(ValueError, OSError, RecursionError, prefix=f"{flag} {text}: "):
+        from_file = may_be_file and not text.startswith("{")
+        values = json.loads(Path(text).read_text(encoding="utf-8") if from_file else text)
+    if not isinstance(values, dict):
+        raise UsageError(f"{flag} {text}: expected a JSON object, like {{...}}" + ", or a file of one" * may_be_file)
 
 
 def _check_streaming(given: Any) -> None:
@@ -149,7 +174,8 @@ def _make_output_dir(folder: str) -> None:
 
 
 def _check_training(training: TrainingArguments) -> None:
-    with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}: "):
+    options = f" --optim_args {training.optim_args}" if training.optim_args else ""
+    with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}{options}: "):
         Trainer.get_optimizer_cls_and_kwargs(training)
     mismatches = training.hf_deepspeed_config.mismatches if training.deepspeed else []
     if mismatches:
@@ -173,14 +199,15 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
         if last is None:
             raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {training.output_dir}")
         asked = last
+    folder = path_of(f"--resume_from_checkpoint {asked}", asked)
     for name in (TRAINER_STATE_NAME, STATE_FILE):
-        if not Path(asked, name).is_file():
+        if not (folder / name).is_file():
             raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
     with refusals(prefix="--resume_from_checkpoint "):
-        check_complete(Path(asked))
-    num_steps = json.loads(Path(asked, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        check_complete(folder)
+        num_steps = step_of(folder)
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
         raise UsageError(
             f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"
         )
-    return str(asked)
+    return str(folder)

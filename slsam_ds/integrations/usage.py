@@ -34,7 +34,10 @@ Built = TypeVar("Built")
 
 
 class UsageError(Exception):
-    """The message is the sentence to print."""
+    """The message is the sentence to print: on one line, though names in it may hold line breaks."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.splitlines()))
 
 
 @contextmanager
@@ -59,6 +62,22 @@ def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     introduces = lines[0].rstrip().endswith(":") or (len(lines) > 1 and lines[1].startswith("- "))
     return " ".join(" ".join(lines if introduces else lines[:1]).split())
+
+
+def path_of(flag: str, name: str) -> Path:
+    """The path of that name, its `~` replaced.
+
+    Args:
+        flag: The flag and the name, for messages.
+        name: As it was given.
+
+    Raises:
+        UsageError: Nothing can be found by such a name; it is too long, for one.
+    """
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises where there is no such user
+    with refusals(ValueError, OSError, prefix=f"{flag}: "):
+        path.exists()
+    return path
 
 
 def together(build: Callable[[], Built]) -> Built:

@@ -1,7 +1,6 @@
 """A model on meta tensors, from its configuration alone: its structure and shapes without its weights."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from slsam_ds.engines.local import LocalEngine
 from slsam_ds.forward_order import example_inputs
-from slsam_ds.integrations.usage import UsageError, refusals
+from slsam_ds.integrations.usage import UsageError, path_of, refusals
 from slsam_ds.layers import LayerMap
 
 _TASKS = ("SequenceClassification", "TokenClassification", "ImageClassification", "MaskedLM")
@@ -69,7 +68,8 @@ def forward_of(model: PreTrainedModel, batch_size: int, length: int) -> Callable
 
 
 def _read_config(name: str) -> PretrainedConfig:
-    flag, path = f"--model {name}", Path(name).expanduser()
+    flag = f"--model {name}"
+    path = path_of(flag, name)
     failures: tuple[Any, ...] = (OSError, ValueError, KeyError, AttributeError, TypeError)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -79,6 +79,6 @@ def _read_config(name: str) -> PretrainedConfig:
         if name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".json"):
             raise UsageError(f"{flag}: no such folder or file")
         with refusals(*failures, prefix=f"{flag}: no such folder or file, and not to be had from the hub: "):
-            return AutoConfig.from_pretrained(name)
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
     with refusals(*failures, prefix=f"{flag}: not the configuration of a model: "):
-        return AutoConfig.from_pretrained(str(path))
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)

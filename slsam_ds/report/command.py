@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from slsam_ds.records import LAYERS_FILE, STEPS_FILE
 from slsam_ds.report.facts import PRICE_ASSUMPTIONS, run_facts
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 where the input cannot be used, after one sentence on stderr.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m slsam_ds.report",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -70,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.filename or target}: {error.strerror or error}")
     print(f"\nPictures: {target / PICTURE_FILE}\nPage: {target / PAGE_FILE}")
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.split()))  # arguments may hold line breaks
 
 
 def describe(history: RunHistory) -> str:

@@ -116,7 +116,7 @@ def read_history(output_dir: str | Path) -> RunHistory:
             raise RecordsError(f"{folder}: holds no {name}; give the --output_dir of a run that has started to train")
     try:
         layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not even text
+    except (ValueError, RecursionError):  # not JSON, or not even text
         raise RecordsError(f"{folder / LAYERS_FILE}: not JSON; was it written by slsam_ds?") from None
     try:
         return RunHistory.from_records(layers, iterate_steps(folder))

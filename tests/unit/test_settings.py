@@ -10,7 +10,7 @@ from slsam_ds.integrations.arguments import ModelArguments, build_parser
 from slsam_ds.integrations.models import choose_max_length, load_model
 from slsam_ds.integrations.settings import read_settings
 from slsam_ds.integrations.usage import UsageError, together
-from slsam_ds.saved_state import STATE_FILE
+from slsam_ds.saved_state import write_state
 from tests.models import tiny_llama
 from tests.tokenizers import tiny_tokenizer
 
@@ -185,11 +185,16 @@ def test_bad_configurations_are_one_sentence(tmp_path: Path) -> None:
 def test_checkpoint_is_resumed_only_where_steps_are_left(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-4"
     checkpoint.mkdir()
-    (checkpoint / STATE_FILE).write_text("{}")
+    write_state(checkpoint, {}, {})
     flags = ["--deepspeed", ZERO2, "--output_dir", str(tmp_path), "--resume_from_checkpoint"]
-    for text, sentence in [("{", "trainer_state.json: "), ("{}", "trainer_state.json: 'global_step'")]:
+    for text, sentence in [
+        ("{", "Expecting"),
+        ("{}", "'global_step'"),
+        ("[]", "list"),
+        ('{"global_step": "4"}', "'4'"),
+    ]:
         (checkpoint / "trainer_state.json").write_text(text)
-        with pytest.raises(UsageError, match=sentence):
+        with pytest.raises(UsageError, match=rf"no readable trainer_state\.json \(.*{sentence}"):
             read_settings([*flags, str(checkpoint)])
     (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
     for asked in (str(checkpoint), "true"):
