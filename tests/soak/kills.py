@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tests.distributed.training import Setup, Training
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.soak.digests import digest
@@ -59,17 +61,26 @@ def _run(setup: Setup, folder: str, chance: random.Random, duration: float, want
         try:
             return num_kills, run_on_ranks(WORLD_SIZE, train, setup, folder, victim, chance.uniform(0.0, duration))[0]
         except RankFailedError as error:
-            # The victim's end, or what the other rank said when it noticed; anything else is a fault of ours.
-            if victim is None or not any(sign in str(error) for sign in ("died without a word", "onnection", "gloo")):
+            if victim is None or not tells_of_a_kill(error):
                 raise
             num_kills += 1
 
 
+def die_after(seconds: float) -> None:
+    """Let this process be ended there and then, wherever it is, as SIGKILL would."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+
+
+def tells_of_a_kill(error: RankFailedError) -> bool:
+    """Whether it is the victim's end, or what another rank said when it noticed; all else is a fault of ours."""
+    return any(sign in str(error) for sign in ("died without a word", "onnection", "gloo"))
+
+
 def train(setup: Setup, folder: str, victim: int | None, delay: float) -> str:
     """On every rank: load what is there, train to the end, save now and then; what all of it comes to."""
-    if victim is not None and victim == _rank():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process there and then, as SIGKILL does
-        signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-3))
+    if victim == dist.get_rank():
+        die_after(delay)
     training = Training(setup)
     owner: Any = training.engine or training.slsam
     checkpoint = folder if training.engine else f"{folder}/checkpoint"
@@ -83,12 +94,6 @@ def train(setup: Setup, folder: str, victim: int | None, delay: float) -> str:
             owner.save_checkpoint(checkpoint)
             _note(training, folder, {"saved": training.slsam.num_steps})
     return digest(training)
-
-
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank()
 
 
 def _note(training: Training, folder: str, note: dict[str, int]) -> None:

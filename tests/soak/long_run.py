@@ -1,7 +1,6 @@
 """Thousands of steps with everything that goes wrong: kills, bad numbers, batches that are passed over."""
 
 import random
-import signal
 import statistics
 import tempfile
 import time
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from tests.distributed.training import Setup, Training
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.soak.digests import digest
+from tests.soak.kills import die_after, tells_of_a_kill
 
 WORLD_SIZE = 2
 NUM_ARMS = 6
@@ -49,7 +49,7 @@ def run_long(num_steps: int, *, engine: str = "zero2", seed: int = 0) -> dict[st
                 ranks = run_on_ranks(WORLD_SIZE, train, setup, folder, total, bad, victim, delay, timeout=7200)
                 break
             except RankFailedError as error:
-                if victim is None or not any(sign in str(error) for sign in ("without a word", "onnection", "gloo")):
+                if victim is None or not tells_of_a_kill(error):
                     raise
                 num_kills += 1
     with tempfile.TemporaryDirectory() as folder:
@@ -69,8 +69,7 @@ def train(
 ) -> dict[str, Any]:
     """On every rank: from the last checkpoint to the end. Steps are numbered with the skipped ones."""
     if victim == dist.get_rank():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, as SIGKILL does
-        signal.setitimer(signal.ITIMER_REAL, delay)
+        die_after(delay)
     training = Training(setup)
     slsam, owner = training.slsam, training.engine or training.slsam
     if _saved(folder):
