@@ -73,6 +73,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
         self._num_passes = 0  # of this step
+        self._kept: list[Any] = []  # parameters that stay gathered when a backward has used them
         self._find_depths(engine.module, layer_map)
 
     def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
@@ -80,8 +81,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         self._num_passes = 0 if arms is None else self._num_passes + 1
         if self._num_passes <= 1:
             self._drop_gathered()
-        if arms is not None and before is not None:
-            self._keep_gathered(arms, before)
+        self._kept = self._unchanged_within_reuse(arms, before) if arms and before else []
         lowest = min((arm for arm in arms or () if arm != ALWAYS), default=ALWAYS)
         self._traces.use(None if arms is None else (lowest, self._num_passes))
         self._traces.fetch_after_writes()
@@ -96,11 +96,12 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
         So a window of one never holds more than a bucket of whole gradients, and a longer one reduces once.
         """
-        if self._reduces_every_micro_batch or not self._is_last_micro_batch:
-            super().backward(loss)
-        else:
-            with self._only(self._active), boundary(self._engine, True):
-                self._run_backward(loss)
+        with self._held():
+            if self._reduces_every_micro_batch or not self._is_last_micro_batch:
+                super().backward(loss)
+            else:
+                with self._only(self._active), boundary(self._engine, True):
+                    self._run_backward(loss)
 
     def discard(self) -> None:
         super().discard()
@@ -154,28 +155,44 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def _drop_gathered(self) -> None:
         """Partition whatever is still gathered: forward would read it instead of the shards.
 
-        Small parameters stay gathered over the whole step (stage3_param_persistence_threshold), others where
-        `_keep_gathered` holds them, and any may after a pass that raised.
+        Small parameters stay gathered over the whole step (stage3_param_persistence_threshold), others from
+        the ascent to the descent (`_held`), and any may after a pass that raised.
         """
         self._zero.empty_partition_cache()
 
-    def _keep_gathered(self, arms: Collection[int], before: Collection[int]) -> None:
-        """Hold what the next pass reads again, as far as DeepSpeed's settings would: until the step has ended.
+    def _unchanged_within_reuse(self, arms: Collection[int], before: Collection[int]) -> list[Any]:
+        """What the next pass reads again as it is, as far as DeepSpeed's settings would keep it.
 
         Within a pass, DeepSpeed keeps from forward to backward what it reads again within so many elements. Between
-        passes, the same rule holds for the way down and up again. What a module uses, DeepSpeed does not release
-        (partitioned_param_coordinator.py, 0.19.8): `_HOLDER` stands for such a module, until all are told to let go.
+        passes, the same rule holds for the way down and up again.
         """
         offload = self._zero.parameter_offload
         if offload.fast_sharding_for_leaf_module:  # it empties what it releases, whoever uses it
-            return
+            return []
         left = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel) // 2
+        kept = []
         unchanged: Iterator[Any] = self._unchanged(arms, before)
         for parameter in unchanged:
             left -= _numel(parameter)
             if left < 0:
                 break
+            kept.append(parameter)
+        return kept
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """Within, which is a backward, DeepSpeed does not release what is to be kept.
+
+        It releases nothing that a module uses (partitioned_param_coordinator.py, 0.19.8), and `_HOLDER` stands for such
+        a module. Not longer: the user's own `GatheredParameters` fail on what is in use.
+        """
+        for parameter in self._kept:
             parameter.ds_active_sub_modules.add(_HOLDER)
+        try:
+            yield
+        finally:
+            for parameter in self._kept:
+                parameter.ds_active_sub_modules.discard(_HOLDER)
 
     def _clear_reduced(self, arms: Collection[int]) -> None:
         """Zero these arms' averaged gradients, bad numbers of a lost step too: DeepSpeed looks for them in all arms."""

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.distributed.training import ALSO_ZERO1, Setup, Training
+from tests.distributed.training import ALSO_ZERO1, Setup, Training, slow
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
 
@@ -74,7 +74,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", ["everything gathered once", *map(slow, list(SHARDED)[1:])])
 def test_zero3_gathers_and_reduces_less(name: str) -> None:
     """A fifth of the layers, drawn at random, against dense SAM: how much less is what the settings let stay."""
     section, share = SHARDED[name]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slsam_ds import StepResult
 from tests.distributed.test_frozen import optimizer_entries, same_bits
-from tests.distributed.training import ADAMW, Setup, Training, follow_reference, follow_samples, max_error
+from tests.distributed.training import ADAMW, Setup, Training, follow_reference, follow_samples, max_error, slow
 from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -48,13 +48,34 @@ def test_layers_that_were_stepped_before_rest_when_they_are_not_sampled(engine: 
     assert run_on_ranks(2, step_others, Setup(engine=engine)) == [[True, True]] * 2
 
 
-@pytest.mark.parametrize("threshold", [0, 100, 10**6])
+@pytest.mark.parametrize("threshold", [slow(0), 100, slow(10**6)])
 def test_what_stays_gathered_does_not_hide_the_perturbation(threshold: int) -> None:
     setup = persisting(threshold)
     expected, reported = follow_reference(setup, 2, TWICE)
     for weights, results in run_on_ranks(2, follow_samples, setup, TWICE):
         assert max_error(weights, expected) <= 2 * TOLERANCE  # twenty steps
         assert [result.loss for result in results] == pytest.approx([one["loss"] for one in reported], abs=1e-5)
+
+
+def gather_in_the_loss(setup: Setup) -> dict[str, Tensor]:
+    """As losses do that look at weights: every parameter, in both passes."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        with GatheredParameters(list(model.parameters())):
+            pass
+        return model(**batch).loss
+
+    training = Training(setup)
+    for step, sample in enumerate(TWICE, start=1):
+        training.step(training.window(step), active=sample, loss_fn=loss_fn)
+    return training.weights()
+
+
+def test_the_loss_may_gather_what_stays_gathered() -> None:
+    setup = persisting(0, accumulation=2)
+    expected, _ = follow_reference(setup, 2, TWICE)
+    assert max_error(run_on_ranks(2, gather_in_the_loss, setup)[0], expected) <= 2 * TOLERANCE
 
 
 def norms_of_one_step(setup: Setup) -> StepResult:
@@ -219,7 +240,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*list(SETTINGS)[:4], *map(slow, list(SETTINGS)[4:])])
 def test_deepspeed_settings_change_nothing(name: str) -> None:
     section = ZERO3.zero_optimization(**SETTINGS[name])
     setup = Setup(engine="zero3", accumulation=2, deepspeed={"zero_optimization": section})

@@ -11,6 +11,8 @@ from benchmarks.modes import ADAMW_MODE, DENSE_SAM, EXACT, FINE_TUNING, MODES, O
 from benchmarks.report import REPORT, SECTIONS
 from benchmarks.rows import Row, row
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -28,7 +28,7 @@ def wait_for_steps(path: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", slow("deepspeed"), slow("python")])
+@pytest.mark.parametrize("launcher", [slow("torchrun"), slow("deepspeed"), "python"])
 def test_a_stopped_run_goes_on_where_it_was(launcher: str, folder: Path) -> None:
     flags = make_flags(folder, f"stopped_{launcher}", max_steps=NUM_STEPS)
     with started(launcher, folder, SCRIPT, *flags) as process:
