@@ -66,7 +66,7 @@ def judge(setup: Setup) -> list[StepResult]:
     return per_rank[0][1]
 
 
-@pytest.mark.parametrize(("accumulation", "fraction"), [(1, 0.5), slow(4, 0.25), (3, 0.5)])
+@pytest.mark.parametrize(("accumulation", "fraction"), [slow(1, 0.5), slow(4, 0.25), (3, 0.5)])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ascent_on_a_fraction_of_the_window(engine: str, accumulation: int, fraction: float) -> None:
     setup = Setup(engine=engine, accumulation=accumulation, slsam={"ascent_fraction": fraction})

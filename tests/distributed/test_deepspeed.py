@@ -17,6 +17,7 @@ from tests.distributed.training import (
     Training,
     follow_reference,
     max_error,
+    slow,
     whole,
 )
 from tests.models import SAMPLES, arms_of_llama, window
@@ -147,7 +148,7 @@ def follow_schedule(setup: Setup, when: str) -> tuple[list[float], dict[str, Ten
     return rates, {name: whole(parameter).clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("when", ["built before", "built by DeepSpeed"])
+@pytest.mark.parametrize("when", [slow("built before"), "built by DeepSpeed"])
 @pytest.mark.parametrize("engine", STAGES)
 def test_schedulers_drive_the_groups_that_step(engine: str, when: str) -> None:
     setup = Setup(engine=engine)
@@ -190,7 +191,7 @@ def train_checkpointed(setup: Setup, reentrant: bool) -> dict[str, Tensor]:
     return training.weights()
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [slow(False), True])
 @pytest.mark.parametrize("engine", STAGES)
 def test_gradient_checkpointing(engine: str, reentrant: bool) -> None:
     setup = Setup(engine=engine, accumulation=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO1, Setup, Training, slow
+from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, slow
 from tests.models import SAMPLES, arms_of_llama
 from tests.ranks import run_on_ranks
 
@@ -57,7 +57,7 @@ def changes(setup: Setup) -> list[dict[int, bool]]:
 
 
 @pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16])
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
 def test_frozen_means_frozen(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, clip=1.0, accumulation=2)
     per_rank = run_on_ranks(2, changes, setup)
@@ -76,7 +76,9 @@ def optimizer_state_numel(setup: Setup) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero0", ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize(
+    "engine", [slow("local"), slow("fsdp2"), ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
+)
 def test_optimizer_state_grows_with_the_layers_selected(engine: str) -> None:
     first, again, other = run_on_ranks(1, optimizer_state_numel, Setup(engine=engine))[0]
     assert first == again

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import (
 )
 
 from slsam_ds import SLSAM
-from tests.distributed.training import ADAMW, Setup, Training, follow_reference, follow_samples, max_error
+from tests.distributed.training import ADAMW, Setup, Training, follow_reference, follow_samples, max_error, slow
 from tests.models import SAMPLES, tiny_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -70,7 +70,7 @@ class Checkpointed(Setup):
 
 
 @pytest.mark.parametrize("fsdp", [{}, MIXED], ids=["float32", "mixed precision"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [slow(False), True])
 def test_gradient_checkpointing(reentrant: bool, fsdp: dict[str, Any]) -> None:
     setup = Checkpointed(engine="fsdp2", reentrant=reentrant, accumulation=2, fsdp=fsdp)
     if fsdp:  # the same arithmetic as without checkpoints, but for the order in which gradients add up

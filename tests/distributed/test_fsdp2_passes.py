@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from slsam_ds import SLSAM
-from tests.distributed.training import Setup, Training, follow_reference, max_error
+from tests.distributed.training import Setup, Training, follow_reference, max_error, slow
 from tests.models import SAMPLES, window
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
@@ -147,7 +147,7 @@ def fail_inside(setup: Setup, where: str, call: int) -> tuple[dict[str, Tensor],
     return training.weights(), still_gathered, without_gradient
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [1, slow(2), slow(3), 4])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_exception_halfway_leaves_nothing_behind(where: str, call: int) -> None:
     setup = Setup(engine="fsdp2", accumulation=2)  # four forwards: two ascend, two descend

@@ -101,7 +101,7 @@ def test_bandit_scales_learning_rates_by_inverse_probability(engine: str) -> Non
 
 
 @pytest.mark.parametrize("scope", ["rank", "micro_batch"])
-@pytest.mark.parametrize("engine", ["local", ALSO_ZERO0, ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, ALSO_ZERO1, "zero2"])
 def test_ascent_on_a_part_of_the_data(engine: str, scope: str) -> None:
     setup = Setup(engine=engine, accumulation=2, slsam={"ascent_scope": scope})
     expected, reported = follow_reference(setup, 2, SAMPLES)

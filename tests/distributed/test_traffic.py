@@ -42,7 +42,7 @@ def test_a_longer_window_reduces_no_more(engine: str) -> None:
 
 
 @pytest.mark.parametrize("scope", ["rank", "micro_batch"])
-@pytest.mark.parametrize("engine", ["local", ALSO_ZERO1, "zero2"])
+@pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO1, "zero2"])
 def test_a_local_ascent_sends_nothing(engine: str, scope: str) -> None:
     setup = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, "ascent_scope": scope})
     flat = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, "rho": 0.0})

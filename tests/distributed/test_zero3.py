@@ -83,7 +83,7 @@ def norms_of_one_step(setup: Setup) -> StepResult:
     return training.step(training.window(1), active=[1, 4])
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [slow(1), 3])
 @pytest.mark.parametrize("engine", ["zero3", "zero3_offload"])
 def test_the_second_gradient_is_not_added_to_the_first(engine: str, accumulation: int) -> None:
     climbed = run_on_ranks(2, norms_of_one_step, Setup(engine=engine, accumulation=accumulation, slsam={"rho": 1e-7}))
@@ -130,7 +130,7 @@ def survive(setup: Setup, where: str, call: int) -> tuple[dict[str, Tensor], lis
     return training.weights(), left
 
 
-@pytest.mark.parametrize("threshold", [0, 10**6])
+@pytest.mark.parametrize("threshold", [slow(0), 10**6])
 @pytest.mark.parametrize(("where", "call"), [("forward", 1), ("forward", 4), ("backward", 2), ("backward", 3)])
 def test_a_pass_that_breaks_inside_the_model(where: str, call: int, threshold: int) -> None:
     setup = persisting(threshold, accumulation=2)  # two passes of two micro-batches
