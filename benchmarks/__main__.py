@@ -41,7 +41,7 @@ sections:
 
 _EPILOG = """
 examples:
-  python -m benchmarks                                   # all sections on two cores: under a quarter of an hour
+  python -m benchmarks                                   # all sections: about twenty minutes on two cores
   python -m benchmarks --only comparison profile --rounds 40
   python -m benchmarks --quick --output /tmp/benchmarks  # does it run? the numbers mean nothing
   python -m benchmarks --report-only                     # pictures and tables again, from the JSON files
