@@ -3,7 +3,7 @@
 Two ranks on this machine; counted, not timed, so that it says the same everywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,9 +37,9 @@ class Memory:
         stock_reduce = engine.reduce
 
         def reduce() -> Any:
-            self._note("gradients", sum(map(_num_bytes, self._gradients())))
+            self._note("gradients", num_bytes(self._gradients()))
             shards = stock_reduce()
-            self._note("gradients", sum(_num_bytes(shard.gradient) for shard in shards))
+            self._note("gradients", num_bytes(shard.gradient for shard in shards))
             return shards
 
         engine.reduce = reduce
@@ -59,18 +59,16 @@ class Memory:
     def _gradients(self) -> Iterator[torch.Tensor]:
         for parameter in self._training.model.parameters():
             if parameter.grad is not None:
-                yield _local(parameter.grad)
+                yield parameter.grad
 
-    def _note(self, what: str, num_bytes: int) -> None:
-        self.peak[what] = max(self.peak[what], num_bytes)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    def _note(self, what: str, held: int) -> None:
+        self.peak[what] = max(self.peak[what], held)
 
 
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What this rank holds of them."""
+    local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
 def count_engines(engines: Sequence[str], *, blocks: int, hidden: int, active: float, steps: int) -> dict[str, Any]:

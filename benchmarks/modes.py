@@ -1,7 +1,7 @@
 """The ways to train that are compared, all behind one `step`: stock AdamW, dense SAM twice, and SL-SAM's settings."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import slsam_ds
+from benchmarks.engine_costs import num_bytes
 from benchmarks.setup import Setup, Window
 from benchmarks.two_call_sam import TwoCallSAM
 from slsam_ds.cost import CostModel, Passes
@@ -111,7 +111,7 @@ class Stock:
     def __init__(self, model: nn.Module, setup: Setup) -> None:
         self.model, self._setup = model, setup
         self._config = setup.deepspeed_config(num_weights(model))
-        self._gradient_bytes = _num_bytes(model.parameters())  # before they are sharded
+        self._gradient_bytes = num_bytes(model.parameters())  # before they are sharded
         self._engine: Any = None
         if setup.engine == "fsdp2":
             shard(model, setup)
@@ -177,7 +177,7 @@ class TwoCalls:
         return _price_of_all(costs, Passes(ascent=1.0, reused=0.0))
 
     def gradient_bytes(self) -> int:
-        return _num_bytes(self.model.parameters())
+        return num_bytes(self.model.parameters())
 
 
 class Ours:
@@ -235,13 +235,8 @@ def optimizer_bytes(training: Training) -> int:
     weights = {id(parameter) for parameter in training.model.parameters()}
     held = [p for group in training.optimizer.param_groups for p in group["params"] if id(p) not in weights]
     state = [value for entry in training.optimizer.state.values() for value in entry.values()]
-    return _num_bytes(held) + _num_bytes(value for value in state if isinstance(value, Tensor))
+    return num_bytes(held) + num_bytes(value for value in state if isinstance(value, Tensor))
 
 
 def _price_of_all(costs: CostModel, passes: Passes) -> float:
     return costs.prices(passes).of(range(len(costs.weight_gradient)))
-
-
-def _num_bytes(tensors: Any) -> int:
-    local: Sequence[Tensor] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    return sum(tensor.numel() * tensor.element_size() for tensor in local)

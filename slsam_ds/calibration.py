@@ -182,8 +182,7 @@ class _Places:
         assert layers.stack is not None
         self._layers = layers
         self._blocks = list(layers.stack.children())
-        inside = {id(parameter) for block in self._blocks for parameter in block.parameters()}
-        self._outside = [id(layer.parameters[0][1]) not in inside for layer in layers]
+        self._around = layers.around
 
     def solve(self, deepest: _Counted, middle: _Counted, middle_arm: int, *, ends: bool) -> CostModel:
         """The price list, from what was counted with the first and with a middle arm active.
@@ -211,10 +210,10 @@ class _Places:
         return [parameter for _, parameter in self._layers[arm].parameters]
 
     def _is_before(self, arm: int) -> bool:
-        return self._outside[arm] and self._layers[arm].depth == 0
+        return self._around[arm] and self._layers[arm].depth == 0
 
     def _is_after(self, arm: int) -> bool:
-        return self._outside[arm] and self._layers[arm].depth > 0
+        return self._around[arm] and self._layers[arm].depth > 0
 
     def _above(self, arm: int, counted: _Counted, through: float, into: float) -> float:
         """What backward takes on its way down to this arm, but for weight gradients."""

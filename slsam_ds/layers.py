@@ -74,6 +74,13 @@ class LayerMap:
         """Number of weights of each arm, over all ranks."""
         return tuple(layer.numel for layer in self.layers)
 
+    @property
+    def around(self) -> tuple[bool, ...]:
+        """By arm: whether it is around the blocks, not one of them. Only where there is a stack."""
+        assert self.stack is not None
+        inside = {id(parameter) for parameter in self.stack.parameters()}
+        return tuple(id(layer.parameters[0][1]) not in inside for layer in self.layers)
+
     def describe(self) -> list[dict[str, Any]]:
         """The arms as JSON-serialisable records: the contents of `slsam_layers.json`."""
         return [

@@ -20,7 +20,7 @@ from slsam_ds.protocol import ALWAYS
 from slsam_ds.rng import RandomState
 
 # Hidden states kept for one window take at most this much; micro-batches beyond run all their blocks again.
-_MAX_BYTES = 2**30
+MAX_BYTES = 2**30
 
 
 class PrefixNotReusableError(RuntimeError):
@@ -41,7 +41,7 @@ class Prefix:
         handed_on: A descent has started above the blocks.
     """
 
-    def __init__(self, stack: nn.Module, depth: int, *, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(self, stack: nn.Module, depth: int, *, max_bytes: int = MAX_BYTES) -> None:
         self._stack, self._depth = stack, depth
         self._bytes_left = max_bytes
         # One entry per call of the model: a loss may run it more than once on a micro-batch.

@@ -11,6 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+MAX_KEPT_BYTES = 2**30
+"""What is gathered for the ascent and kept for the descent takes at most this much, where the engine has no limit of
+its own for it."""
+
 ALWAYS = -1
 """Arm number of the parameters that are trained in every step (`other_parameters="always"`)."""
 

@@ -98,7 +98,7 @@ def check_state(checkpoint: str | Path, layer_map: LayerMap, config: SLSAMConfig
         selector.load_state_dict(state["selector"])
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    check_files(checkpoint)
+    _check_files(Path(checkpoint), state["files"])
 
 
 def check_layers(state: Mapping[str, Any], layer_map: LayerMap) -> None:
@@ -136,12 +136,16 @@ def check_files(checkpoint: str | Path) -> None:
     Raises:
         ValueError: Naming the file.
     """
-    for name, size in read_state(checkpoint)["files"].items():
-        path = Path(checkpoint, name)
+    _check_files(Path(checkpoint), read_state(checkpoint)["files"])
+
+
+def _check_files(folder: Path, files: Mapping[str, int]) -> None:
+    for name, size in files.items():
+        path = folder / name
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             has = "is missing" if found is None else f"has {found:,} of {size:,} bytes"
-            raise ValueError(f"{checkpoint}: {name} {has}: resume from another checkpoint")
+            raise ValueError(f"{folder}: {name} {has}: resume from another checkpoint")
 
 
 def check_contents(checkpoint: str | Path, *, rank: int, num_ranks: int) -> None:

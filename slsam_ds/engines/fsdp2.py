@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from slsam_ds.engines.placement import Sharded
+from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.layers import LayerMap
-from slsam_ds.protocol import Piece, Shard
-
-# What was gathered for the ascent and stays for the descent takes at most this much.
-_MAX_KEPT_BYTES = 2**30
+from slsam_ds.protocol import MAX_KEPT_BYTES, Piece, Shard
 
 
 class FSDP2Engine(Sharded, TorchOptimizerEngine):
@@ -48,7 +45,6 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         found = (self._inner.get(id(parameter)) for parameter in self._upwards)
         self._groups_upwards = list(dict.fromkeys(inner.group for inner in found if inner is not None))
         self._own_prefetch: list[tuple[Any, list[Any]]] = []
-        self._num_passes = 0  # of this step
         self._kept: list[Any] = []  # groups that stay gathered
         # A rank whose data never touches a parameter takes part in its reduction all the same.
         self._root.set_reduce_scatter_unused_params(True)
@@ -57,8 +53,7 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         self._root.set_requires_gradient_sync(True)
         super().activate(arms)
         self._end_prefetch_at(None if arms is None else min(arms))
-        self._num_passes = 0 if arms is None else self._num_passes + 1
-        if self._num_passes <= 1:
+        if self._count_pass(arms):
             self._reshard()
         self._keep_gathered(self._groups_unchanged(arms, before) if arms and before else [])
 
@@ -106,16 +101,17 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
             state._states_to_backward_prefetch = [state]
 
     def _groups_unchanged(self, arms: Collection[int], before: Collection[int]) -> list[Any]:
-        """Groups that hold only what the next pass reads as it is, as many as `_MAX_KEPT_BYTES` have room for."""
+        """Groups that hold only what the next pass reads as it is, as many as `MAX_KEPT_BYTES` have room for."""
         unchanged = {id(parameter) for parameter in self._unchanged(arms, before)}
-        groups, left = [], _MAX_KEPT_BYTES
-        for group in self._groups_upwards:
-            if unchanged.issuperset(id(parameter.sharded_param) for parameter in group.fsdp_params):
-                left -= sum(self._inner[id(parameter.sharded_param)].num_bytes for parameter in group.fsdp_params)
-                if left < 0:
-                    break
-                groups.append(group)
-        return groups
+        members = {
+            group: [id(parameter.sharded_param) for parameter in group.fsdp_params] for group in self._groups_upwards
+        }
+        sized = (
+            (group, sum(self._inner[member].num_bytes for member in members[group]))
+            for group in self._groups_upwards
+            if unchanged.issuperset(members[group])
+        )
+        return as_many_as_fit(sized, MAX_KEPT_BYTES)
 
     def _keep_gathered(self, groups: list[Any]) -> None:
         """Let these, and no others that were kept before, stay gathered when their backward has run."""

@@ -1,7 +1,7 @@
 """Whether every rank holds whole weights, and what follows from it for the two passes."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,6 +56,14 @@ class Sharded:
 
     replicated = False
 
+    _num_passes = 0
+    """Of this step, up to now; 0 between steps."""
+
+    def _count_pass(self, arms: Collection[int] | None) -> bool:
+        """Count the pass that `activate` announces; whether a step begins or ends with it."""
+        self._num_passes = 0 if arms is None else self._num_passes + 1
+        return self._num_passes <= 1
+
     def _find_depths(self, model: nn.Module, layer_map: LayerMap) -> None:
         """Note where in the model parameters are, and which arm they belong to."""
         blocks = list(layer_map.stack.children()) if layer_map.stack is not None else []
@@ -79,3 +87,19 @@ class Sharded:
     def local_gradients(self) -> Any:
         """Not asked for: `SLSAM` refuses a local `ascent_scope` here."""
         raise AssertionError("local gradients of sharded weights")
+
+
+def as_many_as_fit(sized: Iterable[tuple[Any, int]], room: int) -> list[Any]:
+    """The first of these things, up to the one that has no room any more.
+
+    Args:
+        sized: Things and their sizes.
+        room: For all of them together.
+    """
+    kept = []
+    for thing, size in sized:
+        room -= size
+        if room < 0:
+            break
+        kept.append(thing)
+    return kept

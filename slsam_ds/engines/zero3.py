@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed_step import boundary, overlaid
-from slsam_ds.engines.placement import Sharded
+from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.engines.zero import ZeroEngine
 from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
@@ -72,14 +72,12 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         super().__init__(engine, layer_map)
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
-        self._num_passes = 0  # of this step
         self._kept: list[Any] = []  # parameters that stay gathered when a backward has used them
         self._find_depths(engine.module, layer_map)
 
     def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
         super().activate(arms)
-        self._num_passes = 0 if arms is None else self._num_passes + 1
-        if self._num_passes <= 1:
+        if self._count_pass(arms):
             self._drop_gathered()
         self._kept = self._unchanged_within_reuse(arms, before) if arms and before else []
         lowest = min((arm for arm in arms or () if arm != ALWAYS), default=ALWAYS)
@@ -169,15 +167,8 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         offload = self._zero.parameter_offload
         if offload.fast_sharding_for_leaf_module:  # it empties what it releases, whoever uses it
             return []
-        left = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel) // 2
-        kept = []
-        unchanged: Iterator[Any] = self._unchanged(arms, before)
-        for parameter in unchanged:
-            left -= _numel(parameter)
-            if left < 0:
-                break
-            kept.append(parameter)
-        return kept
+        room = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel) // 2
+        return as_many_as_fit(((each, _numel(each)) for each in self._unchanged(arms, before)), room)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:

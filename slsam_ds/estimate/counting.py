@@ -110,7 +110,7 @@ def count(
         names=tuple(layer.name for layer in layers),
         numels=layers.numels,
         depths=tuple(layer.depth for layer in layers),
-        in_blocks=tuple(not outside for outside in _outside(layers)),
+        in_blocks=tuple(not around for around in layers.around),
         ends=saved.ends,
         always=sum(parameter.numel() for _, parameter in layers.always),
         blocks=blocks,
@@ -140,7 +140,7 @@ class _ActivationCounter:
         assert layers.stack is not None
         self._engine, self._layers, self._compute_loss, self._on_meta = engine, layers, compute_loss, on_meta
         self._blocks = list(layers.stack.children())
-        self._before = [outside and layer.depth == 0 for outside, layer in zip(_outside(layers), layers, strict=True)]
+        self._before = [around and layer.depth == 0 for around, layer in zip(layers.around, layers, strict=True)]
         self._place = [0 if before else layer.depth + 1 for before, layer in zip(self._before, layers, strict=True)]
         self.largest_block = self.hidden = 0
         self.ends = not layers.always
@@ -206,13 +206,6 @@ class _ActivationCounter:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _outside(layers: LayerMap) -> list[bool]:
-    """By arm: whether it is around the blocks."""
-    assert layers.stack is not None
-    inside = {id(parameter) for parameter in layers.stack.parameters()}
-    return [id(layer.parameters[0][1]) not in inside for layer in layers]
 
 
 def _num_weights(module: nn.Module) -> int:

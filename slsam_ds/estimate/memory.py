@@ -6,10 +6,10 @@ from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.estimate.sharding import FP32, Setup, Step
 from slsam_ds.estimate.traffic import kept_fsdp2, kept_zero3
+from slsam_ds.prefix import MAX_BYTES
 
 _MOMENTS = 2 * FP32  # Adam's two
 _PREVIOUS = 2  # `PreviousGradients` are bf16
-_MAX_PREFIX = 2**30  # bytes, as `Prefix` has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ def _kept(step: Step, draw: Draw) -> float:
         stays = min(room, kept_zero3(step, draw)) * setup.width
     elif setup.engine == "fsdp2":
         stays = kept_fsdp2(step, draw) * setup.width
-    return min(_MAX_PREFIX, hidden) + stays
+    return min(MAX_BYTES, hidden) + stays
 
 
 def _gradients(step: Step, sampled: float, width: int) -> float:

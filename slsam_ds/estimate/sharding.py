@@ -1,6 +1,5 @@
 """How a run is laid out: what the formulas for memory and traffic start from."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +7,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.cost import Passes
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
+from slsam_ds.micro_batches import ascent_part
 
 EngineName = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -67,9 +67,10 @@ class Step:
     @property
     def num_ascents(self) -> int:
         """Micro-batches of the ascent."""
-        wanted = self.passes.ascent * self.setup.num_micro_batches
-        whole = self.config.ascent_scope == "micro_batch" and wanted > 0
-        return self.setup.num_micro_batches if whole else math.ceil(wanted - 1e-9)
+        if self.passes.ascent == 0:
+            return 0
+        of_each = self.config.ascent_scope == "micro_batch"
+        return ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=of_each)[0]
 
     @property
     def publishes(self) -> bool:

@@ -8,8 +8,7 @@ import math
 
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.estimate.sharding import Step
-
-_MAX_KEPT_FSDP2 = 2**30  # bytes, as `FSDP2Engine` has it
+from slsam_ds.protocol import MAX_KEPT_BYTES
 
 
 def reduced(step: Step, draw: Draw) -> float:
@@ -74,4 +73,4 @@ def kept_fsdp2(step: Step, draw: Draw) -> float:
     around = [chance for chance, inside in zip(draw.included, counted.in_blocks, strict=True) if not inside]
     frozen_around = 0.0 if counted.always else math.prod(1 - chance for chance in around)
     unchanged = step.above(draw) - draw.total(by_arm) + frozen_around * counted.outside
-    return min(_MAX_KEPT_FSDP2 / step.setup.width, unchanged)
+    return min(MAX_KEPT_BYTES / step.setup.width, unchanged)

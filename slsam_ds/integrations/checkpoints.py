@@ -29,22 +29,16 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def check_complete(folder: Path) -> None:
+def check_complete(folder: Path) -> int:
     """Refuse a checkpoint that was not saved to its end, or has lost something since.
+
+    Returns:
+        After how many steps it was saved.
 
     Raises:
         ValueError: Saying what it lacks.
     """
     check_files(folder)
-    step_of(folder)
-
-
-def step_of(folder: Path) -> int:
-    """After how many steps a Trainer saved a checkpoint.
-
-    Raises:
-        ValueError: Its own state is missing or damaged.
-    """
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         step = state["global_step"]

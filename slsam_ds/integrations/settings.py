@@ -22,7 +22,7 @@ from slsam_ds.integrations.arguments import (
     build_parser,
     describe_unknown,
 )
-from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint, step_of
+from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
 from slsam_ds.integrations.usage import UsageError, join_ranks, path_of, refusals
 from slsam_ds.saved_state import STATE_FILE
 
@@ -204,8 +204,7 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
         if not (folder / name).is_file():
             raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
     with refusals(prefix="--resume_from_checkpoint "):
-        check_complete(folder)
-        num_steps = step_of(folder)
+        num_steps = check_complete(folder)
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
         raise UsageError(
             f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"

@@ -68,7 +68,7 @@ def test_only_what_a_pass_needs_and_does_not_have_is_gathered() -> None:
 def traffic_with_room_for(num_bytes: int, sample: Sequence[int]) -> int:
     from slsam_ds.engines import fsdp2
 
-    fsdp2._MAX_KEPT_BYTES = num_bytes
+    fsdp2.MAX_KEPT_BYTES = num_bytes
     return traffic_of_steps(Setup(engine="fsdp2"), [sample])[0][0]["gather"]
 
 

@@ -1,12 +1,13 @@
 """Numbers that are not finite, injected at random: which rank, which pass, which micro-batch, loss or gradient."""
 
 import random
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.distributed.test_faults import spoil
 from tests.distributed.training import Setup, Training
 from tests.ranks import run_on_ranks
 from tests.soak.digests import digest
@@ -45,12 +46,12 @@ def train(setup: Setup, num_bad: int, seed: int, inject: bool) -> dict[str, Any]
         sample = sorted(chance.sample(range(NUM_ARMS), chance.choice((1, 2, 3))))
         victim, call = chance.randrange(WORLD_SIZE), chance.randrange(2 * ACCUMULATION)
         value = chance.choice((float("nan"), float("inf"), -float("inf")))
-        spoil = chance.choice((_spoiled_loss, _spoiled_gradient))
+        damage = chance.choice((_spoiled_loss, _spoiled_gradient))
         window = training.window(number + 1)
         if inject:
             before, state = training.live_weights(), training.slsam.selector.state_dict()
-            loss_fn = _at_call(call, spoil, value) if victim == training.rank else None
-            result = training.step(window, loss_fn=loss_fn, active=sample)
+            act = partial(damage, value=value) if victim == training.rank else _as_it_is
+            result = spoil(training.step, window, call + 1, act, active=sample)
             after = training.live_weights()
             same = all(torch.equal(after[name], weight) for name, weight in before.items())
             found["skipped"] += result.skipped
@@ -59,16 +60,8 @@ def train(setup: Setup, num_bad: int, seed: int, inject: bool) -> dict[str, Any]
     return found | {"weights": digest(training, state=False)}
 
 
-def _at_call(number: int, spoil: Callable[[Tensor, float], Tensor], value: float) -> Callable[[Any, Any], Tensor]:
-    calls = 0
-
-    def loss_fn(model: Any, batch: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        loss: Tensor = model(**batch).loss
-        return spoil(loss, value) if calls == number + 1 else loss
-
-    return loss_fn
+def _as_it_is(loss: Tensor) -> Tensor:
+    return loss
 
 
 def _spoiled_loss(loss: Tensor, value: float) -> Tensor:
