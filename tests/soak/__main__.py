@@ -13,14 +13,14 @@ import deepspeed
 import torch
 
 from tests.soak.bad_numbers import count_bad_numbers
-from tests.soak.kills import count_kills
+from tests.soak.early_ends import a_full_disk, a_kill, count_endings
 from tests.soak.long_run import run_long
 from tests.soak.tables import write_tables
 
 ENGINES = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 RESULTS = DOCUMENT.with_suffix(".json")
-SECTIONS = ("kills", "bad_numbers", "bad_inputs", "long_run")
+SECTIONS = ("kills", "full_disk", "bad_numbers", "bad_inputs", "long_run")
 
 
 def main() -> None:
@@ -29,14 +29,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--kills", type=int, default=200, help="over all engines (default: %(default)s)")
+    parser.add_argument("--full-disks", type=int, default=30, help="over all engines (default: %(default)s)")
     parser.add_argument("--bad-numbers", type=int, default=100, help="on each engine (default: %(default)s)")
     parser.add_argument("--bad-inputs", type=int, default=1000, help="of each kind (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5000, help="of the long run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    each = -(-given.kills // len(given.engines))
+    kills, full_disks = (-(-each // len(given.engines)) for each in (given.kills, given.full_disks))
     sections: dict[str, dict[str, Callable[[], Any]]] = {
-        "kills": {name: partial(count_kills, name, each, seed=given.seed) for name in given.engines},
+        "kills": {name: partial(count_endings, name, kills, a_kill, seed=given.seed) for name in given.engines},
+        "full_disk": {
+            name: partial(count_endings, name, full_disks, a_full_disk, seed=given.seed) for name in given.engines
+        },
         "bad_numbers": {name: partial(count_bad_numbers, name, given.bad_numbers) for name in given.engines},
         "bad_inputs": {"": partial(_count_bad_inputs, given.bad_inputs)},
         "long_run": {"zero2": partial(run_long, given.steps, seed=given.seed)},

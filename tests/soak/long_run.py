@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.distributed.training import Setup, Training
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.soak.digests import digest
-from tests.soak.kills import die_after, tells_of_a_kill
+from tests.soak.early_ends import Kill
 
 WORLD_SIZE = 2
 NUM_ARMS = 6
@@ -42,18 +42,20 @@ def run_long(num_steps: int, *, engine: str = "zero2", seed: int = 0) -> dict[st
         pace = 0.05
         while True:
             done = _saved(folder)
-            victim = chance.randrange(WORLD_SIZE) if num_kills < NUM_KILLS else None
-            end = total if victim is None else int(total * (1 - QUIET_SHARE) * (num_kills + 1) / NUM_KILLS)
-            delay = max(1.0, (end - done) * pace * chance.uniform(0.5, 1.5))
+            kill = None
+            if num_kills < NUM_KILLS:
+                end = int(total * (1 - QUIET_SHARE) * (num_kills + 1) / NUM_KILLS)
+                delay = max(1.0, (end - done) * pace * chance.uniform(0.5, 1.5))
+                kill = Kill(chance.randrange(WORLD_SIZE), delay)
             try:
-                ranks = run_on_ranks(WORLD_SIZE, train, setup, folder, total, bad, victim, delay, timeout=7200)
+                ranks = run_on_ranks(WORLD_SIZE, train, setup, folder, total, bad, kill, timeout=7200)
                 break
             except RankFailedError as error:
-                if victim is None or not tells_of_a_kill(error):
+                if kill is None or not any(sign in str(error) for sign in kill.signs):
                     raise
                 num_kills += 1
     with tempfile.TemporaryDirectory() as folder:
-        clean = run_on_ranks(WORLD_SIZE, train, setup, folder, num_steps, frozenset(), None, 0.0, timeout=7200)
+        clean = run_on_ranks(WORLD_SIZE, train, setup, folder, num_steps, frozenset(), None, timeout=7200)
     return {
         "steps": num_steps,
         "kills": num_kills,
@@ -64,12 +66,10 @@ def run_long(num_steps: int, *, engine: str = "zero2", seed: int = 0) -> dict[st
     }
 
 
-def train(
-    setup: Setup, folder: str, total: int, bad: frozenset[int], victim: int | None, delay: float
-) -> dict[str, Any]:
+def train(setup: Setup, folder: str, total: int, bad: frozenset[int], kill: Kill | None) -> dict[str, Any]:
     """On every rank: from the last checkpoint to the end. Steps are numbered with the skipped ones."""
-    if victim == dist.get_rank():
-        die_after(delay)
+    if kill is not None:
+        kill.strike("start")
     training = Training(setup)
     slsam, owner = training.slsam, training.engine or training.slsam
     if _saved(folder):

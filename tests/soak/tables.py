@@ -14,6 +14,13 @@ _COLUMNS = {
         "lost_steps": "steps lost beyond it",
         "different": "runs that ended otherwise",
     },
+    "full_disk": {
+        "kills": "saves that did not fit",
+        "runs": "runs",
+        "resumes": "resumed from a checkpoint",
+        "lost_steps": "steps lost beyond it",
+        "different": "runs that ended otherwise",
+    },
     "bad_numbers": {
         "injected": "NaN or Inf injected",
         "skipped": "steps skipped by all ranks",
@@ -37,6 +44,7 @@ _COLUMNS = {
 }
 _TITLES = {
     "kills": "A rank killed at a random moment",
+    "full_disk": "A checkpoint that does not fit on the disk",
     "bad_numbers": "Numbers that are not finite",
     "bad_inputs": "Settings and files that cannot be used",
     "long_run": "A long run with kills, bad numbers and batches passed over",

@@ -1,0 +1,130 @@
+"""The command: makes the runs that are missing, a line of JSON each, and the tables and pictures of all there are."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.report import write_report
+from benchmarks.evidence.runs import Key, Runs
+from benchmarks.evidence.study import KNOBS, Study
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.training import run
+from benchmarks.results import describe_machine
+
+_EXIT_CODE = 2  # what argparse returns on a usage error
+
+_DESCRIPTION = """
+Measure what is learned: methods x tasks x seeds. Every method's learning rate is tuned on validation data with as many
+runs (stage tune); then every seed is judged by test data (stage final); then single knobs of SL-SAM are turned (stage
+knobs, validation data). Each run is one line of runs.jsonl in --output; runs that are there are not made again, so a
+stopped command goes on. Tables and pictures are of all runs there are.
+"""
+
+_EPILOG = """
+examples:
+  python -m benchmarks.evidence                                   # whatever is missing of docs/evidence: many hours
+  python -m benchmarks.evidence --quick                           # a first look, in ten minutes on two cores
+  python -m benchmarks.evidence --tasks digits --methods slsam dense_sam --output outputs/mine    # two rows, anew
+  python -m benchmarks.evidence --tasks digits --stages tune knobs --knobs rho --output outputs/mine
+  python -m benchmarks.evidence --tables-only
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit code: 2 where something needed is missing or damaged, after one sentence on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    folder = options.output or Path("outputs/evidence-quick" if options.quick else "docs/evidence")
+    try:
+        runs = Runs(folder)
+        if not options.tables_only:
+            _make(_study(options), runs)
+        print(f"Report: {write_report(folder, runs)}")
+    except (LookupError, ModuleNotFoundError, ValueError) as error:
+        print(f"error: {error.args[0] if error.args else error}", file=sys.stderr)
+        return _EXIT_CODE
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _study(options: argparse.Namespace) -> Study:
+    tasks = options.tasks or (["libraries", "digits"] if options.quick else list(TASKS))
+    methods = options.methods or (["adamw", "dense_sam", "slsam", "budget"] if options.quick else list(METHODS))
+    stages = options.stages or (["tune", "final"] if options.quick else ["tune", "final", "knobs"])
+    return Study(
+        tasks=tasks,
+        methods=methods,
+        stages=stages,
+        num_seeds=options.seeds or (2 if options.quick else 5),
+        knobs=options.knobs,
+        shortened=3 if options.quick else 1,
+        num_rates=2 if options.quick else None,
+    )
+
+
+def _make(study: Study, runs: Runs) -> None:
+    machine = describe_machine()
+    for key in study.keys(runs):
+        if key in runs:
+            continue
+        started = time.monotonic()
+        found = run(
+            TASKS[key.task],
+            METHODS[key.method],
+            learning_rate=key.learning_rate,
+            seed=key.seed,
+            steps=study.steps(key, runs),
+            knobs=key.knobs,
+            on_test=key.stage == "final",
+        )
+        runs.add(key, {**found, "machine": machine})
+        print(f"{_said(key, runs)} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _said(key: Key, runs: Runs) -> str:
+    (found,) = [each for each in runs.of(key.stage, key.task, key.method) if each.key == key]
+    what = "test" if key.stage == "final" else "validation"
+    return f"{key}: {what} loss {found.loss:.4f}, price {found.found['price']:.2f}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.evidence",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--stages", nargs="+", choices=("tune", "final", "knobs"), help="default: all, in this order")
+    parser.add_argument(
+        "--knobs", nargs="+", choices=KNOBS, metavar="KNOB", default=list(KNOBS), help=f"of {', '.join(KNOBS)}"
+    )
+    parser.add_argument("--seeds", type=_at_least_two, metavar="N", help="of the final runs (default: 5)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: docs/evidence")
+    parser.add_argument("--quick", action="store_true", help="two tasks, four methods, short runs, two seeds")
+    parser.add_argument("--tables-only", action="store_true", help="make no runs, write the report again")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: the cores)")
+    return parser
+
+
+def _at_least_two(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError("choose at least 2 seeds, for there to be a standard error")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

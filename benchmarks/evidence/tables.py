@@ -1,0 +1,177 @@
+"""Means, standard errors and paired differences of the runs there are, as Markdown."""
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.evidence.methods import METHODS
+from benchmarks.evidence.runs import Key, Run, Runs
+from benchmarks.evidence.study import BASE, KNOBS, Change, best_rate
+from benchmarks.evidence.tasks import TASKS
+
+REFERENCE, DENSE = "adamw", "dense_sam"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean and its standard error; the error of one value alone is not known."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean":
+        """Of independent values."""
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), spread / math.sqrt(len(values)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.error:.3f}"
+
+    @property
+    def signed(self) -> str:
+        """For a difference."""
+        return f"{self.mean:+.3f} ± {self.error:.3f}"
+
+
+def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Mean | None:
+    """Of the losses, seed by seed; None where they have no seed in common."""
+    losses = {run.key.seed: run.loss for run in theirs}
+    paired = [run.loss - losses[run.key.seed] for run in ours if run.key.seed in losses]
+    return Mean.of(paired) if paired else None
+
+
+def time_ratio(ours: Sequence[Run], theirs: Sequence[Run]) -> float | None:
+    """Of the wall clocks of whole runs, seed by seed: their median. Runs of a seed were made one after the other."""
+    seconds = {run.key.seed: run.found["seconds"] for run in theirs}
+    ratios = [run.found["seconds"] / seconds[run.key.seed] for run in ours if run.key.seed in seconds]
+    return statistics.median(ratios) if ratios else None
+
+
+def methods_table(runs: Runs, task: str) -> str:
+    """The methods on a task's test data."""
+    adamw, dense = runs.of("final", task, REFERENCE), runs.of("final", task, DENSE)
+    lines = [
+        "| method | learning rate | steps | FLOPs / AdamW | time / AdamW | test loss | less AdamW's | "
+        "less dense SAM's | accuracy | calibration error | rise along gradient | rise in random directions |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, some in _finals(runs, task):
+        scores = {
+            name: Mean.of([run.found["test"][name] for run in some]) for name in ("accuracy", "calibration_error")
+        }
+        rises = {
+            name: Mean.of([run.found["sharpness"][name] for run in some])
+            for name in ("along_gradient", "in_random_directions")
+        }
+        steps, price = some[0].found["steps"], statistics.fmean(run.found["price"] for run in some)
+        cells = [
+            METHODS[method].title,
+            f"{some[0].key.learning_rate:g}{'*' if _at_edge(some[0].key) else ''}",
+            f"{steps}",
+            f"{price * steps / TASKS[task].steps:.2f}" if steps != TASKS[task].steps else f"{price:.2f}",
+            _shown(time_ratio(some, adamw), "{:.2f}"),
+            str(Mean.of([run.loss for run in some])),
+            _signed(difference(some, adamw)) if method != REFERENCE else "",
+            _signed(difference(some, dense)) if method != DENSE else "",
+            str(scores["accuracy"]),
+            str(scores["calibration_error"]),
+            str(rises["along_gradient"]),
+            f"{rises['in_random_directions'].mean:.4f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdicts(runs: Runs) -> str:
+    """For every task: are the defaults as good as dense SAM, and at what price?"""
+    lines = [
+        "| task | SL-SAM, defaults | dense SAM | AdamW | within one standard error of dense SAM, or better | "
+        "time / AdamW | at no more than AdamW's wall clock |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        ours, dense, adamw = (runs.of("final", task, name) for name in (BASE, DENSE, REFERENCE))
+        if not (ours and dense and adamw):
+            continue
+        losses = [Mean.of([run.loss for run in some]) for some in (ours, dense, adamw)]
+        as_good = losses[0].mean <= losses[1].mean + losses[1].error
+        ratio = time_ratio(ours, adamw)
+        cheap = ratio is not None and ratio <= 1
+        cells = [TASKS[task].title, *map(str, losses), _yes(as_good), _shown(ratio, "{:.2f}"), _yes(cheap)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def layers_table(runs: Runs, task: str) -> str:
+    """Where the updates went: shares of all draws."""
+    lines = ["| method | before the blocks | lower half | upper half | after the blocks |", "|---|---|---|---|---|"]
+    for method, some in _finals(runs, task):
+        if METHODS[method].knobs.get("selector") in ("all", "uniform"):
+            continue
+        drawn = [sum(counts) for counts in zip(*(run.found["updates"] for run in some), strict=True)]
+        middle, total = 1 + (len(drawn) - 2) // 2, sum(drawn)
+        parts = (drawn[:1], drawn[1:middle], drawn[middle:-1], drawn[-1:])
+        lines.append(f"| {METHODS[method].title} | {' | '.join(f'{sum(part) / total:.0%}' for part in parts)} |")
+    return "\n".join(lines)
+
+
+def knobs_table(runs: Runs, task: str) -> str:
+    """What turning one knob of the defaults does to the validation loss."""
+    standard = runs.of("knobs", task, BASE, where=lambda key: _is(key, Change(), runs, task))
+    lines = ["| knob | setting | validation loss | less the defaults' | FLOPs / AdamW |", "|---|---|---|---|---|"]
+    lines.append(f"| | defaults | {Mean.of([run.loss for run in standard])} | | {_mean_price(standard):.2f} |")
+    for name, changes in KNOBS.items():
+        for change in changes:
+            some = runs.of("knobs", task, BASE, where=lambda key, change=change: _is(key, change, runs, task))
+            if some:
+                loss = Mean.of([run.loss for run in some])
+                setting = ", ".join([*map(str, change.knobs.values()), *_rate(change)])
+                difference_ = _signed(difference(some, standard))
+                lines.append(f"| {name} | {setting} | {loss} | {difference_} | {_mean_price(some):.2f} |")
+    return "\n".join(lines)
+
+
+def has_knobs(runs: Runs, task: str) -> bool:
+    """Whether the defaults were run on the validation data of the stage knobs."""
+    return bool(runs.of("knobs", task, BASE, where=lambda key: not key.knobs))
+
+
+def _is(key: Key, change: Change, runs: Runs, task: str) -> bool:
+    wanted = best_rate(runs, task, METHODS[BASE]) * change.rate
+    return dict(key.knobs) == change.knobs and math.isclose(key.learning_rate, wanted)
+
+
+def _rate(change: Change) -> Iterator[str]:
+    if change.rate != 1:
+        yield f"learning rate x {change.rate:g}"
+
+
+def _finals(runs: Runs, task: str) -> Iterator[tuple[str, list[Run]]]:
+    for method in METHODS:
+        some = runs.of("final", task, method)
+        if some:
+            yield method, some
+
+
+def _at_edge(key: Key) -> bool:
+    rates = TASKS[key.task].learning_rates
+    return key.learning_rate in (rates[0], rates[-1])
+
+
+def _mean_price(some: Sequence[Run]) -> float:
+    return statistics.fmean(run.found["price"] for run in some) if some else math.nan
+
+
+def _shown(value: Any, form: str) -> str:
+    return form.format(value) if value is not None else ""
+
+
+def _signed(value: Mean | None) -> str:
+    return value.signed if value is not None else ""
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "**no**"

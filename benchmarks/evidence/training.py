@@ -1,0 +1,120 @@
+"""One run: a task trained by a method at a learning rate from a seed, and what came of it."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import slsam_ds
+from benchmarks.evidence.held_out import score, sharpness
+from benchmarks.evidence.methods import Method
+from benchmarks.evidence.tasks import Batch, Data, Sample, Task
+from slsam_ds.calibration import calibrate
+from slsam_ds.cost import PriceList
+
+_WARM_UP = 0.1
+_MAX_GRAD_NORM = 1.0
+_NUM_POINTS = 6  # of the validation curve
+_HELD_OUT_BATCH = 32
+_SHARPNESS_SAMPLES = 64
+_SHARPNESS_RHO = 0.05
+
+
+def run(
+    task: Task,
+    method: Method,
+    *,
+    learning_rate: float,
+    seed: int,
+    steps: int,
+    knobs: Mapping[str, Any] | None = None,
+    on_test: bool = False,
+) -> dict[str, Any]:
+    """Train and judge.
+
+    Args:
+        task: What to train.
+        method: How.
+        learning_rate: Peak; it rises over the first tenth of the steps and falls to zero over the rest.
+        seed: Of the data's order, of dropout, of what is new in the model and of the selection.
+        steps: How many.
+        knobs: Of `slsam`, in place of the method's.
+        on_test: Judge by test data, sharpness included; else by validation data alone.
+
+    Returns:
+        For a line of JSON: what is to be known of the run, `seconds` of the steps alone among it.
+    """
+    data = task.load()
+    model = data.build_model(seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    config = slsam_ds.SLSAMConfig(**{"seed": seed, **method.knobs, **(knobs or {})})
+    slsam = slsam_ds.SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=_MAX_GRAD_NORM)
+    schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
+    validation = batches(data, data.validation)
+    model.train()
+    prices: PriceList | None = None
+    paid, seconds, updates, curve = 0.0, 0.0, [0] * len(slsam.layers), []
+    stops = {max(1, round(steps * point / _NUM_POINTS)) for point in range(1, _NUM_POINTS + 1)}
+    for step, batch in zip(range(1, steps + 1), training_batches(task, data, seed), strict=False):
+        if prices is None:
+            costs = calibrate(
+                slsam.engine, model, slsam.layers, lambda batch=batch: slsam.engine.backward(model(**batch).loss)
+            )
+            prices = costs.prices(slsam.passes([batch]))
+        started = time.perf_counter()
+        result = slsam.step([batch])
+        schedule.step()
+        seconds += time.perf_counter() - started
+        paid += prices.of(result.active)
+        for arm in result.active:
+            updates[arm] += 1
+        if step in stops:
+            found = score(model, validation, predicts_tokens=task.predicts_tokens)
+            curve.append({"step": step, "seconds": seconds, **dataclasses.asdict(found)})
+    record: dict[str, Any] = {
+        "steps": steps,
+        "price": paid / steps,
+        "seconds": seconds,
+        "updates": updates,
+        "validation": curve,
+    }
+    if on_test:
+        test = batches(data, data.test)
+        record["test"] = dataclasses.asdict(score(model, test, predicts_tokens=task.predicts_tokens))
+        some = batches(data, data.test[:_SHARPNESS_SAMPLES])
+        climbed = sharpness(model, some, predicts_tokens=task.predicts_tokens, rho=_SHARPNESS_RHO)
+        record["sharpness"] = dataclasses.asdict(climbed)
+    return record
+
+
+def training_batches(task: Task, data: Data, seed: int) -> Iterator[Batch]:
+    """Batches of epoch after epoch, each in an order of its own; without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(data.train), generator=generator).tolist()
+        for start in range(0, len(order) - task.batch + 1, task.batch):
+            yield _collated(data, [data.train[index] for index in order[start : start + task.batch]])
+
+
+def batches(data: Data, samples: Sequence[Sample]) -> list[Batch]:
+    """All samples, alike ones together: little padding."""
+    by_length = sorted(samples, key=lambda sample: len(sample.get("input_ids", ())))
+    starts = range(0, len(by_length), _HELD_OUT_BATCH)
+    return [_collated(data, by_length[start : start + _HELD_OUT_BATCH]) for start in starts]
+
+
+def _collated(data: Data, samples: Sequence[Sample]) -> Batch:
+    collated: Mapping[str, Tensor] = data.collate([dict(sample) for sample in samples])
+    return dict(collated)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the peak: up in a line, and down in a line."""
+    warm_up = math.ceil(_WARM_UP * steps)
+    return (step + 1) / warm_up if step < warm_up else max(0.0, (steps - step) / (steps - warm_up))
