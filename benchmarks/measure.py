@@ -1,5 +1,6 @@
 """Steps of several modes in turn, in the same processes: first on the clock, then once more with everything counted."""
 
+import contextlib
 import copy
 import gc
 import logging
@@ -32,13 +33,15 @@ class Effort:
 
     Attributes:
         rounds: Steps of each mode on the clock.
-        counted: Steps of each mode with bytes and FLOPs counted, off the clock.
+        counted: Steps of each mode with bytes, FLOPs and memory counted, off the clock.
+        bytes_only: Count nothing but bytes, which is quick.
         seed: Of the order within rounds.
         timeout: Seconds for all of it.
     """
 
     rounds: int
     counted: int = 0
+    bytes_only: bool = False
     seed: int = 0
     timeout: float = 3600
 
@@ -128,6 +131,10 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
             gc.freeze()
     for number in range(last + 1, last + effort.counted + 1):
         window = data(number)
+        if effort.bytes_only:
+            for name, training in trainings.items():
+                count_bytes(training, window, found[name])
+            continue
         adamw = 0.0
         for name, training in trainings.items():  # the first is AdamW
             flops, step = counted_step(training, window, setup, found[name])
@@ -159,22 +166,24 @@ def timed_step(
     return time.perf_counter() - started, step
 
 
+def count_bytes(training: Training, window: Window, found: Measured, loss_fn: LossFunction = model_loss) -> Step:
+    """What a step sends goes to `found`."""
+    with Traffic() as traffic:
+        step = training.step(window, loss_fn)
+    found.reduce.append(traffic.bytes["reduce"])
+    found.gather.append(traffic.bytes["gather"])
+    return step
+
+
 def counted_step(training: Training, window: Window, setup: Setup, found: Measured) -> tuple[float, Step]:
     """FLOPs of a step, on this rank; what it keeps and sends goes to `found`."""
     memory = Memory(training)
-    flops, traffic = FlopCounterMode(display=False), Traffic()
-    with _Peak(setup) as peak:
-        if isinstance(training, Ours):
-            with traffic, flops, memory.watch():
-                step = training.step(window, memory.loss)
-        else:
-            with traffic, flops:
-                step = training.step(window, memory.loss)
+    watched = memory.watch() if isinstance(training, Ours) else contextlib.nullcontext()
+    with _Peak(setup) as peak, FlopCounterMode(display=False) as flops, watched:
+        step = count_bytes(training, window, found, memory.loss)
     found.activations.append(memory.peak["activations"])
     found.gradients.append(training.gradient_bytes() or memory.peak["gradients"])
     found.peak.append(peak.bytes)
-    found.reduce.append(traffic.bytes["reduce"])
-    found.gather.append(traffic.bytes["gather"])
     return float(flops.get_total_flops()), step
 
 

@@ -21,7 +21,7 @@ class Change:
     """A knob turned away from its default.
 
     Attributes:
-        knobs: Of `slsam`.
+        knobs: Of `slsam`, or of `selectors.AROUND`.
         rate: Multiple of the tuned learning rate.
     """
 
@@ -38,6 +38,8 @@ KNOBS: dict[str, tuple[Change, ...]] = {
     "gamma": tuple(Change(knobs={"gamma": gamma}) for gamma in (0.02, 0.3, 0.6)),
     "share": tuple(Change(knobs={"share": share}) for share in (0.0, 0.01, 0.1)),
     "reward": tuple(Change(knobs={"reward": reward}) for reward in ("grad_rms", "grad_norm_per_cost")),
+    "reward normalised per layer": (Change(knobs={"normalised_per_arm": 0.99}),),
+    "redraw_every": tuple(Change(knobs={"redraw_every": every}) for every in (5, 20)),
     "other_parameters": tuple(Change(knobs={"other_parameters": what}) for what in ("always", "freeze")),
     "budget": tuple(Change(knobs={"budget": budget}) for budget in (0.7, 1.0, 1.2)),
 }

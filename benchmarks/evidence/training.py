@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import slsam_ds
 from benchmarks.evidence.held_out import score, sharpness
 from benchmarks.evidence.methods import Method
+from benchmarks.evidence.selectors import AROUND
 from benchmarks.evidence.tasks import Batch, Data, Sample, Task
 from slsam_ds.calibration import calibrate
 from slsam_ds.cost import PriceList
@@ -43,7 +44,7 @@ def run(
         learning_rate: Peak; it rises over the first tenth of the steps and falls to zero over the rest.
         seed: Of the data's order, of dropout, of what is new in the model and of the selection.
         steps: How many.
-        knobs: Of `slsam`, in place of the method's.
+        knobs: Of `slsam` or of `AROUND`, in place of the method's.
         on_test: Judge by test data, sharpness included; else by validation data alone.
 
     Returns:
@@ -53,8 +54,12 @@ def run(
     model = data.build_model(seed)
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    config = slsam_ds.SLSAMConfig(**{"seed": seed, **method.knobs, **(knobs or {})})
+    knobs = {"seed": seed, **method.knobs, **(knobs or {})}
+    around = {name: knobs.pop(name) for name in AROUND if name in knobs}
+    config = slsam_ds.SLSAMConfig(**knobs)
     slsam = slsam_ds.SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=_MAX_GRAD_NORM)
+    for name, value in around.items():
+        slsam.selector = AROUND[name](slsam.selector, value)
     schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
     validation = batches(data, data.validation)
     model.train()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 
@@ -37,8 +37,8 @@ class Ending(Protocol):
 
     signs: ClassVar[tuple[str, ...]]
 
-    def strike(self, when: Literal["start", "save"]) -> None:
-        """Called on every rank as it starts, and before it saves."""
+    def strike(self, num_saves: int) -> None:
+        """Called on every rank as it starts, with 0, and before each checkpoint, with its number since then."""
         ...
 
 
@@ -51,22 +51,23 @@ class Kill:
 
     signs: ClassVar = ("died without a word", "onnection", "gloo")
 
-    def strike(self, when: Literal["start", "save"]) -> None:
-        if when == "start" and self.rank == dist.get_rank():
+    def strike(self, num_saves: int) -> None:
+        if num_saves == 0 and self.rank == dist.get_rank():
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, max(self.delay, 1e-3))
 
 
 @dataclass(frozen=True)
 class FullDisk:
-    """No file grows beyond so many bytes."""
+    """From this checkpoint on no file grows beyond so many bytes."""
 
     room: int
+    num_saves: int
 
     signs: ClassVar = ("File too large", "PytorchStreamWriter failed", "unexpected pos", "onnection", "gloo")
 
-    def strike(self, when: Literal["start", "save"]) -> None:
-        if when == "save":
+    def strike(self, num_saves: int) -> None:
+        if num_saves == self.num_saves:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, resource.RLIM_INFINITY))
 
 
@@ -76,8 +77,8 @@ def a_kill(chance: random.Random, duration: float) -> Kill:
 
 
 def a_full_disk(chance: random.Random, duration: float) -> FullDisk:
-    """With room for nothing, for everything, or for some of the files."""
-    return FullDisk(int(2 ** chance.uniform(6, 19)))
+    """At one of a run's first checkpoints: with room for nothing, for everything, or for some of the files."""
+    return FullDisk(int(2 ** chance.uniform(6, 18)), chance.randint(1, 4))
 
 
 def count_endings(
@@ -128,7 +129,7 @@ def _run(setup: Setup, folder: str, endings: Iterator[Ending]) -> tuple[int, str
 def train(setup: Setup, folder: str, ending: Ending | None) -> str:
     """On every rank: load what is there, train to the end, save now and then; what all of it comes to."""
     if ending is not None:
-        ending.strike("start")
+        ending.strike(0)
     training = Training(setup)
     owner: Any = training.engine or training.slsam
     checkpoint = folder if training.engine else f"{folder}/checkpoint"
@@ -136,11 +137,13 @@ def train(setup: Setup, folder: str, ending: Ending | None) -> str:
     if reported:
         owner.load_checkpoint(checkpoint)
         _note(training, folder, {"loaded": training.slsam.num_steps, "reported": reported})
+    num_saves = 0
     while training.slsam.num_steps < NUM_STEPS:
         training.step(training.window(training.slsam.num_steps + 1))
         if training.slsam.num_steps % SAVE_EVERY == 0:
+            num_saves += 1
             if ending is not None:
-                ending.strike("save")
+                ending.strike(num_saves)
             owner.save_checkpoint(checkpoint)
             _note(training, folder, {"saved": training.slsam.num_steps})
     return digest(training)

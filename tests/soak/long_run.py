@@ -69,7 +69,7 @@ def run_long(num_steps: int, *, engine: str = "zero2", seed: int = 0) -> dict[st
 def train(setup: Setup, folder: str, total: int, bad: frozenset[int], kill: Kill | None) -> dict[str, Any]:
     """On every rank: from the last checkpoint to the end. Steps are numbered with the skipped ones."""
     if kill is not None:
-        kill.strike("start")
+        kill.strike(0)
     training = Training(setup)
     slsam, owner = training.slsam, training.engine or training.slsam
     if _saved(folder):

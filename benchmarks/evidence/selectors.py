@@ -1,0 +1,66 @@
+"""Ways to choose layers that the package does not have, to see whether they would earn their keep."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from slsam_ds.bandit import Selector
+
+
+class _Around:
+    """A selector with another inside."""
+
+    def __init__(self, inner: Selector) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class Redrawn(_Around):
+    """Draws only every so many steps; the sample and its probabilities stay for the steps between."""
+
+    def __init__(self, inner: Selector, every: int) -> None:
+        super().__init__(inner)
+        self._every = every
+        self._sample: tuple[int, ...] = ()
+        self._probabilities = inner.probabilities()
+
+    def probabilities(self) -> Tensor:
+        return self._probabilities
+
+    def sample(self, step: int) -> tuple[int, ...]:
+        if (step - 1) % self._every == 0:
+            self._probabilities, self._sample = self._inner.probabilities(), self._inner.sample(step)
+        return self._sample
+
+    def update(self, active: Sequence[int], rewards: Sequence[float], probabilities: Any = None) -> None:
+        given = probabilities if probabilities is not None else [float(self._probabilities[arm]) for arm in active]
+        self._inner.update(active, rewards, probabilities=given)
+
+
+class NormalisedPerArm(_Around):
+    """Rewards a layer by its gradient norm against the largest of its own, which decays, and not of all layers'."""
+
+    def __init__(self, inner: Selector, decay: float) -> None:
+        super().__init__(inner)
+        self._decay = decay
+        self._largest: dict[int, float] = {}
+        self._rewards: dict[int, float] = {}
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        for arm, norm in norms.items():
+            self._largest[arm] = max(norm, self._decay * self._largest.get(arm, 0.0))
+            self._rewards[arm] = norm / self._largest[arm] if self._largest[arm] > 0 else 0.0
+        self._inner.observe(norms)
+
+    def update(self, active: Sequence[int], rewards: Sequence[float], probabilities: Any = None) -> None:
+        self._inner.update(active, [self._rewards[arm] for arm in active], probabilities=probabilities)
+
+
+AROUND: dict[str, Callable[[Selector, Any], Selector]] = {
+    "redraw_every": Redrawn,
+    "normalised_per_arm": NormalisedPerArm,
+}
+"""By the name under which `study.KNOBS` has them."""
