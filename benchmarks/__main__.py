@@ -36,7 +36,7 @@ sections:
   profile      where the time of a step goes
   sweeps       share of active layers, number of layers, ranks, window
   engines      bytes and memory on every engine, against all layers
-  traffic      bytes on the engines that shard weights, on the comparison's model
+  traffic      bytes on the engines that shard weights, on the comparison's layers
 """
 
 _EPILOG = """
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """What to call for each section."""
     quick, rounds = options.quick, options.rounds
-    long, counted = Effort(rounds=rounds, counted=1, seed=options.seed), 1 if quick else 10
+    long = Effort(rounds=rounds, counted=1, seed=options.seed)
     few = Effort(rounds=min(rounds, 4), counted=1, seed=options.seed)
     short_steps = dataclasses.replace(setup, length=max(1, setup.length // 2))
     same = {name: getattr(setup, name) for name in ("device", "engine", "world_size")}
@@ -131,7 +131,9 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
             base, dataclasses.replace(few, rounds=min(rounds, 3), bytes_only=True), short=quick
         ),
         "engines": lambda: count_engines(COUNTED_ENGINES, active=setup.active, steps=2 if quick else 40, **engines),
-        "traffic": lambda: count_traffic(setup, ("zero3", "fsdp2"), counted),
+        "traffic": lambda: count_traffic(
+            setup, ("zero3", "fsdp2"), warmup=2 if quick else 24, steps=1 if quick else 16
+        ),
     }
 
 

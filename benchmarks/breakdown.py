@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import NUM_WARMUP, Effort, count_prices, timed_step
+from benchmarks.measure import Effort, count_prices, timed_step
 from benchmarks.modes import ADAMW_MODE, DENSE_SAM, EXACT, OVERHEAD, Ours, Stock, Training, build
 from benchmarks.setup import Setup
 from slsam_ds.micro_batches import model_loss
@@ -38,25 +38,23 @@ backward, reduction is included. Statistics wait for the other ranks."""
 
 def break_down(setup: Setup, effort: Effort) -> dict[str, Any]:
     """Mean seconds by part for each mode, as JSON."""
-    found = run_on_ranks(setup.world_size, _measure, setup, effort.rounds, timeout=effort.timeout, device=setup.device)[
-        0
-    ]
+    found = run_on_ranks(setup.world_size, _measure, setup, effort, timeout=effort.timeout, device=setup.device)[0]
     return {"setup": dataclasses.asdict(setup), "about": setup.describe(), "modes": found}
 
 
-def _measure(setup: Setup, num_rounds: int) -> dict[str, Any]:
+def _measure(setup: Setup, effort: Effort) -> dict[str, Any]:
     model, data = setup.build()
     trainings = {mode.name: build(mode, copy.deepcopy(model), setup) for mode in MODES}
     costs = count_prices(trainings, data(0))
     steps: dict[str, list[dict[str, float]]] = {name: [] for name in trainings}
     prices: dict[str, list[float]] = {name: [] for name in trainings}
-    for number in range(1, NUM_WARMUP + num_rounds + 1):
+    for number in range(1, effort.warmup + effort.rounds + 1):
         window = data(number)
         for name, training in trainings.items():
             watch = _Stopwatch(setup)
             with watch.over_parts_of(training):
                 seconds, step = timed_step(training, window, setup, loss_fn=watch.timed("forward", model_loss))
-            if number > NUM_WARMUP:
+            if number > effort.warmup:
                 steps[name].append({**watch.seconds, "rest": seconds - sum(watch.seconds.values()), "all": seconds})
                 prices[name].append(training.price(costs, window, step))
     return {

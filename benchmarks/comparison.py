@@ -50,12 +50,22 @@ def compare(setup: Setup, modes: Sequence[Mode], effort: Effort, *, together: in
     return {"setup": dataclasses.asdict(setup), "about": setup.describe(), "weights": weights, "groups": groups}
 
 
-def count_traffic(setup: Setup, engines: Sequence[str], num_steps: int) -> dict[str, Any]:
-    """Bytes on the sharded engines: they depend on the weights alone, so samples are short and nothing is timed."""
-    found = {}
-    for engine in engines:
-        one = dataclasses.replace(setup, engine=engine, batch=1, length=16, accumulation=1)
-        found[engine] = compare(
-            one, (ADAMW_MODE, DENSE_SAM, EXACT), Effort(rounds=0, counted=num_steps, bytes_only=True)
-        )
-    return found
+def count_traffic(setup: Setup, engines: Sequence[str], *, warmup: int, steps: int) -> dict[str, Any]:
+    """Bytes on the sharded engines: they depend on the shares of the layers alone, so the model is made smaller.
+
+    Args:
+        setup: Whose layers to take, at half their width and with half the vocabulary.
+        engines: On which.
+        warmup: Steps before. ZeRO-3 learns the order of its fetches anew for every lowest layer; until it has, it
+            gathers more.
+        steps: Steps counted.
+    """
+    halves = {"hidden": setup.hidden // 2, "vocabulary": setup.vocabulary // 2}
+    if setup.intermediate is not None:
+        halves["intermediate"] = setup.intermediate // 2
+    small = dataclasses.replace(setup, batch=1, length=16, accumulation=1, **halves)
+    effort = Effort(rounds=0, warmup=warmup, counted=steps, bytes_only=True)
+    return {
+        engine: compare(dataclasses.replace(small, engine=engine), (ADAMW_MODE, DENSE_SAM, EXACT), effort)
+        for engine in engines
+    }

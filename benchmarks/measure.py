@@ -24,14 +24,13 @@ from slsam_ds.micro_batches import model_loss
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
 
-NUM_WARMUP = 2
-
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How long to measure.
 
     Attributes:
+        warmup: Steps of each mode before.
         rounds: Steps of each mode on the clock.
         counted: Steps of each mode with bytes, FLOPs and memory counted, off the clock.
         bytes_only: Count nothing but bytes, which is quick.
@@ -40,6 +39,7 @@ class Effort:
     """
 
     rounds: int
+    warmup: int = 2
     counted: int = 0
     bytes_only: bool = False
     seed: int = 0
@@ -113,20 +113,20 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
     found = {mode.name: Measured(mode=mode.name) for mode in modes}
     costs = count_prices(trainings, data(0))
     order = random.Random(effort.seed)
-    last = NUM_WARMUP + effort.rounds
-    for number in range(1, last + 1 if effort.rounds else NUM_WARMUP):
+    last = effort.warmup + effort.rounds
+    for number in range(1, last + 1):
         window = data(number)
         # In another order each time, the same on all ranks: nobody always runs in the wake of the same neighbour.
         for name in order.sample(list(trainings), len(trainings)):
             seconds, step = timed_step(trainings[name], window, setup)
-            if number > NUM_WARMUP:
+            if number > effort.warmup:
                 one = found[name]
                 one.seconds.append(seconds)
                 one.prices.append(trainings[name].price(costs, window, step))
                 one.ascent_seconds.append(step.ascent_seconds)
                 one.descent_seconds.append(step.descent_seconds)
                 one.losses.append(float(step.loss))
-        if number == NUM_WARMUP:  # what exists now stays: do not look through it for garbage in somebody's step
+        if number == effort.warmup:  # what exists now stays: do not look through it for garbage in somebody's step
             gc.collect()
             gc.freeze()
     for number in range(last + 1, last + effort.counted + 1):

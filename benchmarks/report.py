@@ -177,7 +177,8 @@ def _engines(found: Mapping[str, Any], folder: Path) -> str:
 
 def _traffic(found: Mapping[str, Any], folder: Path) -> str:
     lines = [
-        "The model of the comparison on the engines that shard weights; bytes depend on the weights alone.",
+        "The layers of the comparison, at half the width, on the engines that shard weights: shares of bytes are the "
+        "same. After a warm-up, in which ZeRO-3 learns the order of its fetches for each lowest layer.",
         "",
         "| engine | mode | reduced, MB | gathered, MB | all / AdamW | all / dense SAM |",
         "|---|---|---|---|---|---|",

@@ -45,7 +45,7 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         found = (self._inner.get(id(parameter)) for parameter in self._upwards)
         self._groups_upwards = list(dict.fromkeys(inner.group for inner in found if inner is not None))
         self._own_prefetch: list[tuple[Any, list[Any]]] = []
-        self._kept: list[Any] = []  # groups that stay gathered
+        self._kept: list[tuple[Any, Any]] = []  # groups that stay gathered, and how their user has them after a forward
         # A rank whose data never touches a parameter takes part in its reduction all the same.
         self._root.set_reduce_scatter_unused_params(True)
 
@@ -55,7 +55,9 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         self._end_prefetch_at(None if arms is None else min(arms))
         if self._count_pass(arms):
             self._reshard()
-        self._keep_gathered(self._groups_unchanged(arms, before) if arms and before else [])
+            self._keep_gathered([])
+        if arms and before:
+            self._keep_gathered(self._groups_unchanged(arms, before))
 
     def begin_micro_batch(self, *, last: bool) -> None:
         # Until the last, gradients stay whole on the modules' gathered parameters; then all of it is reduced at once,
@@ -114,12 +116,16 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         return as_many_as_fit(sized, MAX_KEPT_BYTES)
 
     def _keep_gathered(self, groups: list[Any]) -> None:
-        """Let these, and no others that were kept before, stay gathered when their backward has run."""
-        for group in self._kept:
-            group.reshard_after_backward = True
-        self._kept = [group for group in groups if group.reshard_after_backward]
-        for group in self._kept:
-            group.reshard_after_backward = False
+        """Let these, and no others that were kept before, stay gathered until the step ends.
+
+        Between the passes the activations are gone, and what is held then is no less while there are some.
+        `FSDPModule` has setters for whole modules only. Private state: FSDPParamGroup in _fsdp_param_group.py, torch 2.13.
+        """
+        for group, after_forward in self._kept:
+            group.post_forward_mesh_info, group.reshard_after_backward = after_forward, True
+        self._kept = [(group, group.post_forward_mesh_info) for group in groups if group.reshard_after_backward]
+        for group, _ in self._kept:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
 
     def _reshard(self) -> None:
         """End whatever pass or evaluation is under way, also one that raised: the next forward gathers anew.

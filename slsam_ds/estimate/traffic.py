@@ -56,21 +56,30 @@ def kept_zero3(step: Step, draw: Draw) -> float:
 def _gathered_fsdp2(step: Step, draw: Draw) -> float:
     """Blocks for every forward and for every backward that reaches them, what is around them once for both.
 
-    What is kept after a backward of the ascent, the next forward finds.
+    What is kept is gathered once per step.
     """
-    ascents = step.num_ascents * (step.counted.total + step.up(draw) - kept_fsdp2(step, draw))
-    return ascents + step.setup.num_micro_batches * (step.forward(draw) + step.up(draw))
+    num_ascents, num_descents = step.num_ascents, step.setup.num_micro_batches
+    blocks, around = _kept_fsdp2(step, draw)
+    ascents = num_ascents * (step.counted.total + step.up(draw) - 2 * blocks - around)
+    descents = num_descents * (step.forward(draw) + step.up(draw) - 2 * blocks - around)
+    return ascents + descents + blocks + around
 
 
 def kept_fsdp2(step: Step, draw: Draw) -> float:
-    """Weights that stay gathered likewise: of modules of which nothing is sampled, within a limit."""
+    """Weights that stay gathered likewise, to the end of the step: of modules of which nothing is sampled."""
+    return sum(_kept_fsdp2(step, draw))
+
+
+def _kept_fsdp2(step: Step, draw: Draw) -> tuple[float, float]:
+    """Those of blocks, and of what is around them, within a limit; the blocks come first."""
     if step.num_ascents == 0:
-        return 0.0
+        return 0.0, 0.0
     counted = step.counted
     by_arm = [
         counted.blocks[depth] if inside else 0 for depth, inside in zip(counted.depths, counted.in_blocks, strict=True)
     ]
     around = [chance for chance, inside in zip(draw.included, counted.in_blocks, strict=True) if not inside]
     frozen_around = 0.0 if counted.always else math.prod(1 - chance for chance in around)
-    unchanged = step.above(draw) - draw.total(by_arm) + frozen_around * counted.outside
-    return min(MAX_KEPT_BYTES / step.setup.width, unchanged)
+    room = MAX_KEPT_BYTES / step.setup.width
+    blocks = min(room, step.above(draw) - draw.total(by_arm))
+    return blocks, min(room - blocks, frozen_around * counted.outside)

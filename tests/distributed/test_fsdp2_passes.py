@@ -53,8 +53,9 @@ def test_only_what_a_pass_needs_and_does_not_have_is_gathered() -> None:
     samples = [[5], [4], [2, 4], [1], [0]]
     forward, root = sum(NUMEL), EMBEDDINGS + HEAD  # FSDP2 keeps the root gathered until backward
     backward = [0, BLOCK, 3 * BLOCK, 4 * BLOCK, 4 * BLOCK]  # nothing below the lowest sampled layer
-    # What is not sampled and the first backward has gathered stays for the second forward.
-    stays = [0, root, root + BLOCK, root + 3 * BLOCK, 4 * BLOCK]
+    # What is not sampled, from the lowest sampled layer up, stays from the first forward to the second backward; the
+    # root would be gathered twice without that, and blocks four times.
+    stays = [0, root, root + 3 * BLOCK, root + 9 * BLOCK, 12 * BLOCK]
     # With the prefix reused, that does not gather the blocks below either, where they are two or more.
     left_out = [4 * BLOCK, 3 * BLOCK, 0, 0, 0]
     both = [2 * (forward + below) - kept for below, kept in zip(backward, stays, strict=True)]
@@ -75,7 +76,7 @@ def traffic_with_room_for(num_bytes: int, sample: Sequence[int]) -> int:
 def test_what_stays_gathered_is_bounded() -> None:
     """From the lowest block up: what is needed first, and was gathered last."""
     none, one, two = (run_on_ranks(2, traffic_with_room_for, room, [1])[0] for room in (0, BLOCK, 3 * BLOCK - 1))
-    assert [none - one, none - two] == [BLOCK, 2 * BLOCK]
+    assert [none - one, none - two] == [3 * BLOCK, 6 * BLOCK]
 
 
 def follow_with_evaluations(setup: Setup) -> dict[str, Tensor]:

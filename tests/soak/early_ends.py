@@ -64,7 +64,14 @@ class FullDisk:
     room: int
     num_saves: int
 
-    signs: ClassVar = ("File too large", "PytorchStreamWriter failed", "unexpected pos", "onnection", "gloo")
+    signs: ClassVar = (
+        "File too large",
+        "PytorchStreamWriter failed",
+        "unexpected pos",
+        "iostream error",
+        "onnection",
+        "gloo",
+    )
 
     def strike(self, num_saves: int) -> None:
         if num_saves == self.num_saves:
