@@ -57,9 +57,10 @@ def main() -> None:
 def _add(section: str, counts: dict[str, Any], seconds: int) -> None:
     """Put rows into a section's results, in place of those of the same names."""
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    before = found.get(section, {"counts": {}})
+    merged = found.get(section, {"counts": {}})["counts"]
+    merged |= {row: {**values, "seconds": seconds} for row, values in counts.items()}
     found[section] = {
-        "counts": before["counts"] | {row: {**values, "seconds": seconds} for row, values in counts.items()},
+        "counts": dict(sorted(merged.items())),
         "machine": f"{platform.machine()}, torch {torch.__version__}, deepspeed {deepspeed.__version__}",
     }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
