@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from slsam_ds.engines.deepspeed_checkpoint import accept_other_ranks
+from slsam_ds.engines.operator_locks import warn_of_abandoned_locks
 from slsam_ds.engines.param_groups import regroup
 from slsam_ds.layers import LayerMap, split_param_groups
 
@@ -183,6 +184,7 @@ def build_engine(
                 config["optimizer"] = {"type": "AdamW", "params": {"lr": _DEFAULT_LEARNING_RATE, "weight_decay": 0.01}}
             else:
                 optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
+    warn_of_abandoned_locks()
     engine, *others = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

@@ -119,7 +119,8 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         """Let these, and no others that were kept before, stay gathered until the step ends.
 
         Between the passes the activations are gone, and what is held then is no less while there are some.
-        `FSDPModule` has setters for whole modules only. Private state: FSDPParamGroup in _fsdp_param_group.py, torch 2.13.
+        `FSDPModule` has setters for whole modules only; private state: FSDPParamGroup in _fsdp_param_group.py, torch
+        2.13.
         """
         for group, after_forward in self._kept:
             group.post_forward_mesh_info, group.reshard_after_backward = after_forward, True

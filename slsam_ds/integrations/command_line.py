@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from slsam_ds.engines.operator_locks import warn_of_abandoned_locks
 from slsam_ds.integrations.usage import leave_ranks, run, runs_on_cpu, together
 
 
@@ -23,6 +24,8 @@ def main(argv: Sequence[str]) -> None:
     complete_environment()
     if not any(argument.startswith(("--log_level", "--log-level")) for argument in argv):
         quieten()
+    if any(argument.startswith("--deepspeed") for argument in argv) and os.environ["LOCAL_RANK"] == "0":
+        warn_of_abandoned_locks()
     from slsam_ds.integrations.finetune import build_trainer, train
     from slsam_ds.integrations.settings import read_settings
 

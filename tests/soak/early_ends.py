@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 
+from slsam_ds.engines.operator_locks import abandoned_locks
 from tests.distributed.training import Setup, Training
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.soak.digests import digest
@@ -131,6 +132,8 @@ def _run(setup: Setup, folder: str, endings: Iterator[Ending]) -> tuple[int, str
             if ending is None or not any(sign in str(error) for sign in ending.signs):
                 raise
             num_ended += 1
+            for lock in abandoned_locks():  # as a person would who reads the warning
+                lock.unlink()
 
 
 def train(setup: Setup, folder: str, ending: Ending | None) -> str:
