@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.report import write_report
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    transformers.utils.logging.set_verbosity_error()  # a new head is no news
     folder = options.output or Path("outputs/evidence-quick" if options.quick else "docs/evidence")
     try:
         runs = Runs(folder)

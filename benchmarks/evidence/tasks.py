@@ -265,7 +265,7 @@ TASKS = {
         Task(
             name="libraries",
             title="MiniLM names the library",
-            steps=250,
+            steps=160,
             batch=16,
             learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
             load=functools.cache(_libraries),
@@ -273,7 +273,7 @@ TASKS = {
         Task(
             name="verbs",
             title="MiniLM names the verb, 30 % of labels wrong",
-            steps=180,
+            steps=120,
             batch=16,
             learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
             load=functools.cache(_verbs),
@@ -281,7 +281,7 @@ TASKS = {
         Task(
             name="digits",
             title="a ViT reads digits",
-            steps=400,
+            steps=1200,
             batch=32,
             learning_rates=(3e-4, 1e-3, 3e-3, 6e-3),
             load=functools.cache(_digits),
