@@ -103,10 +103,13 @@ def count_endings(
     """
     setup = Setup(engine=engine, slsam={"active_layers": 2})
     chance = random.Random(f"{engine} {seed}")
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        expected = run_on_ranks(WORLD_SIZE, train, setup, folder, None)[0]
-        duration = time.monotonic() - started
+    durations = []
+    for _ in range(2):  # the first run also starts the fork server, and may build an operator
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.monotonic()
+            expected = run_on_ranks(WORLD_SIZE, train, setup, folder, None)[0]
+            durations.append(time.monotonic() - started)
+    duration = min(durations)
     found = {"kills": 0, "runs": 0, "resumes": 0, "lost_steps": 0, "different": 0}
     while found["kills"] < wanted:
         with tempfile.TemporaryDirectory() as folder:
