@@ -49,7 +49,7 @@ evidence: $(INSTALLED)  ## methods x tasks x seeds: makes the runs that docs/evi
 evidence-quick: $(INSTALLED)  ## a first look at it, into outputs/evidence-quick: ten minutes
 	python -m benchmarks.evidence --quick
 
-soak: $(INSTALLED)  ## kill ranks, inject bad numbers, damage inputs: hundreds of times; writes docs/reliability.md
+soak: $(INSTALLED)  ## kills, full disks, bad numbers and inputs, thousands of times: 25 minutes; writes docs/reliability.md
 	python -m tests.soak
 
 lint: $(INSTALLED) type  ## ruff and mypy
