@@ -14,8 +14,8 @@ _INTRODUCTION = f"""# Evidence
 Written by `python -m benchmarks.evidence` (`make evidence`); do not edit. Every run is a line of [`{FILE}`]({FILE});
 `python -m benchmarks.evidence --tasks TASK --methods METHOD --output outputs/mine` makes a row's runs again.
 
-Every method has its own learning rate: of its task's grid the best by validation loss, after one run each (with `*`: the
-grid's smallest or largest). Final runs are judged once, by test data. Losses are cross-entropies in nats; ± is the
+Every method has its own learning rate: of its task's grid the best by validation loss, after one run each (with `*`:
+the grid's smallest or largest). Final runs are judged once, by test data. Losses are cross-entropies in nats; ± is the
 standard error over seeds; differences are taken seed by seed. FLOPs are of whole runs, by the price list that
 `slsam_ds` counts; time is wall clock of the steps, against AdamW's run of the same seed, median. The rise along the
 gradient is that of 64 test samples' loss at radius 0.05; in random directions, at radius 0.5.

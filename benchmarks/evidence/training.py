@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-import slsam_ds
 from benchmarks.evidence.held_out import score, sharpness
 from benchmarks.evidence.methods import Method
 from benchmarks.evidence.selectors import AROUND
 from benchmarks.evidence.tasks import Batch, Data, Sample, Task
+from slsam_ds import SLSAM, SLSAMConfig
 from slsam_ds.calibration import calibrate
 from slsam_ds.cost import PriceList
 
@@ -56,22 +56,24 @@ def run(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     knobs = {"seed": seed, **method.knobs, **(knobs or {})}
     around = {name: knobs.pop(name) for name in AROUND if name in knobs}
-    config = slsam_ds.SLSAMConfig(**knobs)
-    slsam = slsam_ds.SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=_MAX_GRAD_NORM)
+    config = SLSAMConfig(**knobs)
+    slsam = SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=_MAX_GRAD_NORM)
     for name, value in around.items():
         slsam.selector = AROUND[name](slsam.selector, value)
     schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
-    validation = batches(data, data.validation)
     model.train()
+    found = _train(task, data, slsam, schedule, steps=steps, seed=seed)
+    return {**found, **_judge(task, data, model)} if on_test else found
+
+
+def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: int, seed: int) -> dict[str, Any]:
+    """All steps, on the clock, and the validation data now and then, off it."""
+    validation = batches(data, data.validation)
+    stops = {max(1, round(steps * point / _NUM_POINTS)) for point in range(1, _NUM_POINTS + 1)}
     prices: PriceList | None = None
     paid, seconds, updates, curve = 0.0, 0.0, [0] * len(slsam.layers), []
-    stops = {max(1, round(steps * point / _NUM_POINTS)) for point in range(1, _NUM_POINTS + 1)}
     for step, batch in zip(range(1, steps + 1), training_batches(task, data, seed), strict=False):
-        if prices is None:
-            costs = calibrate(
-                slsam.engine, model, slsam.layers, lambda batch=batch: slsam.engine.backward(model(**batch).loss)
-            )
-            prices = costs.prices(slsam.passes([batch]))
+        prices = prices or _count_prices(slsam, batch)
         started = time.perf_counter()
         result = slsam.step([batch])
         schedule.step()
@@ -80,22 +82,27 @@ def run(
         for arm in result.active:
             updates[arm] += 1
         if step in stops:
-            found = score(model, validation, predicts_tokens=task.predicts_tokens)
+            found = score(slsam.model, validation, predicts_tokens=task.predicts_tokens)
             curve.append({"step": step, "seconds": seconds, **dataclasses.asdict(found)})
-    record: dict[str, Any] = {
-        "steps": steps,
-        "price": paid / steps,
-        "seconds": seconds,
-        "updates": updates,
-        "validation": curve,
-    }
-    if on_test:
-        test = batches(data, data.test)
-        record["test"] = dataclasses.asdict(score(model, test, predicts_tokens=task.predicts_tokens))
-        some = batches(data, data.test[:_SHARPNESS_SAMPLES])
-        climbed = sharpness(model, some, predicts_tokens=task.predicts_tokens, rho=_SHARPNESS_RHO)
-        record["sharpness"] = dataclasses.asdict(climbed)
-    return record
+    return {"steps": steps, "price": paid / steps, "seconds": seconds, "updates": updates, "validation": curve}
+
+
+def _count_prices(slsam: SLSAM, batch: Batch) -> PriceList:
+    """In FLOPs of this very model and batch, AdamW's step being 1."""
+
+    def forward_backward() -> None:
+        slsam.engine.backward(slsam.model(**batch).loss)
+
+    costs = calibrate(slsam.engine, slsam.model, slsam.layers, forward_backward)
+    return costs.prices(slsam.passes([batch]))
+
+
+def _judge(task: Task, data: Data, model: nn.Module) -> dict[str, Any]:
+    """By test data."""
+    found = score(model, batches(data, data.test), predicts_tokens=task.predicts_tokens)
+    some = batches(data, data.test[:_SHARPNESS_SAMPLES])
+    climbed = sharpness(model, some, predicts_tokens=task.predicts_tokens, rho=_SHARPNESS_RHO)
+    return {"test": dataclasses.asdict(found), "sharpness": dataclasses.asdict(climbed)}
 
 
 def training_batches(task: Task, data: Data, seed: int) -> Iterator[Batch]:
