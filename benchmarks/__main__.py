@@ -124,7 +124,7 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
         "comparison": lambda: compare(setup, MODES, long, together=together),
         "short_steps": lambda: compare(short_steps, MODES, dataclasses.replace(few, counted=0), together=together),
         "fine_tuning": lambda: compare(
-            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 3), counted=1), together=together
+            docstrings, FINE_TUNING, Effort(rounds=min(rounds, 3), warmup=1, counted=1), together=together
         ),
         "profile": lambda: break_down(setup, few),
         "sweeps": lambda: sweeps.sweep_all(
@@ -132,7 +132,7 @@ def _measurements(setup: Setup, options: argparse.Namespace) -> dict[str, Callab
         ),
         "engines": lambda: count_engines(COUNTED_ENGINES, active=setup.active, steps=2 if quick else 40, **engines),
         "traffic": lambda: count_traffic(
-            setup, ("zero3", "fsdp2"), warmup=2 if quick else 24, steps=1 if quick else 16
+            setup, ("zero3", "fsdp2"), warmup=2 if quick else 18, steps=1 if quick else 12
         ),
     }
 
