@@ -12,6 +12,7 @@ import slsam_ds
 from tests.distributed.training import (
     ADAMW,
     ALSO_OFFLOADED,
+    ALSO_ZERO0,
     ALSO_ZERO1,
     Setup,
     Training,
@@ -24,7 +25,7 @@ from tests.models import SAMPLES, arms_of_llama, window
 from tests.ranks import run_on_ranks
 
 SHARDED = [ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
-STAGES = ["zero0", *SHARDED]
+STAGES = [ALSO_ZERO0, *SHARDED]
 TOLERANCE = 1e-6
 
 

@@ -39,7 +39,7 @@ NUMEL = [EMBEDDINGS, *[BLOCK] * 4, HEAD]
 STATISTICS = 400  # bytes: the agreement check, norms, losses
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [slow(1), 3])
 def test_only_sampled_layers_are_reduced_and_once_per_window(accumulation: int) -> None:
     samples = [[2], [0, 5], [1, 3, 4], range(6)]
     seen = run_on_ranks(2, traffic_of_steps, Setup(engine="fsdp2", accumulation=accumulation), samples)[0]
@@ -148,7 +148,7 @@ def fail_inside(setup: Setup, where: str, call: int) -> tuple[dict[str, Tensor],
     return training.weights(), still_gathered, without_gradient
 
 
-@pytest.mark.parametrize("call", [1, slow(2), slow(3), 4])
+@pytest.mark.parametrize("call", [slow(1), slow(2), slow(3), 4])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_exception_halfway_leaves_nothing_behind(where: str, call: int) -> None:
     setup = Setup(engine="fsdp2", accumulation=2)  # four forwards: two ascend, two descend

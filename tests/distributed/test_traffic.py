@@ -23,7 +23,7 @@ def bytes_of_a_step(setup: Setup, sample: list[int]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+@pytest.mark.parametrize("engine", [ALSO_ZERO1, "zero2"])
 def test_a_quarter_of_the_layers_takes_a_quarter_of_the_bytes(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, model={"hidden": 64}, slsam=EQUAL_LAYERS)
     one, *_ = run_on_ranks(2, bytes_of_a_step, setup, [2])

@@ -18,6 +18,7 @@ from benchmarks.evidence.tables import Mean, difference, methods_table
 from benchmarks.evidence.training import batches, run, training_batches
 
 DIGITS = tasks.TASKS["digits"]
+QUICK = {"dense_sam", "slsam", "budget"}
 
 
 class Logits(nn.Module):
@@ -97,7 +98,9 @@ def test_a_run_is_repeated_to_the_bit() -> None:
     assert found[0]["validation"][-1]["step"] == 4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_methods_cost_what_their_names_say(method: str) -> None:
     price = run(DIGITS, METHODS[method], learning_rate=1e-3, seed=1, steps=6)["price"]
     low, high = {
