@@ -38,7 +38,7 @@ def write_report(folder: Path, runs: Runs) -> Path:
         finals = runs.of("final", name)
         if not finals and not has_knobs(runs, name):
             continue
-        parts.append(f"## {name}: {task.title}\n\n{task.steps} steps of {task.batch} samples. {_machines(finals)}")
+        parts.append(f"## {name}: {task.title}\n\nSteps of {task.batch} samples. {_machines(finals)}")
         if finals:
             picture = f"{name}.png"
             draw_curves(folder / picture, runs, name)

@@ -71,7 +71,7 @@ def methods_table(runs: Runs, task: str) -> str:
             METHODS[method].title,
             f"{some[0].key.learning_rate:g}{'*' if _at_edge(some[0].key) else ''}",
             f"{steps}",
-            f"{price * steps / TASKS[task].steps:.2f}" if steps != TASKS[task].steps else f"{price:.2f}",
+            f"{price * steps / (adamw or some)[0].found['steps']:.2f}",
             _shown(time_ratio(some, adamw), "{:.2f}"),
             str(Mean.of([run.loss for run in some])),
             _signed(difference(some, adamw)) if method != REFERENCE else "",
