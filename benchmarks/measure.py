@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engine_costs import Memory
 from benchmarks.modes import LossFunction, Mode, Ours, Step, Training, build, num_weights, optimizer_bytes
+from benchmarks.prices import count_costs
 from benchmarks.setup import Setup, Window
-from slsam_ds.calibration import calibrate
 from slsam_ds.cost import CostModel
 from slsam_ds.micro_batches import model_loss
 from tests.ranks import run_on_ranks
@@ -150,9 +150,7 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
 def count_prices(trainings: dict[str, Training], window: Window) -> CostModel:
     """What samples cost on this model and these data."""
     slsam = next(training for training in trainings.values() if isinstance(training, Ours)).slsam
-    return calibrate(
-        slsam.engine, slsam.model, slsam.layers, lambda: slsam.engine.backward(model_loss(slsam.model, window[0]))
-    )
+    return count_costs(slsam, window[0])
 
 
 def timed_step(

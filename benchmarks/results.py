@@ -24,7 +24,7 @@ def save(folder: Path, section: str, found: dict[str, Any], *, arguments: list[s
         "found": found,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(result), indent=1)
+    text = json.dumps(rounded(result), indent=1)
     temporary = folder / f"{section}.json.tmp"
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(folder / f"{section}.json")
@@ -58,10 +58,10 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six digits will do, and keep the files small."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,7 @@
 """The command: makes the runs that are missing, a line of JSON each, and the tables and pictures of all there are."""
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ import transformers
 
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.report import write_report
-from benchmarks.evidence.runs import Key, Runs
-from benchmarks.evidence.study import KNOBS, Study
+from benchmarks.evidence.runs import Runs
+from benchmarks.evidence.study import KNOBS, QUICK, Study
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.training import run
 from benchmarks.results import describe_machine
@@ -29,7 +30,7 @@ stopped command goes on. Tables and pictures are of all runs there are.
 _EPILOG = """
 examples:
   python -m benchmarks.evidence                                   # whatever is missing of docs/evidence: many hours
-  python -m benchmarks.evidence --quick                           # a first look, in ten minutes on two cores
+  python -m benchmarks.evidence --quick                           # a first look, in five minutes on two cores
   python -m benchmarks.evidence --tasks digits --methods slsam dense_sam --output outputs/mine    # two rows, anew
   python -m benchmarks.evidence --tasks digits --stages tune knobs --knobs rho --output outputs/mine
   python -m benchmarks.evidence --tables-only
@@ -62,18 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _study(options: argparse.Namespace) -> Study:
-    tasks = options.tasks or (["digits"] if options.quick else list(TASKS))
-    methods = options.methods or (["adamw", "dense_sam", "slsam", "budget"] if options.quick else list(METHODS))
-    stages = options.stages or (["tune", "final"] if options.quick else ["tune", "final", "knobs"])
-    return Study(
-        tasks=tasks,
-        methods=methods,
-        stages=stages,
-        num_seeds=options.seeds or (2 if options.quick else 5),
-        knobs=options.knobs,
-        shortened=3 if options.quick else 1,
-        num_rates=2 if options.quick else None,
-    )
+    given = {"tasks": options.tasks, "methods": options.methods, "stages": options.stages, "num_seeds": options.seeds}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(QUICK if options.quick else Study(), knobs=options.knobs, **changed)
 
 
 def _make(study: Study, runs: Runs) -> None:
@@ -91,14 +83,10 @@ def _make(study: Study, runs: Runs) -> None:
             knobs=key.knobs,
             on_test=key.stage == "final",
         )
-        runs.add(key, {**found, "machine": machine})
-        print(f"{_said(key, runs)} ({time.monotonic() - started:.0f} s)", flush=True)
-
-
-def _said(key: Key, runs: Runs) -> str:
-    (found,) = [each for each in runs.of(key.stage, key.task, key.method) if each.key == key]
-    what = "test" if key.stage == "final" else "validation"
-    return f"{key}: {what} loss {found.loss:.4f}, price {found.found['price']:.2f}"
+        made = runs.add(key, {**found, "machine": machine})
+        data = "test" if key.stage == "final" else "validation"
+        seconds = time.monotonic() - started
+        print(f"{key}: {data} loss {made.loss:.4f}, price {found['price']:.2f} ({seconds:.0f} s)", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -74,9 +74,18 @@ def masked(sentence: str) -> str:
 def _root(library: str) -> Path:
     if library == "stdlib":
         return Path(sysconfig.get_paths()["stdlib"])
-    spec = importlib.util.find_spec(library)
+    return folder_of(library)
+
+
+def folder_of(package: str) -> Path:
+    """Where an installed package is, found without importing it.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the texts are made of installed libraries, and {library} is not: make install")
+        raise ModuleNotFoundError(f"{package} is needed for this task's data or model and not installed: make install")
     return Path(spec.origin).parent
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.results import rounded
+
 Stage = Literal["tune", "final", "knobs"]
 
 FILE = "runs.jsonl"
@@ -88,12 +90,13 @@ class Runs:
     def __contains__(self, key: Key) -> bool:
         return key.id in self._runs
 
-    def add(self, key: Key, found: Mapping[str, Any]) -> None:
+    def add(self, key: Key, found: Mapping[str, Any]) -> Run:
         """Keep what came of a run, on disk too."""
-        self._runs[key.id] = Run(key, found)
+        run = self._runs[key.id] = Run(key, found)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": asdict(key), **_rounded(found)}) + "\n")
+            file.write(json.dumps({"key": asdict(key), **rounded(found)}) + "\n")
+        return run
 
     def of(
         self, stage: Stage, task: str, method: str | None = None, where: Callable[[Key], bool] | None = None
@@ -102,12 +105,3 @@ class Runs:
         found = [run for run in self._runs.values() if (run.key.stage, run.key.task) == (stage, task)]
         found = [run for run in found if method in (None, run.key.method) and (where is None or where(run.key))]
         return sorted(found, key=lambda run: run.key.seed)
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits will do, and keep the file small."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -130,6 +130,17 @@ class Study:
         return list(dict.fromkeys([*self.methods, *(name for name in needed if name is not None), *turned]))
 
 
+QUICK = Study(
+    tasks=("digits",),
+    methods=("adamw", "dense_sam", "slsam", "budget"),
+    stages=("tune", "final"),
+    num_seeds=2,
+    shortened=3,
+    num_rates=2,
+)
+"""A first look."""
+
+
 def best_rate(runs: Runs, task: str, method: Method) -> float:
     """The learning rate with the least validation loss.
 

