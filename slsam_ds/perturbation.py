@@ -4,7 +4,6 @@ Everything here works on local tensors of one rank and knows nothing of other ra
 """
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,19 +16,20 @@ from slsam_ds.rng import seed_of
 _CHUNK_NUMEL = 2**24
 
 
-def perturbation_scale(global_sq_norm: float, *, rho: float) -> float:
+def perturbation_scale(global_sq_norm: Tensor, *, rho: float) -> Tensor:
     """Scale that puts the ascent step on the sphere of radius rho.
 
     Args:
-        global_sq_norm: Squared L2 norm of the ascent gradient over the active layers and all ranks.
+        global_sq_norm: Squared L2 norm of the ascent gradient over the active layers and all ranks. Any shape, float64.
         rho: Radius in parameter units.
 
     Returns:
-        rho / norm, or 0 where the norm is 0 (no direction to climb).
+        rho / norm, or 0 where the norm is 0 or not finite (no direction to climb). As `global_sq_norm`.
 
     Reference: Foret et al. 2021, eq. 2.
     """
-    return rho / math.sqrt(global_sq_norm) if global_sq_norm > 0 else 0.0
+    climbs = (global_sq_norm > 0) & global_sq_norm.isfinite()
+    return torch.where(climbs, rho / global_sq_norm.sqrt(), 0.0)
 
 
 def rounding_generator(device: torch.device, *key: int) -> torch.Generator:
@@ -68,12 +68,12 @@ def perturb_(
     master: Tensor,
     gradient: Tensor,
     *,
-    scale: float,
+    scale: Tensor,
     rounding: Rounding,
     generator: torch.Generator,
     read_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Move `weight` to weight + ε in place, where ε = scale · gradient.
+    """Move `weight` to weight + ε in place, where ε = scale · gradient; 0 where the scale is, whatever the gradient.
 
     Stochastic rounding starts from the value that forward reads, so an element without gradient does not move;
     rounding to nearest starts from the master weight, without which ε would vanish below half an ulp. A float32 weight
@@ -83,7 +83,7 @@ def perturb_(
         weight: What forward reads, or casts to `read_dtype` and reads. float32, bfloat16 or float16, 1-D.
         master: The same elements in full precision (may be `weight` itself, or on another device). 1-D.
         gradient: The same elements of the ascent gradient, on any device. 1-D.
-        scale: rho / global gradient norm, over the loss scale where the gradient has one.
+        scale: rho / global gradient norm, over the loss scale where the gradient has one. Shape (), on any device.
         rounding: How ε reaches weights that forward reads with 16 bits; float32 needs none.
         generator: Source of the rounding noise, on the device of `weight`.
         read_dtype: Dtype in which forward reads the weight; None: its own.
@@ -92,10 +92,11 @@ def perturb_(
         Local ⟨applied, ε⟩ and ‖applied‖² of the change that forward sees. Shape (2,), float64.
     """
     read_dtype = read_dtype or weight.dtype
+    scale = scale.to(weight.device, torch.float32)
     measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
     chunks = zip(*(torch.split(tensor, _CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
-        epsilon = gradient_chunk.to(weight.device, torch.float32) * scale
+        epsilon = torch.where(scale > 0, gradient_chunk.to(weight.device, torch.float32) * scale, 0.0)
         before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
         if read_dtype in _BITS_CUT and rounding == "stochastic":
             weight_chunk.copy_(stochastic_round(before + epsilon, generator, read_dtype))

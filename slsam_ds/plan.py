@@ -69,7 +69,7 @@ class Outcome:
         bad_numbers: Where it was; None also where DeepSpeed alone found an overflow.
         flagged: Any rank raised its flag.
         ascent_seconds: Wall-clock time of the ascent on this rank, its reduction included.
-        descent_seconds: Likewise of the descent; 0 where it did not run.
+        descent_seconds: Likewise of the descent.
     """
 
     loss: float

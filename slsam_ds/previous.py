@@ -66,20 +66,16 @@ class PreviousGradients:
         self.sq_norms.update(self._pending_sq_norms)
         self._pending = {}
 
-    def recall(self, pieces: Iterable[Piece]) -> tuple[list[Shard], dict[int, float]]:
-        """The gradients of these weights, and their squared norms by arm; arms without one are left out."""
+    def recall(self, pieces: Iterable[Piece]) -> list[Shard]:
+        """The gradients of these weights, all of them of `arms`."""
         shards = []
-        sq_norms: dict[int, float] = {}
         for piece in pieces:
-            if piece.arm not in self.sq_norms:
-                continue
             state = self._engine.optimizer_state[piece.stepped]
             # Optimizers load all they remember in the dtype of what they step.
             state[STATE_KEY] = state[STATE_KEY].to(torch.bfloat16)
-            sq_norms[piece.arm] = self.sq_norms[piece.arm]
             end = piece.offset + piece.weight.numel()
             shards.append(Shard(piece, _local(state[STATE_KEY])[piece.offset : end]))
-        return shards, sq_norms
+        return shards
 
     def forget_lost(self, pieces: Iterable[Piece]) -> None:
         """After a resume: forget the arms whose gradients did not come along with the optimizer's state.

@@ -3,7 +3,7 @@
 A new sharding regime implements `Engine` and one case in `slsam_ds.engines.select_engine`.
 """
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +67,14 @@ class Ranks(Protocol):
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place. Every rank gets the same bits."""
+        ...
+
+    def every(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+        """Start asking of each flag whether all ranks raise it; the returned function waits for the answer.
+
+        Args:
+            flags: As many on every rank.
+        """
         ...
 
     def together(self, check: Callable[[], None]) -> None:

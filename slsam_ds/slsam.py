@@ -162,7 +162,7 @@ class SLSAM(Resumable):
         climbs = plan.rho > 0 and self._previous is None
         prefix = Prefix.below(self.layers, plan.perturbed) if self._reuses_prefix and climbs else None
         outcome = take_step(self.engine, plan, window, begin_pass, prefix, self._previous)
-        if prefix is not None and (prefix.watched or (prefix.handed_on and math.isnan(outcome.loss))):
+        if prefix is not None and (prefix.watched or (prefix.handed_on and _lost_in_descent(outcome))):
             self._give_up_prefix_reuse(prefix)
         self.num_steps = step
         self._num_skipped = self._num_skipped + 1 if outcome.skipped else 0
@@ -289,6 +289,13 @@ class SLSAM(Resumable):
             [rewards[arm] for arm in sample],
             probabilities=[1.0] * len(sample) if forced else None,
         )
+
+
+def _lost_in_descent(outcome: Outcome) -> bool:
+    """Whether the loss was a number at x and is none at x + ε."""
+    ascended = outcome.ascent_loss is not None and math.isfinite(outcome.ascent_loss)
+    bad = outcome.bad_numbers
+    return ascended and bad is not None and bad.during == "descent" and math.isnan(outcome.loss)
 
 
 def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None) -> LayerMap:

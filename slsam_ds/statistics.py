@@ -26,9 +26,16 @@ def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, d
         return torch.zeros(len(arms), dtype=torch.float64, device=device)
     norms = torch._foreach_norm([shard.gradient for shard in own], 2, dtype=torch.float32)
     squares = torch.stack([norm.to(device) for norm in norms]).double().square()
-    holders = torch.tensor([shard.piece.arm for shard in own], device=device)
-    belongs = torch.tensor(arms, device=device)[:, None] == holders
+    belongs = upload(arms, device)[:, None] == upload([shard.piece.arm for shard in own], device)
     return torch.where(belongs, squares, 0.0).sum(dim=1)
+
+
+def upload(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """The numbers on a device. Shape (len(numbers),), float64.
+
+    The host goes on at once; `torch.tensor` with a device waits until all work handed to the device is done.
+    """
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
 
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

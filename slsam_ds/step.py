@@ -5,11 +5,11 @@ rho = 0 skips the ascent pass (AdamW with all arms, LISA with a uniform sample);
 """
 
 import contextlib
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from slsam_ds.prefix import Prefix
 from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import Engine, Shard
 from slsam_ds.rng import RandomState
-from slsam_ds.statistics import local_sq_norms
+from slsam_ds.statistics import local_sq_norms, upload
+from slsam_ds.stopwatch import Stopwatch
 
 ForwardBackward = Callable[[Any], Tensor]
 """Runs one micro-batch and calls `engine.backward` on its weighted loss; returns that loss, detached, shape ()."""
@@ -59,18 +60,17 @@ def take_step(
         for part, climbed in run.parts():
             random_state = RandomState.capture(engine.device)
             ascent = run.ascend(climbed)
-            if ascent is not None and not ascent.finite:
-                return run.skip(ascent, during="ascent")
             random_state.replay()
             with run.perturbed(ascent):
                 run.descend(part)
         descent = run.reduce()
-        if not descent.finite:
-            return run.skip(descent, during="descent")
+        measured = run.read()
+        if not measured.finite:
+            return run.skip(measured)
         if previous is not None:
-            previous.remember(descent.shards, descent.sq_norms, loss_scale=descent.loss_scale)
+            previous.remember(descent.shards, measured.descent.sq_norms, loss_scale=descent.loss_scale)
         if plan.max_grad_norm is not None:
-            _clip(descent, plan.max_grad_norm)
+            _clip(descent.shards, measured.descent.norm, plan.max_grad_norm)
         updated = engine.update(
             plan.updated,
             num_micro_batches=len(window),
@@ -84,30 +84,69 @@ def take_step(
         raise
     finally:
         engine.activate(None)
-    return run.outcome(descent, skipped=not updated)
+    return run.outcome(measured, skipped=not updated)
 
 
 @dataclass(frozen=True, slots=True)
 class _Gradient:
-    """The gradient of a pass, its loss, and its norm by arm: global, or this rank's own where the ascent is local.
+    """The gradient of a pass, not yet read by the host.
 
-    Only what the shards hold is `loss_scale` times too large. `bad_ranks` are those whose own loss is not finite.
+    Attributes:
+        shards: `loss_scale` times too large.
+        sq_norms: By arm, over all ranks, or over this one where the ascent is local. float64, on the engine's device.
     """
 
     shards: list[Shard]
     loss_scale: float
+    sq_norms: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """What the host read of a pass. `bad_ranks` are those whose own loss is not finite."""
+
     loss: float
     sq_norms: dict[int, float]
-    bad_ranks: tuple[int, ...] = ()
-    extra: tuple[float, ...] = ()
+    bad_ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, statistics: Sequence[float], arms: Sequence[int]) -> "_Numbers":
+        loss, *rest = statistics
+        bad_ranks = tuple(rank for rank, is_bad in enumerate(rest[len(arms) :]) if is_bad)
+        return cls(loss, dict(zip(arms, rest, strict=False)), bad_ranks)
 
     @property
-    def sq_norm(self) -> float:
-        return math.fsum(self.sq_norms.values())
+    def norm(self) -> float:
+        return math.sqrt(math.fsum(self.sq_norms.values()))
 
     @property
     def finite(self) -> bool:
-        return all(map(math.isfinite, (self.loss, *self.sq_norms.values(), *self.extra)))
+        return all(map(math.isfinite, (self.loss, *self.sq_norms.values())))
+
+    @property
+    def bad_arms(self) -> tuple[int, ...]:
+        return tuple(arm for arm, sq_norm in self.sq_norms.items() if not math.isfinite(sq_norm))
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What the host read of a step, the same on every rank.
+
+    Attributes:
+        ascent: None where it was local, or there was none.
+        ascent_loss: Also where it was local; 0 without an ascent.
+        applied: ⟨applied, ε⟩, ‖applied‖² and the number of perturbations.
+    """
+
+    ascent: _Numbers | None
+    descent: _Numbers
+    ascent_loss: float
+    applied: tuple[float, float, float]
+
+    @property
+    def finite(self) -> bool:
+        ascended = self.ascent is None or self.ascent.finite
+        return ascended and self.descent.finite and math.isfinite(self.ascent_loss)
 
 
 _Around = Callable[[int], contextlib.AbstractContextManager[None]]
@@ -115,7 +154,10 @@ _Around = Callable[[int], contextlib.AbstractContextManager[None]]
 
 
 class _Run:
-    """One step under way: its passes, and what they add up on this rank until the one all-reduce of the descent."""
+    """One step under way: its passes, and what they add up on this rank until the one all-reduce of the descent.
+
+    The host runs ahead of the device: what it decides by, it reads once, after the descent's reduction.
+    """
 
     def __init__(
         self,
@@ -135,8 +177,9 @@ class _Run:
         self._check_agreement = engine.ranks.agree(plan.claims, flag=plan.flag)
         self._num_left = len(window)  # of the descent
         self._flagged = False
-        self._started = time.perf_counter()
-        self._ascent_seconds = self._descent_seconds = 0.0
+        self._statistics: list[Tensor] = []  # of the passes, over all ranks, for the host to read
+        self._everywhere_reusable: Callable[[], Sequence[bool]] | None = None
+        self._clock = Stopwatch(engine.device)
         self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
         # ⟨applied, ε⟩, ‖applied‖² and the number of perturbations, each counted by the ranks it belongs to.
         self._applied = torch.zeros(3, dtype=torch.float64, device=engine.device)
@@ -148,51 +191,53 @@ class _Run:
         return [([whole], [climbed]) for whole, climbed in zip(self._window, self._climbed, strict=True)]
 
     def ascend(self, part: Sequence[Any]) -> _Gradient | None:
-        """The gradient at x to climb along; None where rho is 0."""
+        """The gradient at x to climb along; None where there is none."""
         if self._plan.rho == 0:
             return None
         if self._previous is not None:
-            shards, sq_norms = self._previous.recall(self._engine.pieces(self._plan.perturbed))
-            return _Gradient(shards, 1.0, 0.0, sq_norms)
-        started = time.perf_counter()
+            return self._recalled(self._previous)
         self._engine.activate(self._plan.perturbed, before=self._plan.updated)
-        ascent = self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
-        self._ascent_seconds += time.perf_counter() - started  # numbers were read back: a GPU is done by now, too
-        return ascent
+        with self._clock.running("ascent"):
+            return self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
+
+    def _recalled(self, previous: PreviousGradients) -> _Gradient | None:
+        self._flagged = self._check_agreement()  # the next to travel are perturbed weights
+        known = [arm for arm in self._plan.perturbed if arm in previous.sq_norms]
+        if not known:
+            return None
+        sq_norms = upload([previous.sq_norms[arm] for arm in known], self._engine.device)
+        return _Gradient(previous.recall(self._engine.pieces(known)), 1.0, sq_norms)
 
     def _global_ascent(self, part: Sequence[Any]) -> _Gradient:
         loss = self._climb_all(part)
         self._ascent_loss += loss
-        ascent = self._reduce(self._plan.perturbed, loss, self._reusable())
-        self._agree_on_prefix(ascent.extra)
-        return ascent
+        self._share_reusable()
+        return self._reduce(self._plan.perturbed, loss)
 
     def _local_ascent(self, part: Sequence[Any]) -> _Gradient:
-        perturbed = self._plan.perturbed
         with self._engine.local_gradients() as shards:
             loss = self._climb_all(part)
-        sq_norms = self._local_sq_norms(shards, perturbed)
-        if not (loss + sq_norms.sum()).isfinite():  # go nowhere, and let the descent's all-reduce tell the others
-            loss, sq_norms = loss * math.nan, torch.zeros_like(sq_norms)
-        self._ascent_loss += loss
-        return _Gradient(shards, self._engine.loss_scale, 0.0, dict(zip(perturbed, sq_norms.tolist(), strict=True)))
+        sq_norms = self._local_sq_norms(shards, self._plan.perturbed)
+        # Where one is not finite, `perturbed` goes nowhere; the descent's all-reduce tells the others.
+        self._ascent_loss += torch.where((loss + sq_norms.sum()).isfinite(), loss, math.nan)
+        return _Gradient(shards, self._engine.loss_scale, sq_norms)
 
     @contextlib.contextmanager
     def perturbed(self, ascent: _Gradient | None) -> Iterator[None]:
-        """Hold the perturbed arms at x + ε; restore x exactly on the way out."""
+        """Hold the perturbed arms at x + ε, or at x where there is no way up; restore x exactly on the way out."""
         engine, plan = self._engine, self._plan
-        scale = perturbation_scale(ascent.sq_norm, rho=plan.rho) / ascent.loss_scale if ascent is not None else 0.0
-        if ascent is None or scale == 0.0:  # no direction to climb: stay at x, without rounding noise
+        if ascent is None:
             if plan.scope == "global":
                 engine.discard()
             yield
             return
+        scale = perturbation_scale(ascent.sq_norms.sum(), rho=plan.rho)
         with preserved(engine.live_weights(plan.perturbed)):
             with torch.no_grad():
                 for number, shard in enumerate(ascent.shards):
-                    self._perturb(shard, scale, number)
+                    self._perturb(shard, scale / ascent.loss_scale, number)
             ascent.shards.clear()  # the ascent gradient is not needed during the descent pass
-            self._applied[2] += 1.0 if plan.scope != "global" else 1.0 / engine.ranks.world_size
+            self._applied[2] += (scale > 0).double() / (1 if plan.scope != "global" else engine.ranks.world_size)
             if plan.scope == "global":
                 engine.discard()
                 engine.publish(plan.perturbed)
@@ -201,50 +246,69 @@ class _Run:
     def descend(self, part: Sequence[Any]) -> None:
         """Add the gradient at the weights as they are now to the window's."""
         self._engine.activate(self._plan.updated)
+        self._forget_what_others_run()
         self._descent_loss += self._run_all(part, self._forward_backward, self._reuse, num_left=self._num_left)
         self._num_left -= len(part)
 
     def reduce(self) -> _Gradient:
         """The window's descent gradient, and every statistic of the step, over all ranks."""
-        local = torch.cat([self._applied, self._ascent_loss[None] / self._engine.ranks.world_size])
-        descent = self._reduce(self._plan.updated, self._descent_loss, local)
-        self._descent_seconds = time.perf_counter() - self._started - self._ascent_seconds
-        return descent
+        local = torch.cat([self._ascent_loss[None] / self._engine.ranks.world_size, self._applied])
+        return self._reduce(self._plan.updated, self._descent_loss, local)
 
-    def ascent_loss(self, descent: _Gradient) -> float | None:
-        """Over all ranks, as the descent's all-reduce has it; None where there was no ascent pass."""
-        return descent.extra[-1] if self._plan.rho > 0 and self._previous is None else None
+    def read(self) -> _Measured:
+        """Wait for the device: the one time in a step."""
+        self._clock.stop()
+        numbers = iter(torch.cat(self._statistics).tolist())
+        *of_ascent, of_descent = ([*itertools.islice(numbers, len(part))] for part in self._statistics)
+        *of_descent, ascent_loss, projection, sq_norm, num_perturbations = of_descent
+        return _Measured(
+            ascent=_Numbers.of(of_ascent[0], self._plan.perturbed) if of_ascent else None,
+            descent=_Numbers.of(of_descent, self._plan.updated),
+            ascent_loss=ascent_loss,
+            applied=(projection, sq_norm, num_perturbations),
+        )
 
-    def outcome(self, descent: _Gradient, *, skipped: bool) -> Outcome:
+    def outcome(self, measured: _Measured, *, skipped: bool) -> Outcome:
         """What to tell about a step whose numbers were all finite."""
-        projection, applied_sq_norm, num_perturbations, _ = descent.extra
+        projection, applied_sq_norm, num_perturbations = measured.applied
         moved = num_perturbations > 0
         return Outcome(
-            loss=descent.loss,
-            ascent_loss=self.ascent_loss(descent),
-            grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in descent.sq_norms.items()},
+            loss=measured.descent.loss,
+            ascent_loss=measured.ascent_loss if self._ascends else None,
+            grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in measured.descent.sq_norms.items()},
             perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
             perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
             skipped=skipped,
             flagged=self._flagged,
-            ascent_seconds=self._ascent_seconds,
-            descent_seconds=self._descent_seconds,
+            ascent_seconds=self._clock.seconds("ascent"),
+            descent_seconds=self._clock.seconds() - self._clock.seconds("ascent"),
         )
 
-    def skip(self, gradient: _Gradient, *, during: Literal["ascent", "descent"]) -> Outcome:
+    def skip(self, measured: _Measured) -> Outcome:
         """Leave all as it is. Every rank saw the same bad number in the all-reduced statistics, so all come here."""
         engine, plan = self._engine, self._plan
         engine.discard()
         engine.update(plan.updated, num_micro_batches=len(self._window), learning_rate_scale={}, skip=True)
-        bad_arms = tuple(arm for arm, sq_norm in gradient.sq_norms.items() if not math.isfinite(sq_norm))
+        ascent, descent = measured.ascent, measured.descent
+        bad = (
+            BadNumbers(during="ascent", ranks=ascent.bad_ranks, arms=ascent.bad_arms)
+            if ascent is not None and not ascent.finite
+            else BadNumbers(during="descent", ranks=descent.bad_ranks, arms=descent.bad_arms)
+        )
         return Outcome(
-            loss=gradient.loss if during == "descent" else math.nan,
-            ascent_loss=self.ascent_loss(gradient) if during == "descent" else gradient.loss,
+            loss=descent.loss if bad.during == "descent" else math.nan,
+            ascent_loss=measured.ascent_loss if self._ascends else None,
             grad_norms={},
             skipped=True,
-            bad_numbers=BadNumbers(during=during, ranks=gradient.bad_ranks, arms=bad_arms),
+            bad_numbers=bad,
             flagged=self._flagged,
+            ascent_seconds=self._clock.seconds("ascent"),
+            descent_seconds=self._clock.seconds() - self._clock.seconds("ascent"),
         )
+
+    @property
+    def _ascends(self) -> bool:
+        return self._plan.rho > 0 and self._previous is None
 
     def _climb_all(self, part: Sequence[Any]) -> Tensor:
         whole = all(climbed is micro_batch for climbed, micro_batch in zip(self._climbed, self._window, strict=False))
@@ -263,17 +327,18 @@ class _Run:
                 local_loss += forward_backward(micro_batch)
         return local_loss
 
-    def _reusable(self) -> Tensor:
-        """1 for each of the window's micro-batches whose prefix this rank could reuse, else 0. float64."""
-        prefix, numbers = self._prefix, range(len(self._window))
-        flags = [prefix is not None and prefix.reusable(number) for number in numbers]
-        return torch.tensor(flags, dtype=torch.float64, device=self._engine.device)
+    def _share_reusable(self) -> None:
+        """Where weights are sharded, all ranks must gather for the blocks of a prefix, or none."""
+        if self._engine.may_skip_modules and not self._engine.replicated:
+            prefix, numbers = self._prefix, range(len(self._window))
+            flags = [prefix is not None and prefix.reusable(number) for number in numbers]
+            self._everywhere_reusable = self._engine.ranks.every(flags)
 
-    def _agree_on_prefix(self, num_ranks_able: Sequence[float]) -> None:
-        """Reuse what every rank kept: where weights are sharded, all must gather for the blocks, or none."""
-        for number, num_ranks in enumerate(num_ranks_able):
-            if self._prefix is not None and num_ranks < self._engine.ranks.world_size:
-                self._prefix.forget(number)
+    def _forget_what_others_run(self) -> None:
+        if self._prefix is not None and self._everywhere_reusable is not None:
+            for number, reusable in enumerate(self._everywhere_reusable()):
+                if not reusable:
+                    self._prefix.forget(number)
 
     def _reduce(self, arms: tuple[int, ...], local_loss: Tensor, extra: Tensor | None = None) -> _Gradient:
         """One reduction of the gradients, one all-reduce of their statistics and whatever else there is to add up."""
@@ -281,21 +346,18 @@ class _Run:
         self._flagged = self._check_agreement()
         shards = engine.reduce()
         sq_norms = self._local_sq_norms(shards, arms)
-        num_ranks, num_arms = engine.ranks.world_size, len(arms)
-        bad = torch.zeros(num_ranks, dtype=torch.float64, device=engine.device)
+        bad = torch.zeros(engine.ranks.world_size, dtype=torch.float64, device=engine.device)
         bad[engine.ranks.rank] = (local_loss + self._ascent_loss).isfinite().logical_not()
-        local = [local_loss[None] / num_ranks, sq_norms, bad, *([extra] if extra is not None else [])]
-        loss, *rest = engine.ranks.all_reduce(torch.cat(local)).tolist()
-        bad_ranks = tuple(rank for rank, is_bad in enumerate(rest[num_arms : num_arms + num_ranks]) if is_bad)
-        by_arm = dict(zip(arms, rest, strict=False))
-        return _Gradient(shards, engine.loss_scale, loss, by_arm, bad_ranks, tuple(rest[num_arms + num_ranks :]))
+        local = [local_loss[None] / engine.ranks.world_size, sq_norms, bad, *([extra] if extra is not None else [])]
+        self._statistics.append(engine.ranks.all_reduce(torch.cat(local)))
+        return _Gradient(shards, engine.loss_scale, self._statistics[-1][1 : 1 + len(arms)])
 
     def _local_sq_norms(self, shards: list[Shard], arms: tuple[int, ...]) -> Tensor:
         engine = self._engine
         scaled = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
         return scaled / engine.loss_scale**2
 
-    def _perturb(self, shard: Shard, scale: float, number: int) -> None:
+    def _perturb(self, shard: Shard, scale: Tensor, number: int) -> None:
         engine, plan = self._engine, self._plan
         owner, device = shard.piece.owner, shard.piece.weight.device
         generator = rounding_generator(device, plan.seed, plan.step, owner, self._num_left, number)
@@ -325,11 +387,11 @@ def _as_it_is(micro_batch: int) -> Iterator[None]:
     yield
 
 
-def _clip(descent: _Gradient, max_norm: float) -> None:
+def _clip(shards: Sequence[Shard], norm: float, max_norm: float) -> None:
     """Shrink the gradient in place to a norm of at most `max_norm`; its statistics stay those from before.
 
     As `torch.nn.utils.clip_grad_norm_`, but over the updated arms only, and the norm is known already.
     """
-    factor = max_norm / (math.sqrt(descent.sq_norm) + 1e-6)
+    factor = max_norm / (norm + 1e-6)
     if factor < 1.0:
-        torch._foreach_mul_([shard.gradient for shard in descent.shards], factor)
+        torch._foreach_mul_([shard.gradient for shard in shards], factor)

@@ -64,16 +64,13 @@ class ProcessGroupRanks:
     def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
         if self.world_size == 1:
             return lambda: flag
-        prints = torch.tensor([fingerprint(value) for value in claims.values()], dtype=torch.int64)
+        prints = [fingerprint(value) for value in claims.values()]
         # The maximum of x and of -x over ranks: they cancel exactly where all ranks hold the same x. Started here and
         # awaited before the first gradient travels, so it hides behind the forward and backward.
-        extremes = torch.cat([prints, -prints, torch.tensor([int(flag)])]).to(self._device)
-        work = dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        extremes = self._maximum([*prints, *(-number for number in prints), int(flag)])
 
         def check() -> bool:
-            if not work.is_completed() or self._device.type != "cpu":
-                work.wait()
-            *numbers, any_flag = extremes.tolist()
+            *numbers, any_flag = extremes()
             highest, negated_lowest = numbers[: len(claims)], numbers[len(claims) :]
             if all(high == -low for high, low in zip(highest, negated_lowest, strict=True)):
                 return bool(any_flag)
@@ -82,6 +79,32 @@ class ProcessGroupRanks:
             raise RanksDisagreeError(f"slsam: ranks disagree about {describe_disagreement(per_rank)}")
 
         return functools.cache(check)  # asked before every backward that sends, and once is enough
+
+    def every(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+        if self.world_size == 1:
+            return lambda: list(flags)
+        lowered = self._maximum([int(not flag) for flag in flags])
+        return lambda: [not number for number in lowered()]
+
+    def _maximum(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Start a maximum over ranks of what their hosts know; the returned function waits for it.
+
+        On an accelerator it takes a stream of its own, so that a host waits for the other hosts and not for the work
+        that its device still has to do.
+        """
+        device_module = torch.get_device_module(self._device)
+        aside = device_module.Stream()
+        with device_module.stream(aside):
+            highest = torch.tensor(numbers, dtype=torch.int64).to(self._device)
+            work = dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+        def result() -> list[int]:
+            with device_module.stream(aside):
+                if not work.is_completed() or self._device.type != "cpu":
+                    work.wait()
+                return list(map(int, highest.tolist()))
+
+        return result
 
 
 def share_deadline(group: dist.ProcessGroup, device: torch.device) -> None:

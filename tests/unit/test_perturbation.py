@@ -14,8 +14,8 @@ def generator(*key: int) -> torch.Generator:
     return rounding_generator(torch.device("cpu"), *key)
 
 
-def scale_of(gradient: Tensor) -> float:
-    return perturbation_scale(gradient.double().square().sum().item(), rho=0.05)
+def scale_of(gradient: Tensor) -> Tensor:
+    return perturbation_scale(gradient.double().square().sum(), rho=0.05)
 
 
 def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
@@ -27,8 +27,14 @@ def test_the_scale_puts_the_gradient_on_the_sphere() -> None:
     assert (scale_of(gradient) * gradient).norm().item() == pytest.approx(0.05, rel=1e-5)
 
 
-def test_a_zero_gradient_has_no_direction() -> None:
-    assert perturbation_scale(0.0, rho=0.05) == 0.0
+@pytest.mark.parametrize("value", [0.0, torch.inf, torch.nan])
+def test_without_a_direction_nothing_moves(value: float) -> None:
+    weight, gradient = normal(1000), torch.full((1000,), value)
+    scale = scale_of(gradient)
+    after, measured = perturbed(weight, gradient)
+    assert scale == 0.0
+    assert torch.equal(after, weight)
+    assert measured.tolist() == [0.0, 0.0]
 
 
 def test_rounding_noise_is_a_function_of_its_key() -> None:

@@ -1,0 +1,93 @@
+"""The step hands its work to the device without waiting for it, but once."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import slsam_ds.slsam
+from slsam_ds import SLSAM, SLSAMConfig
+from tests.models import tiny_llama, window
+
+# What makes an accelerator's host wait: one number of a tensor, or a shape that depends on numbers.
+WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often Python asks what a tensor holds, but for what the model asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self._in_model = False
+
+    def loss(self, model: Any, batch: Any, factor: float = 1.0) -> Tensor:
+        self._in_model = True
+        loss: Tensor = model(**batch).loss * factor
+        self._in_model = False
+        return loss
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += operator in WAITS and not self._in_model
+        return operator(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """`tolist` passes the dispatcher by."""
+        tolist = Tensor.tolist
+
+        def counting(tensor: Tensor) -> Any:
+            self.count += 1
+            return tolist(tensor)
+
+        with pytest.MonkeyPatch.context() as patch, self:
+            patch.setattr(Tensor, "tolist", counting)
+            yield
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
+    """Of the two-pass steps: a single rank's bandit computes on the host anyway."""
+    counter, take_step = HostReads(), slsam_ds.slsam.take_step
+
+    def counted(*args: Any) -> Any:
+        with counter.counted():
+            return take_step(*args)
+
+    monkeypatch.setattr(slsam_ds.slsam, "take_step", counted)
+    return counter
+
+
+def trained(**settings: Any) -> SLSAM:
+    model: nn.Module = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # AdamW reads its step counters, which are on the host
+    return SLSAM(model, optimizer, SLSAMConfig(active_layers=2, **settings), max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rho": 0.0},
+        {},
+        {"ascent_scope": "rank"},
+        {"ascent_scope": "micro_batch"},
+        {"ascent_fraction": 0.5},
+        {"ascent_source": "previous"},
+    ],
+    ids=str,
+)
+def test_the_host_waits_once_per_step(settings: dict[str, Any], reads: HostReads) -> None:
+    slsam = trained(**settings)
+    for step in (1, 2, 3):
+        slsam.step(window(step, 0, 3), reads.loss, active=[1, 3])
+        assert reads.count == step
+
+
+def test_a_bad_step_waits_no_more_often(reads: HostReads) -> None:
+    assert trained().step(window(1, 0, 2), partial(reads.loss, factor=torch.nan)).skipped
+    assert reads.count == 1
