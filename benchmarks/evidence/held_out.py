@@ -1,7 +1,7 @@
 """What a trained model is worth on data it has not seen: loss, accuracy, calibration and sharpness."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,22 +35,35 @@ def score(model: nn.Module, batches: Sequence[dict[str, Tensor]], *, predicts_to
     model.eval()
     answers = [_answers(model, batch, predicts_tokens=predicts_tokens) for batch in batches]
     model.train(was_training)
-    losses, confidence, right = (torch.cat(each).double() for each in zip(*answers, strict=True))
+    each_loss, confidence, right = (torch.cat(each).double() for each in zip(*answers, strict=True))
     return Score(
-        loss=float(losses.mean()), accuracy=float(right.mean()), calibration_error=_calibration_error(confidence, right)
+        loss=float(each_loss.mean()),
+        accuracy=float(right.mean()),
+        calibration_error=_calibration_error(confidence, right),
     )
 
 
-def _answers(model: nn.Module, batch: dict[str, Tensor], *, predicts_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, confidence and whether it is right, of every answer of a batch. Each of shape (answers,)."""
+def losses(model: nn.Module, batch: Mapping[str, Tensor], *, predicts_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy, logits and label of every answer of a batch, whatever the model computes in.
+
+    Returns:
+        Shape (answers,), float32; (answers, classes), float32; (answers,), int64.
+    """
     labels = batch["labels"]
-    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits.float()
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
     if predicts_tokens:
         logits, labels = logits[:, :-1], labels[:, 1:]
         asked = labels != _IGNORED
         logits, labels = logits[asked], labels[asked]
+    logits = logits.float()
+    return functional.cross_entropy(logits, labels, reduction="none"), logits, labels
+
+
+def _answers(model: nn.Module, batch: Mapping[str, Tensor], *, predicts_tokens: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, confidence and whether it is right, of every answer of a batch. Each of shape (answers,)."""
+    each_loss, logits, labels = losses(model, batch, predicts_tokens=predicts_tokens)
     confidence, answer = functional.softmax(logits, dim=-1).max(dim=-1)
-    return functional.cross_entropy(logits, labels, reduction="none"), confidence, answer == labels
+    return each_loss, confidence, answer == labels
 
 
 def _calibration_error(confidence: Tensor, right: Tensor) -> float:
@@ -98,9 +111,8 @@ def sharpness(
     def loss() -> float:
         return score(model, batches, predicts_tokens=predicts_tokens).loss
 
-    total = sum(len(batch["labels"]) for batch in batches)
     for batch in batches:
-        (model(**batch).loss * len(batch["labels"]) / total).backward()
+        losses(model, batch, predicts_tokens=predicts_tokens)[0].sum().backward()
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     at_weights = loss()
     along_gradient = _loss_at(parameters, gradients, rho, loss) - at_weights

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.evidence.runs import FILE, Run, Runs
 from benchmarks.evidence.tables import has_knobs, knobs_table, layers_table, methods_table, verdicts
-from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.tasks import TASKS, Task
 
 REPORT = "README.md"
 
@@ -18,7 +18,8 @@ Every method has its own learning rate: of its task's grid the best by validatio
 the grid's smallest or largest). Final runs are judged once, by test data. Losses are cross-entropies in nats; ± is the
 standard error over seeds; differences are taken seed by seed. FLOPs are of whole runs, by the price list that
 `slsam_ds` counts; time is wall clock of the steps, against AdamW's run of the same seed, median. The rise along the
-gradient is that of 64 test samples' loss at radius 0.05; in random directions, at radius 0.5.
+gradient is that of the loss of some test samples (64; 16 of a language model's) at radius 0.05; in random directions,
+at radius 0.5; both in float32.
 """
 
 
@@ -38,7 +39,7 @@ def write_report(folder: Path, runs: Runs) -> Path:
         finals = runs.of("final", name)
         if not finals and not has_knobs(runs, name):
             continue
-        parts.append(f"## {name}: {task.title}\n\nSteps of {task.batch} samples. {_machines(finals)}")
+        parts.append(f"## {name}: {task.title}\n\nSteps of {task.batch} samples{_precision(task)}. {_machines(finals)}")
         if finals:
             picture = f"{name}.png"
             draw_curves(folder / picture, runs, name)
@@ -50,6 +51,10 @@ def write_report(folder: Path, runs: Runs) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     return path
+
+
+def _precision(task: Task) -> str:
+    return ", bfloat16 with float32 weights (FSDP2 on one rank)" if task.in_bfloat16 else ", float32"
 
 
 def _machines(runs: list[Run]) -> str:

@@ -65,6 +65,8 @@ class Task:
         batch: Samples of a step.
         learning_rates: Tried for every method, on validation data.
         predicts_tokens: Whether labels are the tokens themselves, each predicted from those before it.
+        in_bfloat16: Whether forward and backward are; sharpness is always measured in float32.
+        sharpness_samples: Of the test data, for the sharpness.
         load: The data; the same in every process.
     """
 
@@ -74,6 +76,8 @@ class Task:
     batch: int
     learning_rates: tuple[float, ...]
     predicts_tokens: bool = False
+    in_bfloat16: bool = False
+    sharpness_samples: int = 64
     load: Callable[[], Data]
 
 
@@ -95,8 +99,8 @@ def _language(rows: Mapping[Part, Sequence[Sample]], length: int) -> Data:
 
     return Data(
         train=encoded("train", 4000),
-        validation=encoded("validation", 96),
-        test=encoded("test", 192),
+        validation=encoded("validation", 64),
+        test=encoded("test", 128),
         collate=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
         build_model=build_model,
     )
@@ -243,6 +247,8 @@ TASKS = {
             batch=4,
             learning_rates=(2e-5, 5e-5, 1e-4, 2e-4),
             predicts_tokens=True,
+            in_bfloat16=True,
+            sharpness_samples=16,
             load=functools.cache(_docstrings),
         ),
         Task(
@@ -252,6 +258,8 @@ TASKS = {
             batch=8,
             learning_rates=(2e-5, 5e-5, 1e-4, 2e-4),
             predicts_tokens=True,
+            in_bfloat16=True,
+            sharpness_samples=16,
             load=functools.cache(_headers),
         ),
         Task(
@@ -260,6 +268,7 @@ TASKS = {
             steps=160,
             batch=16,
             learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
+            in_bfloat16=True,
             load=functools.cache(_libraries),
         ),
         Task(
@@ -268,6 +277,7 @@ TASKS = {
             steps=120,
             batch=16,
             learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
+            in_bfloat16=True,
             load=functools.cache(_verbs),
         ),
         Task(

@@ -1,11 +1,13 @@
 """The evidence: data without leaks, scores that are right, runs that are repeated, resumed and told truly."""
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from benchmarks.evidence import __main__ as command
@@ -96,6 +98,26 @@ def test_a_run_is_repeated_to_the_bit() -> None:
     assert found[0] == found[1]
     assert sum(found[0]["updates"]) == 4 * 2
     assert found[0]["validation"][-1]["step"] == 4
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """Takes down the process group that a run in bfloat16 has made."""
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_run_in_bfloat16_keeps_float32_weights(one_rank: None) -> None:
+    rough = dataclasses.replace(DIGITS, in_bfloat16=True)
+    found, exact = (
+        run(task, METHODS["slsam"], learning_rate=1e-3, seed=1, steps=4, on_test=True) for task in (rough, DIGITS)
+    )
+    assert found["price"] == pytest.approx(exact["price"], rel=0.02)
+    assert found["test"]["loss"] == pytest.approx(exact["test"]["loss"], rel=0.02)
+    assert found["test"]["loss"] != exact["test"]["loss"]
+    # Taken in bfloat16, these rises, of the third digit of the loss, would be noise.
+    for name, rise in exact["sharpness"].items():
+        assert found["sharpness"][name] == pytest.approx(rise, rel=0.1, abs=1e-4)
 
 
 @pytest.mark.parametrize(
