@@ -320,6 +320,7 @@ class _Run:
         """Sum of the weighted losses. Shape (), float64, local."""
         if self._engine.sends_during_backward:
             self._flagged = self._check_agreement()
+        torch.clear_autocast_cache()  # one around the step would go on with the weights that it cast before they moved
         local_loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         for number, micro_batch in enumerate(part, start=1):
             self._engine.begin_micro_batch(last=number == num_left)

@@ -54,7 +54,7 @@ def write_report(folder: Path, runs: Runs) -> Path:
 
 
 def _precision(task: Task) -> str:
-    return ", bfloat16 with float32 weights (FSDP2 on one rank)" if task.in_bfloat16 else ", float32"
+    return ", autocast to bfloat16" if task.in_bfloat16 else ", float32"
 
 
 def _machines(runs: list[Run]) -> str:

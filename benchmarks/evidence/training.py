@@ -1,5 +1,6 @@
 """One run: a task trained by a method at a learning rate from a seed, and what came of it."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -12,7 +13,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.evidence.held_out import losses, score, sharpness
 from benchmarks.evidence.methods import Method
-from benchmarks.evidence.precision import in_bfloat16, load_weights_of
 from benchmarks.evidence.selectors import AROUND
 from benchmarks.evidence.tasks import Batch, Data, Sample, Task
 from benchmarks.prices import count_costs
@@ -52,10 +52,8 @@ def run(
     """
     data = task.load()
     model = data.build_model(seed)
-    if task.in_bfloat16:
-        in_bfloat16(model)
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
     knobs = {"seed": seed, **method.knobs, **(knobs or {})}
     around = {name: knobs.pop(name) for name in AROUND if name in knobs}
     config = SLSAMConfig(**knobs)
@@ -65,7 +63,7 @@ def run(
     schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
     model.train()
     found = _train(task, data, slsam, schedule, steps=steps, seed=seed)
-    return {**found, **_judge(task, data, model, seed)} if on_test else found
+    return {**found, **_judge(task, data, model)} if on_test else found
 
 
 def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: int, seed: int) -> dict[str, Any]:
@@ -73,7 +71,8 @@ def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: i
     validation = batches(data, data.validation)
 
     def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
-        return losses(model, batch, predicts_tokens=task.predicts_tokens)[0].mean()
+        with _precision(task):
+            return losses(model, batch, predicts_tokens=task.predicts_tokens)[0].mean()
 
     stops = {max(1, round(steps * point / _NUM_POINTS)) for point in range(1, _NUM_POINTS + 1)}
     prices: PriceList | None = None
@@ -88,19 +87,24 @@ def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: i
         for arm in result.active:
             updates[arm] += 1
         if step in stops:
-            found = score(slsam.model, validation, predicts_tokens=task.predicts_tokens)
+            with _precision(task):
+                found = score(slsam.model, validation, predicts_tokens=task.predicts_tokens)
             curve.append({"step": step, "seconds": seconds, **dataclasses.asdict(found)})
     return {"steps": steps, "price": paid / steps, "seconds": seconds, "updates": updates, "validation": curve}
 
 
-def _judge(task: Task, data: Data, model: nn.Module, seed: int) -> dict[str, Any]:
+def _judge(task: Task, data: Data, model: nn.Module) -> dict[str, Any]:
     """By test data. Sharpness always in float32: in bfloat16 a small rise is lost in rounding."""
-    found = score(model, batches(data, data.test), predicts_tokens=task.predicts_tokens)
+    with _precision(task):
+        found = score(model, batches(data, data.test), predicts_tokens=task.predicts_tokens)
     some = batches(data, data.test[: task.sharpness_samples])
-    if task.in_bfloat16:
-        model = load_weights_of(model, data.build_model(seed))
     climbed = sharpness(model, some, predicts_tokens=task.predicts_tokens, rho=_SHARPNESS_RHO)
     return {"test": dataclasses.asdict(found), "sharpness": dataclasses.asdict(climbed)}
+
+
+def _precision(task: Task) -> contextlib.AbstractContextManager[Any]:
+    """What forward runs in, as a Trainer with `bf16=True` does it."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=task.in_bfloat16)
 
 
 def training_batches(task: Task, data: Data, seed: int) -> Iterator[Batch]:

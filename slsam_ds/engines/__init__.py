@@ -36,7 +36,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
         return FSDP2Engine(model, optimizer, layer_map)
     from slsam_ds.engines.local import LocalEngine
 
-    return LocalEngine(optimizer, layer_map)
+    return LocalEngine(model, optimizer, layer_map)
 
 
 def _select_deepspeed_engine(model: Any, layer_map: LayerMap) -> Engine:

@@ -25,6 +25,10 @@ class Replicated:
         """Arm and parameter of all that is active."""
         raise NotImplementedError
 
+    def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
+        """See `Piece.read_dtype`."""
+        return None
+
     @contextlib.contextmanager
     def local_gradients(self) -> Iterator[list[Shard]]:
         """See `Engine.local_gradients`."""
@@ -38,7 +42,8 @@ class Replicated:
             yield shards
             for arm, parameter in active:
                 weight = parameter.detach().view(-1)
-                piece = Piece(arm, weight, weight, parameter, owner=self.ranks.rank)
+                read_dtype = self._read_dtype(parameter)
+                piece = Piece(arm, weight, weight, parameter, owner=self.ranks.rank, read_dtype=read_dtype)
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 shards.append(Shard(piece, gradient.view(-1)))
         finally:

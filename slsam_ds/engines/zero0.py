@@ -44,7 +44,7 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
             raise ValueError(
                 "the optimizer's parameter groups are not split by layer: build the engine with slsam_ds.initialize"
             )
-        super().__init__(inner, layer_map)
+        super().__init__(engine.module, inner, layer_map)
         self.device = torch.device(engine.device)
         self._wrapper = wrapper if wrapper is not inner else None
         self._masters: dict[nn.Parameter, Tensor] = {}

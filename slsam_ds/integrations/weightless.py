@@ -21,7 +21,7 @@ class WeightlessEngine(LocalEngine):
     """Of a model on meta. Numbers and random state have values; they are the CPU's."""
 
     def __init__(self, model: nn.Module, layer_map: LayerMap) -> None:
-        super().__init__(torch.optim.SGD(model.parameters()), layer_map)
+        super().__init__(model, torch.optim.SGD(model.parameters()), layer_map)
         self.device = torch.device("cpu")
 
 

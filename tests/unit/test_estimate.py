@@ -89,7 +89,7 @@ def test_activations_are_those_of_a_real_forward(attention: str, others: Any, ti
     activations = count_weightless(make, config).activations
     model = make()
     layers = map_layers(model, config)
-    engine = LocalEngine(torch.optim.SGD(model.parameters()), layers)
+    engine = LocalEngine(model, torch.optim.SGD(model.parameters()), layers)
     last = len(layers) - 1
     for sample in ([0], [1], [2, 3], [last], [1, last], [0, 3], range(last + 1)):
         found = real_bytes(model, engine, [ALWAYS, *sample] if others == "always" else list(sample))
@@ -109,7 +109,7 @@ def real_bytes(model: nn.Module, engine: LocalEngine, arms: list[int]) -> int:
 def test_checkpointed_blocks_are_computed_again_one_by_one() -> None:
     def make(num_blocks: int) -> tuple[nn.Module, LocalEngine]:
         model = tiny_llama(num_blocks=num_blocks)
-        return model, LocalEngine(torch.optim.SGD(model.parameters()), map_layers(model, SLSAMConfig()))
+        return model, LocalEngine(model, torch.optim.SGD(model.parameters()), map_layers(model, SLSAMConfig()))
 
     everything = list(range(7))
     block = real_bytes(*make(5), everything) - real_bytes(*make(4), everything[:-1])

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from benchmarks.evidence import __main__ as command
@@ -100,14 +99,7 @@ def test_a_run_is_repeated_to_the_bit() -> None:
     assert found[0]["validation"][-1]["step"] == 4
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """Takes down the process group that a run in bfloat16 has made."""
-    yield
-    dist.destroy_process_group()
-
-
-def test_a_run_in_bfloat16_keeps_float32_weights(one_rank: None) -> None:
+def test_a_run_in_bfloat16_keeps_float32_weights() -> None:
     rough = dataclasses.replace(DIGITS, in_bfloat16=True)
     found, exact = (
         run(task, METHODS["slsam"], learning_rate=1e-3, seed=1, steps=4, on_test=True) for task in (rough, DIGITS)
