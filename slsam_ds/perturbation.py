@@ -12,8 +12,10 @@ from torch import Tensor
 from slsam_ds.config import Rounding
 from slsam_ds.rng import seed_of
 
-# Perturbing happens in pieces of this many elements, so that the float32 temporaries of a large layer stay small.
+# Perturbing happens in pieces of this many elements, so that the float32 temporaries of a large layer stay small: on
+# the CPU, within its caches.
 _CHUNK_NUMEL = 2**24
+_CHUNK_NUMEL_ON_CPU = 2**20
 
 
 def perturbation_scale(global_sq_norm: Tensor, *, rho: float) -> Tensor:
@@ -94,17 +96,18 @@ def perturb_(
     read_dtype = read_dtype or weight.dtype
     scale = scale.to(weight.device, torch.float32)
     measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    chunks = zip(*(torch.split(tensor, _CHUNK_NUMEL) for tensor in (weight, master, gradient)), strict=True)
+    size = _CHUNK_NUMEL_ON_CPU if weight.device.type == "cpu" else _CHUNK_NUMEL
+    chunks = zip(*(torch.split(tensor, size) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
-        epsilon = torch.where(scale > 0, gradient_chunk.to(weight.device, torch.float32) * scale, 0.0)
+        epsilon = (gradient_chunk.to(weight.device, torch.float32) * scale).masked_fill_(scale == 0, 0.0)
         before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
         if read_dtype in _BITS_CUT and rounding == "stochastic":
             weight_chunk.copy_(stochastic_round(before + epsilon, generator, read_dtype))
         else:
             weight_chunk.copy_(master_chunk.to(weight.device, torch.float32) + epsilon)
         applied = weight_chunk.to(read_dtype).to(torch.float32) - before
-        measured[0] += (applied * epsilon).sum(dtype=torch.float64)
-        measured[1] += applied.square().sum(dtype=torch.float64)
+        measured[0] += torch.dot(applied, epsilon)
+        measured[1] += torch.dot(applied, applied)
     return measured
 
 

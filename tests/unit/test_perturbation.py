@@ -96,8 +96,8 @@ def test_a_perturbation_far_below_an_ulp_reaches_what_forward_reads(weight_dtype
     assert torch.equal(after.to(BF16).to(after.dtype), after)  # on the grid: the cast to what forward reads keeps it
     epsilon = gradient * scale_of(gradient)
     applied = after.to(BF16).double() - weight.to(BF16).double()
-    assert along.item() == pytest.approx((applied * epsilon).sum().item(), rel=1e-6)
-    assert sq_norm.item() == pytest.approx(applied.square().sum().item(), rel=1e-6)
+    assert along.item() == pytest.approx((applied * epsilon).sum().item(), rel=1e-5)
+    assert sq_norm.item() == pytest.approx(applied.square().sum().item(), rel=1e-5)
     # One ulp is 300 ε here; over 2e6 elements the noise of the projection has a standard deviation below 1 %.
     assert along.item() / 0.05**2 == pytest.approx(1.0, abs=0.03)
 
@@ -116,7 +116,7 @@ def test_nearest_starts_from_the_master_weight(read_dtype: torch.dtype | None) -
     after, (along, _) = perturbed(weight, gradient, master=master, rounding="nearest", read_dtype=read_dtype)
     assert torch.equal(after, (master + epsilon).to(after.dtype))
     applied = after.to(BF16).double() - weight.to(BF16).double()
-    assert along.item() == pytest.approx((applied * epsilon).sum().item(), rel=1e-6)
+    assert along.item() == pytest.approx((applied * epsilon).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("weight_dtype", [BF16, torch.float32])
@@ -130,10 +130,10 @@ def test_an_element_without_gradient_is_read_as_before(weight_dtype: torch.dtype
 def test_pieces_give_the_same_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, gradient = normal(10_001), normal(10_001, seed=1)
     whole, measured = perturbed(weight, gradient)
-    monkeypatch.setattr(perturbation, "_CHUNK_NUMEL", 1000)
+    monkeypatch.setattr(perturbation, "_CHUNK_NUMEL_ON_CPU", 1000)
     in_pieces, measured_in_pieces = perturbed(weight, gradient)
     assert torch.equal(in_pieces, whole)
-    assert torch.allclose(measured_in_pieces, measured, rtol=1e-12)  # float64 sums, taken in another order
+    assert torch.allclose(measured_in_pieces, measured, rtol=1e-5)  # float32 sums, taken in another order
 
 
 def test_an_empty_shard_measures_nothing() -> None:

@@ -28,6 +28,13 @@ def test_bf16_gradients_are_summed_in_float32() -> None:
     assert abs(sq_norm - gradient.double().square().sum().item()) < 1e-5
 
 
+def test_norms_of_large_shards_lose_no_digits() -> None:
+    gradient = torch.randn(2**25, generator=torch.Generator().manual_seed(0))
+    sq_norm = local_sq_norms([shard(0, gradient)], [0], rank=0, device=torch.device("cpu")).item()
+    exact = sum(part.double().square().sum().item() for part in gradient.split(2**20))
+    assert abs(sq_norm / exact - 1) < 1e-4
+
+
 def test_rewards_are_shares_of_a_maximum_that_decays() -> None:
     scale = RewardScale("grad_norm", [10, 10])
     assert scale.rewards({0: 2.0, 1: 8.0}) == {0: 0.25, 1: 1.0}
