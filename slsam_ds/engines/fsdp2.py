@@ -38,7 +38,7 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
         self._root = _find_root(model)
-        super().__init__(optimizer, layer_map)
+        super().__init__(model, optimizer, layer_map)
         self._inner = _initialize(self._root)
         _check_supported(layer_map, self._inner)
         self._find_depths(model, layer_map)
@@ -83,7 +83,8 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
 
     def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
         weight = _local(parameter.detach())
-        read_dtype = self._inner[id(parameter)].read_dtype
+        gathered_as = self._inner[id(parameter)].read_dtype
+        read_dtype = gathered_as if gathered_as != torch.float32 else self._read_dtype(parameter)
         return Piece(arm, weight, weight, parameter, _owner(parameter), read_dtype=read_dtype)
 
     def _end_prefetch_at(self, arm: int | None) -> None:

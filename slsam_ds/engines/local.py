@@ -2,32 +2,20 @@
 
 from collections.abc import Collection, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from slsam_ds.engines.autocast import AutocastWatch
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
-from slsam_ds.layers import LayerMap
 from slsam_ds.protocol import Piece, Shard
 
 
-class LocalEngine(Replicated, TorchOptimizerEngine):
+class LocalEngine(TorchOptimizerEngine, Replicated):
     """Weights, gradients and optimizer state live whole on every rank; gradients are averaged over ranks.
 
     No DDP wrapper is needed, and none is accepted: its hooks would reduce what the ascent pass keeps to itself.
-
-    Args:
-        model: The module; forward may run in autocast.
-        optimizer: Its parameter groups carry the key "arm", one arm per group.
-        layer_map: The arms. Their parameters are on one device.
     """
 
     sends_during_backward = False
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
-        super().__init__(optimizer, layer_map)
-        self._autocast = AutocastWatch(model, layer_map)
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Every micro-batch is treated alike."""
@@ -54,9 +42,6 @@ class LocalEngine(Replicated, TorchOptimizerEngine):
         master = stepped.detach().view(-1)[offset : offset + parameter.numel()]
         weight, read_dtype = parameter.detach().view(-1), self._read_dtype(parameter)
         return Piece(arm, weight, master, stepped, owner=0, offset=offset, read_dtype=read_dtype)
-
-    def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
-        return self._autocast.read_dtype(parameter)
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         """Mean over ranks, in place; the gradients of all that is active."""

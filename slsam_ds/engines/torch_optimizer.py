@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slsam_ds.engines.autocast import AutocastWatch
 from slsam_ds.engines.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.layers import LayerMap
@@ -16,6 +17,7 @@ class TorchOptimizerEngine:
     """Arms are switched by `requires_grad`, and the optimizer leaves alone what has no gradient.
 
     Args:
+        model: The module; its forward may run in autocast.
         optimizer: Its parameter groups carry the key "arm", one arm per group.
         layer_map: The arms. Their parameters are on one device.
     """
@@ -24,7 +26,8 @@ class TorchOptimizerEngine:
     loss_scale = 1.0
     optimizer_state_home: torch.device | None = None
 
-    def __init__(self, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
+        self._autocast = AutocastWatch(model, layer_map)
         self._optimizer = optimizer
         self._parameters = {layer.index: [parameter for _, parameter in layer.parameters] for layer in layer_map}
         if layer_map.always:
@@ -64,6 +67,9 @@ class TorchOptimizerEngine:
                 self._optimizer.step()
         self.discard()
         return not skip
+
+    def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
+        return self._autocast.read_dtype(parameter)
 
     def _gradients(self) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
         """Arm, parameter and gradient of all that is active, in the same order on every rank.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from slsam_ds import SLSAM, StepResult
 from tests.distributed.test_bf16 import RoundingReference, follow_bf16
 from tests.distributed.test_frozen import changes
-from tests.distributed.training import Setup, follow_samples, max_error, slow
+from tests.distributed.training import Setup, Training, follow_samples, max_error, slow
 from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.ranks import run_on_ranks
 
@@ -66,6 +67,31 @@ def test_the_perturbation_reaches_what_forward_reads(setup: Setup, world_size: i
     for result in results:  # rounding noise: one standard deviation of the projection is about 0.015
         assert result.perturbation_projection == pytest.approx(1.0, abs=0.03)
         assert result.perturbation_norm > 1.02 * 0.005
+
+
+def step_in_autocast(setup: Setup) -> tuple[Tensor, StepResult]:
+    """The perturbed weights of a product, as this rank reads them, and what was measured."""
+    training, read = Training(setup), []
+    projection = training.model.get_submodule("model.layers.2.mlp.up_proj")
+    projection.register_forward_hook(lambda module, inputs, output: read.append(module.weight.detach().clone()))
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss: Tensor = model(**batch).loss
+        return loss
+
+    result = training.step(training.window(1), loss_fn=loss_fn, active=[3])
+    at_weights, above = read
+    assert not torch.equal(at_weights, above)
+    return above, result
+
+
+def test_autocast_around_float32_shards_reads_the_whole_perturbation() -> None:
+    setup = Setup(engine="fsdp2", model={"hidden": 64}, slsam={"rho": 0.005})
+    for above, result in run_on_ranks(2, step_in_autocast, setup):
+        assert torch.equal(above, above.bfloat16().float())
+        assert result.perturbation_projection == pytest.approx(1.0, abs=0.03)
+        assert result.perturbation_norm > 1.02 * 0.005  # with the rounding noise
 
 
 def test_perturbed_float32_shards_are_what_their_cast_makes_of_them() -> None:
