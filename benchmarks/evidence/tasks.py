@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Task:
     load: Callable[[], Data]
 
 
-def _language(rows: Mapping[Part, Sequence[Sample]], length: int) -> Data:
+def _language(rows: Mapping[Part, Sequence[Sample]], *, length: int, num_train: int) -> Data:
     """Pairs of `prompt` and `response` for the demo's model; samples that do not fit are left out."""
     model, tokenizer = load_demo_model(torch.float32)
     model.config.use_cache = False
@@ -90,16 +91,14 @@ def _language(rows: Mapping[Part, Sequence[Sample]], length: int) -> Data:
 
     def encoded(part: Part, most: int) -> list[Sample]:
         samples = (encode(row, "evidence") for row in rows[part])
-        kept = [
-            {name: one[name] for name in ("input_ids", "labels")} for one in samples if len(one["input_ids"]) <= length
-        ]
-        return kept[:most]
+        fitting = (one for one in samples if len(one["input_ids"]) <= length)
+        return [{name: one[name] for name in ("input_ids", "labels")} for one in itertools.islice(fitting, most)]
 
     def build_model(seed: int) -> nn.Module:
         return copy.deepcopy(model)
 
     return Data(
-        train=encoded("train", 4000),
+        train=encoded("train", num_train),
         validation=encoded("validation", 32),
         test=encoded("test", 96),
         collate=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
@@ -108,7 +107,7 @@ def _language(rows: Mapping[Part, Sequence[Sample]], length: int) -> Data:
 
 
 def _docstrings() -> Data:
-    """From a function of the standard library to its docstring; whole packages are held out."""
+    """From a function of the standard library to its docstring; whole packages are held out. Three epochs over few."""
     training, held_out = build_datasets(num_validation=10_000)
     rows = _shuffled(held_out)
     packages = sorted({_package(row) for row in rows})
@@ -118,7 +117,7 @@ def _docstrings() -> Data:
         "validation": [row for row in rows if _package(row) in validation],
         "test": [row for row in rows if _package(row) not in validation],
     }
-    return _language(parts, length=128)
+    return _language(parts, length=128, num_train=64)
 
 
 def _package(row: Sample) -> str:
@@ -126,13 +125,13 @@ def _package(row: Sample) -> str:
 
 
 def _headers() -> Data:
-    """From the sentence about a function of torch, NumPy or scikit-learn to its `def` line."""
+    """From the sentence about a function of torch, NumPy or scikit-learn to its `def` line. Nothing is seen twice."""
     rows: dict[Part, list[Sample]] = {part: [] for part in _PARTS}
     for one in documented(("numpy", "sklearn", "torch")):
         if len(one.header) <= 100:
             prompt = f"Write the header of the Python function that has this description.\n\n{one.sentence}"
             rows[one.part].append({"prompt": prompt, "response": one.header})
-    return _language({part: _shuffled(some) for part, some in rows.items()}, length=112)
+    return _language({part: _shuffled(some) for part, some in rows.items()}, length=112, num_train=4000)
 
 
 @functools.cache
@@ -141,22 +140,23 @@ def _all_documented() -> tuple[Documented, ...]:
     return tuple(documented())
 
 
-def _classified(label_of: Callable[[Documented], int | None], num_labels: int, most: int, noise: float = 0.0) -> Data:
+def _classified(
+    label_of: Callable[[Documented], int | None], num_labels: int, most: Mapping[Part, int], noise: float = 0.0
+) -> Data:
     """Sentences for the MiniLM encoder, as many of every class.
 
     Args:
         label_of: A function's class; None: not for this task.
         num_labels: Number of classes.
-        most: Sentences of a class for training; a quarter and half of it for validation and test.
+        most: Sentences of a class.
         noise: Share of the training labels that become another class.
     """
     folder = folder_of(ENCODER_PACKAGE) / "model"
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    limits = {"train": most, "validation": most // 4, "test": most // 2}
     rows: dict[tuple[Part, int], list[Sample]] = {(part, label): [] for part in _PARTS for label in range(num_labels)}
     for one in _all_documented():
         label = label_of(one)
-        if label is not None and len(rows[one.part, label]) < limits[one.part]:
+        if label is not None and len(rows[one.part, label]) < most[one.part]:
             encoded = tokenizer(masked(one.sentence), truncation=True, max_length=48)
             rows[one.part, label].append({**encoded, "labels": label})
     parts = {part: _shuffled([row for label in range(num_labels) for row in rows[part, label]]) for part in _PARTS}
@@ -188,18 +188,22 @@ def _classified(label_of: Callable[[Documented], int | None], num_labels: int, m
 
 
 def _libraries() -> Data:
-    """Which library has a function that is said to do this?"""
-    return _classified(lambda one: LIBRARIES.index(one.library), len(LIBRARIES), most=250)
+    """Which library has a function that is said to do this? About one epoch: much data, seen once."""
+    most: dict[Part, int] = {"train": 250, "validation": 62, "test": 125}
+    return _classified(lambda one: LIBRARIES.index(one.library), len(LIBRARIES), most)
 
 
 def _verbs() -> Data:
-    """With which verb does the name of a function begin that is said to do this? 30 % of the labels are wrong."""
+    """With which verb does the name of a function begin that is said to do this? 30 % of the labels are wrong.
+
+    Four epochs: enough to learn them by heart.
+    """
 
     def verb(one: Documented) -> int | None:
         word = one.name.lstrip("_").split("_")[0]
         return VERBS.index(word) if word in VERBS else None
 
-    return _classified(verb, len(VERBS), most=120, noise=0.3)
+    return _classified(verb, len(VERBS), {"train": 60, "validation": 30, "test": 60}, noise=0.3)
 
 
 def _digits() -> Data:
