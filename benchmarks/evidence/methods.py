@@ -42,6 +42,21 @@ METHODS = {
         Method(name="slsam", title="SL-SAM, defaults"),
         Method(name="quarter", title="SL-SAM, ascent_fraction 0.25", knobs={"ascent_fraction": 0.25}),
         Method(name="previous", title="SL-SAM, ascent_source previous", knobs={"ascent_source": "previous"}),
+        Method(
+            name="half_previous",
+            title="SL-SAM, half of the layers, ascent_source previous",
+            knobs={"active_layers": 0.5, "ascent_source": "previous"},
+        ),
+        Method(
+            name="all_previous",
+            title="SAM, all layers, ascent_source previous",
+            knobs={"selector": "all", "ascent_source": "previous"},
+        ),
         Method(name="budget", title="SL-SAM, budget 1.0", knobs={"budget": 1.0}),
+        Method(
+            name="budget_quarter",
+            title="SL-SAM, budget 1.0, ascent_fraction 0.25",
+            knobs={"budget": 1.0, "ascent_fraction": 0.25},
+        ),
     )
 }

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.evidence.runs import FILE, Run, Runs
-from benchmarks.evidence.tables import has_knobs, knobs_table, layers_table, methods_table, verdicts
+from benchmarks.evidence.tables import has_knobs, knobs_table, layers_table, methods_table, tuning_table, verdicts
 from benchmarks.evidence.tasks import TASKS, Task
 
 REPORT = "README.md"
@@ -36,10 +36,12 @@ def write_report(folder: Path, runs: Runs) -> Path:
 
     parts = [_INTRODUCTION, "## The defaults\n\n" + verdicts(runs)]
     for name, task in TASKS.items():
-        finals = runs.of("final", name)
-        if not finals and not has_knobs(runs, name):
+        tuned, finals = runs.of("tune", name), runs.of("final", name)
+        if not tuned:
             continue
-        parts.append(f"## {name}: {task.title}\n\nSteps of {task.batch} samples{_precision(task)}. {_machines(finals)}")
+        setup = f"{task.steps} steps of {task.batch} samples{_precision(task)}"
+        parts.append(f"## {name}: {task.title}\n\n{setup}. {_machines(tuned + finals)}")
+        parts.append("Validation loss at each learning rate, one run each:\n\n" + tuning_table(runs, name))
         if finals:
             picture = f"{name}.png"
             draw_curves(folder / picture, runs, name)

@@ -49,6 +49,22 @@ def time_ratio(ours: Sequence[Run], theirs: Sequence[Run]) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
+def tuning_table(runs: Runs, task: str) -> str:
+    """The validation loss of every learning rate that was tried, and what such a run costs."""
+    rates = TASKS[task].learning_rates
+    lines = [
+        f"| method | {' | '.join(f'{rate:g}' for rate in rates)} | FLOPs / AdamW |",
+        "|---|" + "---|" * (len(rates) + 1),
+    ]
+    for name, method in METHODS.items():
+        tried = {run.key.learning_rate: run for run in runs.of("tune", task, name)}
+        if tried:
+            best = min(tried.values(), key=lambda run: run.loss)
+            losses = [f"{tried[rate].loss:.3f}" if rate in tried else "" for rate in rates]
+            lines.append(f"| {method.title} | {' | '.join(losses)} | {best.found['price']:.2f} |")
+    return "\n".join(lines)
+
+
 def methods_table(runs: Runs, task: str) -> str:
     """The methods on a task's test data."""
     adamw, dense = runs.of("final", task, REFERENCE), runs.of("final", task, DENSE)

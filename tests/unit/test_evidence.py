@@ -125,7 +125,10 @@ def test_methods_cost_what_their_names_say(method: str) -> None:
         "slsam": (0.8, 1.6),
         "quarter": (0.5, 1.1),
         "previous": (0.4, 0.9),
+        "half_previous": (0.6, 0.95),
+        "all_previous": (0.99, 1.01),
         "budget": (0.5, 1.5),
+        "budget_quarter": (0.5, 1.5),
     }[method]
     assert low < price < high
 
