@@ -234,6 +234,7 @@ def follow_fused(setup: Setup) -> tuple[dict[str, Tensor], dict[int, int], str]:
     return weights, steps, type(engine.optimizer).__name__
 
 
+@pytest.mark.slow
 def test_stage_0_with_deepspeeds_fused_adam() -> None:
     """Its state is made by a step on zeros, which must not count, and its norm's masks by its first step."""
     setup = Setup(engine="zero0", dtype=torch.bfloat16, accumulation=2, deepspeed=FUSED)

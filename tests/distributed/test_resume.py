@@ -90,7 +90,7 @@ def test_resume_is_bit_identical(engine: str, dtype: torch.dtype, tmp_path: Path
 
 
 @pytest.mark.parametrize("num_ranks", [slow(1), 3])
-@pytest.mark.parametrize("engine", [slow("zero2") if engine == "zero2" else engine for engine in ENGINES])
+@pytest.mark.parametrize("engine", [slow(engine) if engine in ("zero2", "zero3") else engine for engine in ENGINES])
 def test_resume_by_another_number_of_ranks(engine: str, num_ranks: int, tmp_path: Path) -> None:
     """Layers never selected before have no optimizer state, parameters outside the optimizer are in no partition of it,
     and three ranks cut all of them unevenly.

@@ -74,7 +74,8 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", ["everything gathered once", *map(slow, list(SHARDED)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARDED)
 def test_zero3_gathers_and_reduces_less(name: str) -> None:
     """A fifth of the layers, drawn at random, against dense SAM: how much less is what the settings let stay."""
     section, share = SHARDED[name]

@@ -72,6 +72,7 @@ def gather_in_the_loss(setup: Setup) -> dict[str, Tensor]:
     return training.weights()
 
 
+@pytest.mark.slow
 def test_the_loss_may_gather_what_stays_gathered() -> None:
     setup = persisting(0, accumulation=2)
     expected, _ = follow_reference(setup, 2, TWICE)
@@ -248,7 +249,8 @@ def test_deepspeed_settings_change_nothing(name: str) -> None:
     assert max_error(run_on_ranks(2, follow_samples, setup)[0][0], expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("accumulation", [slow(1), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 3])
 def test_uneven_shards(accumulation: int) -> None:
     """Three ranks: the last shard of most parameters is shorter, and of small ones empty."""
     setup = persisting(0, accumulation=accumulation, model={"hidden": 8})

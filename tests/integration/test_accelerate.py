@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from slsam_ds.integrations.accelerate import prepare
 from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
-from tests.distributed.training import Setup, follow_reference
+from tests.distributed.training import Setup, follow_reference, slow
 from tests.models import SAMPLES, tiny_llama
 from tests.ranks import free_port, run_on_ranks
 
@@ -54,7 +54,7 @@ def deepspeed_config(stage: int) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("plugin", ["none", "zero2", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plugin", [slow("none"), "zero2", "fsdp2", slow("zero3")])
 def test_a_loop_follows_the_reference_also_from_a_checkpoint(plugin: str, tmp_path: Path) -> None:
     launch(plugin, "tests.accelerate_loop", str(tmp_path), folder=tmp_path)
     result = torch.load(tmp_path / "result.pt")

@@ -143,6 +143,7 @@ def test_it_trains_without_deepspeed(engine: list[str], folder: Path) -> None:
     _weights(folder / output)
 
 
+@pytest.mark.slow
 def test_lora_saves_adapters(folder: Path) -> None:
     run = launch("python", folder, *make_flags(folder, "out_lora", max_steps=2, peft="lora", lora_r=2))
     assert run.returncode == 0, run.stdout + run.stderr
@@ -150,6 +151,7 @@ def test_lora_saves_adapters(folder: Path) -> None:
     assert len(_steps(folder / "out_lora")) == 2
 
 
+@pytest.mark.slow
 def test_resume_with_other_knobs_is_refused(finished: subprocess.CompletedProcess[str], folder: Path) -> None:
     checkpoint = f"out/checkpoint-{NUM_STEPS // 2}"
     flags = make_flags(folder, "refused", resume_from_checkpoint=checkpoint)

@@ -154,6 +154,7 @@ def _run_batch(folder: Path, *flags: str, **more: str) -> str:
     return job.output
 
 
+@pytest.mark.slow
 def test_batch_script_trains_on_all_nodes(folder: Path, on_one_node: Path) -> None:
     """With arguments that a shell would take apart or run."""
     output = folder / "a b; $(touch hole)"

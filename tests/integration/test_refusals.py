@@ -45,7 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("changes", "extra", "sentence"),
     [
         ({"train_file": "broken.jsonl"}, [], "error: --train_file broken.jsonl: line 2 is not valid JSON"),
-        ({}, ["--slsam", "active_layers=7"], "error: slsam.active_layers=7: choose"),
+        pytest.param(
+            {}, ["--slsam", "active_layers=7"], "error: slsam.active_layers=7: choose", marks=pytest.mark.slow
+        ),
     ],
     ids=["early", "late"],
 )

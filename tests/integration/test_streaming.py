@@ -82,6 +82,7 @@ def test_streamed_and_packed_run_resumes_as_the_same_run(stage: int, folder: Pat
         assert torch.equal(weight, weights[name]), name
 
 
+@pytest.mark.slow
 def test_broken_line_ends_the_run_when_it_is_reached(folder: Path) -> None:
     lines = (folder / "train.jsonl").read_text().splitlines() * 4
     lines[160] = '{"question": "a", "answer": '

@@ -273,9 +273,8 @@ def stop_early(
     return weights(trainer.model), snapshots
 
 
-@pytest.mark.parametrize(
-    "engine", [name if name == "none" else pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_it_stops_early_and_ends_with_the_best_weights(engine: str, tmp_path: Path) -> None:
     last, snapshots = run_on_ranks(2, stop_early, str(tmp_path), engine)[0]
     after, eval_losses = snapshots.after, snapshots.eval_losses

@@ -136,6 +136,7 @@ def test_missing_library_source_is_a_sentence(monkeypatch: pytest.MonkeyPatch, t
         demo.build_datasets(64)
 
 
+@pytest.mark.slow
 def test_demo_model_is_plain_and_saves(tmp_path: Path) -> None:
     """Read from GGUF, it must train and save like any other: stock transformers loads what it saves."""
     pytest.importorskip("gguf")
