@@ -134,19 +134,21 @@ class _Measured:
 
     Attributes:
         ascent: None where it was local, or there was none.
-        ascent_loss: Also where it was local; 0 without an ascent.
+        ascent_loss: Also where it was local; None without an ascent pass.
         applied: ⟨applied, ε⟩, ‖applied‖² and the number of perturbations.
+        seconds: Of ascent and descent.
     """
 
     ascent: _Numbers | None
     descent: _Numbers
-    ascent_loss: float
+    ascent_loss: float | None
     applied: tuple[float, float, float]
+    seconds: tuple[float, float]
 
     @property
     def finite(self) -> bool:
         ascended = self.ascent is None or self.ascent.finite
-        return ascended and self.descent.finite and math.isfinite(self.ascent_loss)
+        return ascended and self.descent.finite and (self.ascent_loss is None or math.isfinite(self.ascent_loss))
 
 
 _Around = Callable[[int], contextlib.AbstractContextManager[None]]
@@ -197,7 +199,7 @@ class _Run:
         if self._previous is not None:
             return self._recalled(self._previous)
         self._engine.activate(self._plan.perturbed, before=self._plan.updated)
-        with self._clock.running("ascent"):
+        with self._clock.inside():
             return self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
 
     def _recalled(self, previous: PreviousGradients) -> _Gradient | None:
@@ -264,8 +266,9 @@ class _Run:
         return _Measured(
             ascent=_Numbers.of(of_ascent[0], self._plan.perturbed) if of_ascent else None,
             descent=_Numbers.of(of_descent, self._plan.updated),
-            ascent_loss=ascent_loss,
+            ascent_loss=ascent_loss if self._plan.rho > 0 and self._previous is None else None,
             applied=(projection, sq_norm, num_perturbations),
+            seconds=self._clock.seconds(),
         )
 
     def outcome(self, measured: _Measured, *, skipped: bool) -> Outcome:
@@ -274,14 +277,14 @@ class _Run:
         moved = num_perturbations > 0
         return Outcome(
             loss=measured.descent.loss,
-            ascent_loss=measured.ascent_loss if self._ascends else None,
+            ascent_loss=measured.ascent_loss,
             grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in measured.descent.sq_norms.items()},
             perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
             perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
             skipped=skipped,
             flagged=self._flagged,
-            ascent_seconds=self._clock.seconds("ascent"),
-            descent_seconds=self._clock.seconds() - self._clock.seconds("ascent"),
+            ascent_seconds=measured.seconds[0],
+            descent_seconds=measured.seconds[1],
         )
 
     def skip(self, measured: _Measured) -> Outcome:
@@ -297,18 +300,14 @@ class _Run:
         )
         return Outcome(
             loss=descent.loss if bad.during == "descent" else math.nan,
-            ascent_loss=measured.ascent_loss if self._ascends else None,
+            ascent_loss=measured.ascent_loss,
             grad_norms={},
             skipped=True,
             bad_numbers=bad,
             flagged=self._flagged,
-            ascent_seconds=self._clock.seconds("ascent"),
-            descent_seconds=self._clock.seconds() - self._clock.seconds("ascent"),
+            ascent_seconds=measured.seconds[0],
+            descent_seconds=measured.seconds[1],
         )
-
-    @property
-    def _ascends(self) -> bool:
-        return self._plan.rho > 0 and self._previous is None
 
     def _climb_all(self, part: Sequence[Any]) -> Tensor:
         whole = all(climbed is micro_batch for climbed, micro_batch in zip(self._climbed, self._window, strict=False))

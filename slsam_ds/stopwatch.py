@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,24 +17,24 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._moment, self._between = _clock(device)
-        self._spans: defaultdict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._inside: list[tuple[Any, Any]] = []
         self._started = self._stopped = self._moment()
 
     @contextlib.contextmanager
-    def running(self, name: str) -> Iterator[None]:
-        """Within, the time counts as this part's, too."""
+    def inside(self) -> Iterator[None]:
+        """Time within is told apart from the rest."""
         started = self._moment()
         yield
-        self._spans[name].append((started, self._moment()))
+        self._inside.append((started, self._moment()))
 
     def stop(self) -> None:
-        """The last part has been handed to the device. Read the times when the host has waited for it."""
+        """The last work has been handed to the device."""
         self._stopped = self._moment()
 
-    def seconds(self, name: str | None = None) -> float:
-        """Of one part, as often as it ran; None: from the start to `stop`."""
-        spans = [(self._started, self._stopped)] if name is None else self._spans[name]
-        return sum(self._between(*span) for span in spans)
+    def seconds(self) -> tuple[float, float]:
+        """Within `inside`, and the rest up to `stop`; to be asked when the host has waited for the device."""
+        inside = sum(self._between(*span) for span in self._inside)
+        return inside, self._between(self._started, self._stopped) - inside
 
 
 def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:

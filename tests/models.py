@@ -1,6 +1,7 @@
 """Tiny models and data that every test shares."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,6 +38,13 @@ def micro_batch(step: int, rank: int, index: int, *, batch_size: int = 2, length
     generator = torch.Generator().manual_seed(10_000 * step + 100 * rank + index + 1)
     tokens = torch.randint(0, VOCABULARY, (batch_size, length), generator=generator)
     return {"input_ids": tokens, "labels": tokens}
+
+
+def loss_in_autocast(model: Any, batch: Any) -> torch.Tensor:
+    """As a Trainer with `bf16=True` computes it."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss: torch.Tensor = model(**batch).loss
+    return loss
 
 
 def window(step: int, rank: int, accumulation: int) -> list[dict[str, torch.Tensor]]:

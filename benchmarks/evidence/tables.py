@@ -59,7 +59,7 @@ def tuning_table(runs: Runs, task: str) -> str:
     for name, method in METHODS.items():
         tried = {run.key.learning_rate: run for run in runs.of("tune", task, name)}
         if tried:
-            best = min(tried.values(), key=lambda run: run.loss)
+            best = tried[best_rate(runs, task, method)]
             losses = [f"{tried[rate].loss:.3f}" if rate in tried else "" for rate in rates]
             lines.append(f"| {method.title} | {' | '.join(losses)} | {best.found['price']:.2f} |")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ class Replicated:
 
     def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
         """See `Piece.read_dtype`."""
-        return None
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def local_gradients(self) -> Iterator[list[Shard]]:

@@ -92,19 +92,23 @@ class ProcessGroupRanks:
         On an accelerator it takes a stream of its own, so that a host waits for the other hosts and not for the work
         that its device still has to do.
         """
-        device_module = torch.get_device_module(self._device)
-        aside = device_module.Stream()
-        with device_module.stream(aside):
+        aside = torch.get_device_module(self._device).stream
+        with aside(self._stream_aside):
             highest = torch.tensor(numbers, dtype=torch.int64).to(self._device)
             work = dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
         def result() -> list[int]:
-            with device_module.stream(aside):
+            with aside(self._stream_aside):
                 if not work.is_completed() or self._device.type != "cpu":
                     work.wait()
-                return list(map(int, highest.tolist()))
+                found: list[int] = highest.tolist()
+                return found
 
         return result
+
+    @functools.cached_property
+    def _stream_aside(self) -> Any:
+        return torch.get_device_module(self._device).Stream()
 
 
 def share_deadline(group: dist.ProcessGroup, device: torch.device) -> None:

@@ -102,6 +102,9 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
     def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
         return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters([arm]))
 
+    def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
+        return None  # as it is; what DeepSpeed's torch_autocast rounds is not looked at
+
     def _flush(self) -> None:
         for parameter in self._parameters(self._active):
             if parameter.grad is None:  # a rank whose data never touched it must still take part

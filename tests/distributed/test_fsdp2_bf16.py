@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from slsam_ds import SLSAM, StepResult
 from tests.distributed.test_bf16 import RoundingReference, follow_bf16
 from tests.distributed.test_frozen import changes
 from tests.distributed.training import Setup, Training, follow_samples, max_error, slow
-from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
+from tests.models import SAMPLES, arms_of_llama, loss_in_autocast, tiny_llama, window
 from tests.ranks import run_on_ranks
 
 MIXED = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
@@ -75,12 +74,7 @@ def step_in_autocast(setup: Setup) -> tuple[Tensor, StepResult]:
     projection = training.model.get_submodule("model.layers.2.mlp.up_proj")
     projection.register_forward_hook(lambda module, inputs, output: read.append(module.weight.detach().clone()))
 
-    def loss_fn(model: Any, batch: Any) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss: Tensor = model(**batch).loss
-        return loss
-
-    result = training.step(training.window(1), loss_fn=loss_fn, active=[3])
+    result = training.step(training.window(1), loss_fn=loss_in_autocast, active=[3])
     at_weights, above = read
     assert not torch.equal(at_weights, above)
     return above, result

@@ -8,19 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
-from tests.models import arms_of_llama, tiny_llama, window
+from tests.models import arms_of_llama, loss_in_autocast, tiny_llama, window
 
 RHO = 0.002  # per weight, far below half a unit in the last place of most
 
 
 def autocast() -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=torch.bfloat16)
-
-
-def cast_inside(model: Any, batch: Any) -> Tensor:
-    with autocast():
-        loss: Tensor = model(**batch).loss
-    return loss
 
 
 def from_checkpoint() -> nn.Module:
@@ -47,13 +41,13 @@ def as_read(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 def test_the_perturbation_arrives_in_what_forward_reads(rounding: str, least: float, most: float, scope: str) -> None:
     model, (batch,) = from_checkpoint(), window(1, 0, 1)
     names = [name for arm in (2, 3) for name in arms_of_llama(model)[arm]]
-    gradients = torch.autograd.grad(cast_inside(model, batch), [model.get_parameter(name) for name in names])
+    gradients = torch.autograd.grad(loss_in_autocast(model, batch), [model.get_parameter(name) for name in names])
     norm = torch.sqrt(sum(gradient.double().square().sum() for gradient in gradients))
     readings = []
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         readings.append(as_read(model, names))
-        return cast_inside(model, batch)
+        return loss_in_autocast(model, batch)
 
     result = make(model, rounding=rounding, ascent_scope=scope).step([batch], loss_fn, active=[2, 3])
     at_weights, above = readings
@@ -72,7 +66,7 @@ def test_what_is_not_rounded_moves_in_float32() -> None:
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         seen.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
-        return cast_inside(model, batch)
+        return loss_in_autocast(model, batch)
 
     slsam.step(window(1, 0, 1), loss_fn, active=[0, 2])
     for name in (*arms_of_llama(model)[0], *arms_of_llama(model)[2]):
@@ -83,7 +77,7 @@ def test_what_is_not_rounded_moves_in_float32() -> None:
 def test_without_autocast_nothing_is_rounded() -> None:
     model = from_checkpoint()
     slsam = make(model)
-    slsam.step(window(1, 0, 1), cast_inside, active=[2])
+    slsam.step(window(1, 0, 1), loss_in_autocast, active=[2])
     assert slsam.engine.pieces([2])[0].read_dtype == torch.bfloat16
     result = slsam.step(window(2, 0, 1), active=[2])
     assert slsam.engine.pieces([2])[0].read_dtype is None
@@ -97,7 +91,7 @@ def two_steps(around: contextlib.AbstractContextManager[Any], loss_fn: Any) -> l
 
 
 def test_autocast_around_the_step_keeps_no_weights_from_before_they_moved() -> None:
-    inside, outside = two_steps(contextlib.nullcontext(), cast_inside), two_steps(autocast(), None)
+    inside, outside = two_steps(contextlib.nullcontext(), loss_in_autocast), two_steps(autocast(), None)
     for one, other in zip(inside, outside, strict=True):
         assert one.loss > one.ascent_loss
         assert (one.ascent_loss, one.loss, one.grad_norms) == (other.ascent_loss, other.loss, other.grad_norms)
