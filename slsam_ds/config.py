@@ -23,6 +23,18 @@ UpdateScale = Literal["inverse_probability", "none"]
 Rounding = Literal["stochastic", "nearest"]
 OtherParameters = Literal["arms", "always", "freeze"]
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "single_pass": {
+        "active_layers": 0.5,
+        "ascent_source": "previous",
+        "ascent_fraction": 1.0,
+        "ascent_scope": "global",
+    },
+    "adamw_price": {"budget": 1.0, "selector": "exp3m", "ascent_source": "current", "ascent_fraction": 0.25},
+}
+"""Settings under one name, for a block's key `preset`: knobs given beside it win. What they were seen to do is in
+docs/settings.md."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SLSAMConfig:
@@ -125,14 +137,15 @@ class SLSAMConfig:
 
     @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Self:
-        """Build from a JSON-like mapping (lists become tuples).
+        """Build from a JSON-like mapping (lists become tuples). Its key `preset` names one of `PRESETS`.
 
         Raises:
-            ValueError: An unknown key (with the nearest known one), or a value `SLSAMConfig` refuses.
+            ValueError: An unknown key (with the nearest known one) or preset, or a value `SLSAMConfig` refuses.
         """
         if not isinstance(block, Mapping):
             raise ValueError(f'slsam={_shown(block)}: expected a block of keys and values, like {{"rho": 0.05}}')
-        known = [field.name for field in dataclasses.fields(cls)]
+        block = _with_preset(block)
+        known = ["preset", *(field.name for field in dataclasses.fields(cls))]
         for key in block:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
@@ -147,10 +160,12 @@ class SLSAMConfig:
     def from_assignments(cls, assignments: Iterable[str], base: Mapping[str, Any] | None = None) -> Self:
         """Build from `KEY=VALUE` strings laid over a base block. Values are JSON; what is not JSON is a plain string.
 
+        A preset among them wins over knobs of the base block, and `active_layers` over its budget.
+
         Raises:
             ValueError: As `from_dict`, or an assignment without "=".
         """
-        block = dict(base or {})
+        block: dict[str, Any] = {}
         for assignment in assignments:
             key, separator, text = assignment.partition("=")
             if not separator or not key:
@@ -159,7 +174,7 @@ class SLSAMConfig:
                 block[key.strip()] = json.loads(text)
             except (ValueError, RecursionError):
                 block[key.strip()] = text
-        return cls.from_dict(block)
+        return cls.from_dict(_laid_over(_with_preset(base or {}), _with_preset(block)))
 
     def to_dict(self) -> dict[str, Any]:
         """The knobs as JSON-serialisable values; `from_dict` reads them back."""
@@ -201,6 +216,23 @@ def _shown(value: Any) -> str:
             text = " ".join(write(value).splitlines())
             return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return f"a {type(value).__name__}"
+
+
+def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The block with its preset's knobs in place of the preset's name."""
+    given = dict(block)
+    if "preset" not in given:
+        return given
+    name = given.pop("preset")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"slsam.preset={_shown(name)}: expected one of {', '.join(map(json.dumps, PRESETS))}")
+    return _laid_over(PRESETS[name], given)
+
+
+def _laid_over(block: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the upper one's knobs first. `active_layers` there takes the place of a budget below."""
+    kept = {key: value for key, value in block.items() if key != "budget" or "active_layers" not in above}
+    return {**kept, **above}
 
 
 def _escaped(text: str) -> str:

@@ -18,7 +18,7 @@ Every method has its own learning rate: of its task's grid the best by validatio
 the grid's smallest or largest). Final runs are judged once, by test data. Losses are cross-entropies in nats; ± is the
 standard error over seeds; differences are taken seed by seed. FLOPs are of whole runs, by the price list that
 `slsam_ds` counts; time is wall clock of the steps, against AdamW's run of the same seed, median. The rise along the
-gradient is that of the loss of some test samples (64; 16 of a language model's) at radius 0.05; in random directions,
+gradient is that of the loss of some test samples (64; 8 of a language model's) at radius 0.05; in random directions,
 at radius 0.5; both in float32.
 """
 

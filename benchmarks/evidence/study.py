@@ -23,10 +23,12 @@ class Change:
     Attributes:
         knobs: Of `slsam`, or of `selectors.AROUND`.
         rate: Multiple of the tuned learning rate.
+        needs_bfloat16: Whether it does nothing in float32.
     """
 
     knobs: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
+    needs_bfloat16: bool = False
 
 
 KNOBS: dict[str, tuple[Change, ...]] = {
@@ -42,6 +44,7 @@ KNOBS: dict[str, tuple[Change, ...]] = {
     "redraw_every": tuple(Change(knobs={"redraw_every": every}) for every in (5, 20)),
     "other_parameters": tuple(Change(knobs={"other_parameters": what}) for what in ("always", "freeze")),
     "budget": tuple(Change(knobs={"budget": budget}) for budget in (0.7, 1.0, 1.2)),
+    "rounding": (Change(knobs={"rounding": "nearest"}, needs_bfloat16=True),),
 }
 
 
@@ -107,6 +110,8 @@ class Study:
         changes = (Change(), *(change for name in self.knobs for change in KNOBS[name]))
         for seed in range(min(3, self.num_seeds)):
             for change in changes:
+                if change.needs_bfloat16 and not task.in_bfloat16:
+                    continue
                 yield Key(
                     stage="knobs",
                     task=task.name,

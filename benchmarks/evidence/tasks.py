@@ -117,7 +117,7 @@ def _docstrings() -> Data:
         "validation": [row for row in rows if _package(row) in validation],
         "test": [row for row in rows if _package(row) not in validation],
     }
-    return _language(parts, length=128, num_train=64)
+    return _language(parts, length=128, num_train=48)
 
 
 def _package(row: Sample) -> str:
@@ -251,12 +251,12 @@ TASKS = {
         Task(
             name="docstrings",
             title="SmolLM2-135M writes docstrings",
-            steps=48,
+            steps=36,
             batch=4,
             learning_rates=(3e-5, 1e-4, 3e-4),
             predicts_tokens=True,
             in_bfloat16=True,
-            sharpness_samples=16,
+            sharpness_samples=8,
             load=functools.cache(_docstrings),
         ),
         Task(
@@ -267,7 +267,7 @@ TASKS = {
             learning_rates=(3e-5, 1e-4, 3e-4),
             predicts_tokens=True,
             in_bfloat16=True,
-            sharpness_samples=16,
+            sharpness_samples=8,
             load=functools.cache(_headers),
         ),
         Task(
@@ -293,7 +293,7 @@ TASKS = {
             title="a ViT reads digits",
             steps=1200,
             batch=32,
-            learning_rates=(3e-4, 1e-3, 3e-3, 6e-3),
+            learning_rates=(3e-4, 1e-3, 3e-3),
             load=functools.cache(_digits),
         ),
     )

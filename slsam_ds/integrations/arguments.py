@@ -162,7 +162,8 @@ class SLSAMArguments:
             "metavar": "KEY=VALUE",
             "help": "Knobs laid over the slsam block of the DeepSpeed JSON, like --slsam rho=0.02 active_layers=4 "
             "selector=uniform. Main ones: rho (0: no ascent pass), active_layers (fraction or count per step) or "
-            "budget (price of a step, AdamW's being 1), selector, update_scale, other_parameters, seed.",
+            "budget (price of a step, AdamW's being 1), preset (single_pass, adamw_price), selector, update_scale, "
+            "other_parameters, seed.",
         },
     )
 

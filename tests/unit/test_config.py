@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from slsam_ds.config import SLSAMConfig
+from slsam_ds.config import PRESETS, SLSAMConfig
 
 SELECTORS = '"exp3m", "uniform", "cyclic", "all", "top_k"'
 ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
@@ -195,7 +195,9 @@ def test_a_config_is_frozen() -> None:
     [("roh", "did you mean 'rho'? "), ("active_layer", "did you mean 'active_layers'? "), ("zzz", "")],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, suggestion: str) -> None:
-    message = rf"^slsam\.{key}: unknown key; {re.escape(suggestion)}known keys are rho, active_layers, .*, seed$"
+    message = (
+        rf"^slsam\.{key}: unknown key; {re.escape(suggestion)}known keys are preset, rho, active_layers, .*, seed$"
+    )
     with pytest.raises(ValueError, match=message):
         SLSAMConfig.from_dict({"rho": 0.1, key: 1})
 
@@ -254,6 +256,48 @@ def test_an_assignment_without_key_or_value_is_refused(assignment: str) -> None:
 def test_assignments_are_refused_like_any_other_source(assignment: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SLSAMConfig.from_assignments([assignment])
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_knobs_it_stands_for(name: str) -> None:
+    config = SLSAMConfig.from_dict({"preset": name, "rho": 0.02})
+    assert config == SLSAMConfig(**PRESETS[name], rho=0.02)
+    assert "preset" not in config.to_dict()
+    assert config != SLSAMConfig(rho=0.02)
+
+
+def test_knobs_beside_a_preset_win() -> None:
+    config = SLSAMConfig.from_dict({"preset": "adamw_price", "ascent_fraction": 0.5, "active_layers": 3})
+    assert (config.ascent_fraction, config.active_layers, config.budget) == (0.5, 3, None)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"active_layers": 0.2, "ascent_fraction": 0.5, "budget": 0.8},
+        {"preset": "adamw_price"},
+        {"active_layers": 0.2, "ascent_scope": "rank"},
+    ],
+)
+def test_an_assigned_preset_lies_over_the_whole_block(base: dict[str, Any]) -> None:
+    config = SLSAMConfig.from_assignments(["preset=single_pass"], {**base, "rho": 0.01})
+    assert config == SLSAMConfig(**PRESETS["single_pass"], rho=0.01)
+
+
+def test_assigned_layers_take_the_place_of_a_budget_below() -> None:
+    for base in ({"budget": 1.0}, {"preset": "adamw_price"}):
+        config = SLSAMConfig.from_assignments(["active_layers=4"], base)
+        assert (config.active_layers, config.budget) == (4, None)
+    assert SLSAMConfig.from_assignments(["budget=1.2"], {"active_layers": 4}).budget == 1.2
+
+
+@pytest.mark.parametrize(("name", "shown"), [("fast", '"fast"'), (1, "1"), (None, "null"), (["single_pass"], r"\[")])
+def test_an_unknown_preset_is_refused(name: Any, shown: str) -> None:
+    with pytest.raises(ValueError, match=rf'^slsam\.preset={shown}.*: expected one of "single_pass", "adamw_price"$'):
+        SLSAMConfig.from_dict({"preset": name})
 
 
 # Number of active arms
