@@ -56,8 +56,8 @@ class PreviousGradients:
             piece = shard.piece
             if piece.stepped not in self._pending:
                 self._pending[piece.stepped] = torch.zeros_like(piece.stepped.detach(), dtype=torch.bfloat16)
-            held = _local(self._pending[piece.stepped])
-            held[piece.offset : piece.offset + shard.gradient.numel()].copy_(shard.gradient / loss_scale)
+            gradient = shard.gradient if loss_scale == 1 else shard.gradient / loss_scale
+            _local(self._pending[piece.stepped])[piece.offset : piece.offset + gradient.numel()].copy_(gradient)
 
     def keep(self) -> None:
         """The optimizer has stepped: only now, because one that finds state of a layer takes its moments for made."""

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from slsam_ds.config import PRESETS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -44,8 +46,8 @@ METHODS = {
         Method(name="previous", title="SL-SAM, ascent_source previous", knobs={"ascent_source": "previous"}),
         Method(
             name="half_previous",
-            title="SL-SAM, half of the layers, ascent_source previous",
-            knobs={"active_layers": 0.5, "ascent_source": "previous"},
+            title="SL-SAM, preset single_pass",
+            knobs=PRESETS["single_pass"],
         ),
         Method(
             name="all_previous",
@@ -55,8 +57,8 @@ METHODS = {
         Method(name="budget", title="SL-SAM, budget 1.0", knobs={"budget": 1.0}),
         Method(
             name="budget_quarter",
-            title="SL-SAM, budget 1.0, ascent_fraction 0.25",
-            knobs={"budget": 1.0, "ascent_fraction": 0.25},
+            title="SL-SAM, preset adamw_price",
+            knobs=PRESETS["adamw_price"],
         ),
     )
 }

@@ -18,7 +18,7 @@ Every method has its own learning rate: of its task's grid the best by validatio
 the grid's smallest or largest). Final runs are judged once, by test data. Losses are cross-entropies in nats; ± is the
 standard error over seeds; differences are taken seed by seed. FLOPs are of whole runs, by the price list that
 `slsam_ds` counts; time is wall clock of the steps, against AdamW's run of the same seed, median. The rise along the
-gradient is that of the loss of some test samples (64; 8 of a language model's) at radius 0.05; in random directions,
+gradient is that of the loss of some test samples (64; 4 of a language model's) at radius 0.05; in random directions,
 at radius 0.5; both in float32.
 """
 
@@ -34,7 +34,7 @@ def write_report(folder: Path, runs: Runs) -> Path:
     """
     from benchmarks.evidence.figures import draw_curves
 
-    parts = [_INTRODUCTION, "## The defaults\n\n" + verdicts(runs)]
+    parts = [_INTRODUCTION, "## The defaults and the presets\n\n" + verdicts(runs)]
     for name, task in TASKS.items():
         tuned, finals = runs.of("tune", name), runs.of("final", name)
         if not tuned:

@@ -256,7 +256,7 @@ TASKS = {
             learning_rates=(3e-5, 1e-4, 3e-4),
             predicts_tokens=True,
             in_bfloat16=True,
-            sharpness_samples=8,
+            sharpness_samples=4,
             load=functools.cache(_docstrings),
         ),
         Task(
@@ -267,7 +267,7 @@ TASKS = {
             learning_rates=(3e-5, 1e-4, 3e-4),
             predicts_tokens=True,
             in_bfloat16=True,
-            sharpness_samples=8,
+            sharpness_samples=4,
             load=functools.cache(_headers),
         ),
         Task(
