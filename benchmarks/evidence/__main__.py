@@ -13,7 +13,7 @@ import transformers
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.report import write_report
 from benchmarks.evidence.runs import Runs
-from benchmarks.evidence.study import KNOBS, QUICK, Study
+from benchmarks.evidence.study import KNOBS, OFFERED, QUICK, Study
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.training import run
 from benchmarks.results import describe_machine
@@ -63,7 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _study(options: argparse.Namespace) -> Study:
-    given = {"tasks": options.tasks, "methods": options.methods, "stages": options.stages, "num_seeds": options.seeds}
+    given = {
+        "tasks": options.tasks,
+        "methods": options.methods,
+        "stages": options.stages,
+        "num_seeds": options.seeds,
+        "base": options.base,
+    }
     changed = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(QUICK if options.quick else Study(), knobs=options.knobs, **changed)
 
@@ -102,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--knobs", nargs="+", choices=KNOBS, metavar="KNOB", default=list(KNOBS), help=f"of {', '.join(KNOBS)}"
     )
+    parser.add_argument("--base", choices=OFFERED, help=f"whose knobs are turned (default: {OFFERED[0]})")
     parser.add_argument("--seeds", type=_at_least_two, metavar="N", help="of the final runs (default: 5)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: docs/evidence")
     parser.add_argument("--quick", action="store_true", help="one task, four methods, short runs, two seeds")

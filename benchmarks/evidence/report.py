@@ -3,7 +3,9 @@
 from collections import Counter
 from pathlib import Path
 
+from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.runs import FILE, Run, Runs
+from benchmarks.evidence.study import OFFERED
 from benchmarks.evidence.tables import has_knobs, knobs_table, layers_table, methods_table, tuning_table, verdicts
 from benchmarks.evidence.tasks import TASKS, Task
 
@@ -47,8 +49,10 @@ def write_report(folder: Path, runs: Runs) -> Path:
             draw_curves(folder / picture, runs, name)
             parts += [methods_table(runs, name), f"![{picture}]({picture})"]
             parts.append("Which layers were updated, as shares of all draws:\n\n" + layers_table(runs, name))
-        if has_knobs(runs, name):
-            parts.append("One knob of the defaults turned, on validation data:\n\n" + knobs_table(runs, name))
+        for base in OFFERED:
+            if has_knobs(runs, name, base):
+                title = METHODS[base].title
+                parts.append(f"{title}: one knob turned, on validation data:\n\n" + knobs_table(runs, name, base))
     path = folder / REPORT
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")

@@ -12,8 +12,8 @@ from benchmarks.evidence.tasks import TASKS, Task
 TUNING_SEED = 100
 """No seed of a reported run."""
 
-BASE = "slsam"
-"""The method whose knobs are turned."""
+OFFERED = ("slsam", "half_previous", "budget_quarter")
+"""The methods that users are offered, the defaults first and then the presets. Knobs are turned of one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class Study:
         stages: In this order for every task.
         num_seeds: Of the final runs, and of the knobs' at most three.
         knobs: Names of `KNOBS`.
+        base: The method whose knobs are turned.
         shortened: Divide every run's steps by this; for a first look.
         num_rates: Of each task's learning rates, this many from the middle; None: all.
     """
@@ -67,6 +68,7 @@ class Study:
     stages: Sequence[Stage] = ("tune", "final", "knobs")
     num_seeds: int = 5
     knobs: Sequence[str] = tuple(KNOBS)
+    base: str = OFFERED[0]
     shortened: int = 1
     num_rates: int | None = None
 
@@ -106,7 +108,7 @@ class Study:
                 yield Key(stage="final", task=task.name, method=name, learning_rate=rate, seed=seed)
 
     def _knobs(self, task: Task, runs: Runs) -> Iterator[Key]:
-        rate = best_rate(runs, task.name, METHODS[BASE])
+        rate = best_rate(runs, task.name, METHODS[self.base])
         changes = (Change(), *(change for name in self.knobs for change in KNOBS[name]))
         for seed in range(min(3, self.num_seeds)):
             for change in changes:
@@ -115,7 +117,7 @@ class Study:
                 yield Key(
                     stage="knobs",
                     task=task.name,
-                    method=BASE,
+                    method=self.base,
                     learning_rate=rate * change.rate,
                     seed=TUNING_SEED + 1 + seed,
                     knobs=change.knobs,
@@ -131,7 +133,7 @@ class Study:
     def _with_needed(self) -> list[str]:
         """The methods, and those whose wall clock others are given, and whose knobs are turned."""
         needed = [METHODS[name].lasts_as_long_as for name in self.methods]
-        turned = [BASE] if "knobs" in self.stages else []
+        turned = [self.base] if "knobs" in self.stages else []
         return list(dict.fromkeys([*self.methods, *(name for name in needed if name is not None), *turned]))
 
 

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 
 from benchmarks.evidence.methods import METHODS
 from benchmarks.evidence.runs import Key, Run, Runs
-from benchmarks.evidence.study import BASE, KNOBS, Change, best_rate
+from benchmarks.evidence.study import KNOBS, OFFERED, Change, best_rate
 from benchmarks.evidence.tasks import TASKS
 
 REFERENCE, DENSE = "adamw", "dense_sam"
-
-OFFERED = (BASE, "half_previous", "budget_quarter")
-"""The methods that users are offered: the defaults, and the presets."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +27,16 @@ class Mean:
         return cls(statistics.fmean(values), spread / math.sqrt(len(values)))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.error:.3f}"
+        return f"{self.mean:.3f}{self._shown_error}"
 
     @property
     def signed(self) -> str:
         """For a difference."""
-        return f"{self.mean:+.3f} ± {self.error:.3f}"
+        return f"{self.mean:+.3f}{self._shown_error}"
+
+    @property
+    def _shown_error(self) -> str:
+        return "" if math.isnan(self.error) else f" ± {self.error:.3f}"
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Mean | None:
@@ -143,14 +144,14 @@ def layers_table(runs: Runs, task: str) -> str:
     return "\n".join(lines)
 
 
-def knobs_table(runs: Runs, task: str) -> str:
-    """What turning one knob of the defaults does to the validation loss."""
-    standard = _changed(runs, task, Change())
-    lines = ["| knob | setting | validation loss | less the defaults' | FLOPs / AdamW |", "|---|---|---|---|---|"]
-    lines.append(f"| | defaults | {Mean.of([run.loss for run in standard])} | | {_mean_price(standard):.2f} |")
+def knobs_table(runs: Runs, task: str, base: str) -> str:
+    """What turning one knob of a method does to the validation loss."""
+    standard = _changed(runs, task, base, Change())
+    lines = ["| knob | setting | validation loss | less the first row's | FLOPs / AdamW |", "|---|---|---|---|---|"]
+    lines.append(f"| | as it is | {Mean.of([run.loss for run in standard])} | | {_mean_price(standard):.2f} |")
     for name, changes in KNOBS.items():
         for change in changes:
-            some = _changed(runs, task, change)
+            some = _changed(runs, task, base, change)
             if some:
                 loss = Mean.of([run.loss for run in some])
                 setting = ", ".join([*map(str, change.knobs.values()), *_rate(change)])
@@ -159,18 +160,18 @@ def knobs_table(runs: Runs, task: str) -> str:
     return "\n".join(lines)
 
 
-def has_knobs(runs: Runs, task: str) -> bool:
-    """Whether the defaults were run on the validation data of the stage knobs."""
-    return bool(runs.of("knobs", task, BASE, where=lambda key: not key.knobs))
+def has_knobs(runs: Runs, task: str, base: str) -> bool:
+    """Whether the method as it is was run on the validation data of the stage knobs."""
+    return bool(runs.of("knobs", task, base, where=lambda key: not key.knobs))
 
 
-def _changed(runs: Runs, task: str, change: Change) -> list[Run]:
-    rate = best_rate(runs, task, METHODS[BASE]) * change.rate
+def _changed(runs: Runs, task: str, base: str, change: Change) -> list[Run]:
+    rate = best_rate(runs, task, METHODS[base]) * change.rate
 
     def is_it(key: Key) -> bool:
         return dict(key.knobs) == change.knobs and math.isclose(key.learning_rate, rate)
 
-    return runs.of("knobs", task, BASE, where=is_it)
+    return runs.of("knobs", task, base, where=is_it)
 
 
 def _rate(change: Change) -> Iterator[str]:
