@@ -225,7 +225,7 @@ def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
         return given
     name = given.pop("preset")
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"slsam.preset={_shown(name)}: expected one of {', '.join(map(json.dumps, PRESETS))}")
+        raise ValueError(f"slsam.preset={_shown(name)}: expected {_one_of(PRESETS)}")
     return _laid_over(PRESETS[name], given)
 
 
@@ -267,7 +267,11 @@ def _described(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_described(option) for option in get_args(hint))
     if origin is Literal:
-        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(hint))
+        return _one_of(get_args(hint))
     if origin is tuple:
         return "a list of strings"
     return {float: "a number", int: "an integer", bool: "true or false", type(None): "null"}.get(hint, str(hint))
+
+
+def _one_of(choices: Iterable[str]) -> str:
+    return "one of " + ", ".join(f'"{choice}"' for choice in choices)

@@ -109,11 +109,10 @@ class Study:
 
     def _knobs(self, task: Task, runs: Runs) -> Iterator[Key]:
         rate = best_rate(runs, task.name, METHODS[self.base])
-        changes = (Change(), *(change for name in self.knobs for change in KNOBS[name]))
+        turned = (change for name in self.knobs for change in KNOBS[name])
+        changes = (Change(), *(change for change in turned if task.in_bfloat16 or not change.needs_bfloat16))
         for seed in range(min(3, self.num_seeds)):
             for change in changes:
-                if change.needs_bfloat16 and not task.in_bfloat16:
-                    continue
                 yield Key(
                     stage="knobs",
                     task=task.name,

@@ -85,7 +85,7 @@ def methods_table(runs: Runs, task: str) -> str:
             name: Mean.of([run.found["sharpness"][name] for run in some])
             for name in ("along_gradient", "in_random_directions")
         }
-        steps, price = some[0].found["steps"], statistics.fmean(run.found["price"] for run in some)
+        steps, price = some[0].found["steps"], _mean_price(some)
         cells = [
             METHODS[method].title,
             f"{some[0].key.learning_rate:g}{'*' if _at_edge(some[0].key) else ''}",

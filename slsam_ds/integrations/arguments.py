@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from slsam_ds.config import PRESETS
 from slsam_ds.integrations.usage import UsageError, runs_on_cpu
 
 DEFAULTS: dict[str, Any] = {
@@ -162,7 +163,7 @@ class SLSAMArguments:
             "metavar": "KEY=VALUE",
             "help": "Knobs laid over the slsam block of the DeepSpeed JSON, like --slsam rho=0.02 active_layers=4 "
             "selector=uniform. Main ones: rho (0: no ascent pass), active_layers (fraction or count per step) or "
-            "budget (price of a step, AdamW's being 1), preset (single_pass, adamw_price), selector, update_scale, "
+            f"budget (price of a step, AdamW's being 1), preset ({', '.join(PRESETS)}), selector, update_scale, "
             "other_parameters, seed.",
         },
     )
