@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from slsam_ds.integrations.demo import read_module
+
 LIBRARIES = ("datasets", "deepspeed", "matplotlib", "numpy", "sklearn", "stdlib", "torch", "transformers")
 
 Part = Literal["train", "validation", "test"]
@@ -96,10 +98,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef]:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-        return
+    _, tree = read_module(path)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             yield node

@@ -23,7 +23,7 @@ from transformers import (
 
 from benchmarks.evidence.corpus import LIBRARIES, Documented, Part, documented, folder_of, masked
 from slsam_ds.integrations.data import Columns, Encoder
-from slsam_ds.integrations.demo import build_datasets, load_demo_model
+from slsam_ds.integrations.demo import build_datasets, load_demo_model, package_of
 
 Sample = Mapping[str, Any]
 Batch = dict[str, Tensor]
@@ -110,18 +110,14 @@ def _docstrings() -> Data:
     """From a function of the standard library to its docstring; whole packages are held out. Three epochs over few."""
     training, held_out = build_datasets(num_validation=10_000)
     rows = _shuffled(held_out)
-    packages = sorted({_package(row) for row in rows})
+    packages = sorted({package_of(row["module"]) for row in rows})
     validation = set(random.Random(0).sample(packages, len(packages) // 3))
     parts: dict[Part, Sequence[Sample]] = {
         "train": _shuffled(training),
-        "validation": [row for row in rows if _package(row) in validation],
-        "test": [row for row in rows if _package(row) not in validation],
+        "validation": [row for row in rows if package_of(row["module"]) in validation],
+        "test": [row for row in rows if package_of(row["module"]) not in validation],
     }
     return _language(parts, length=128, num_train=48)
-
-
-def _package(row: Sample) -> str:
-    return str(row["module"]).split(".")[0]
 
 
 def _headers() -> Data:

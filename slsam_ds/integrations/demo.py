@@ -122,11 +122,12 @@ def build_datasets(num_validation: int) -> tuple[Dataset, Dataset]:
 
 def is_held_out(module: str) -> bool:
     """Whether a module is for validation. The whole package decides, because its modules resemble each other."""
-    digest = hashlib.sha256(_package(module).encode()).digest()
+    digest = hashlib.sha256(package_of(module).encode()).digest()
     return int.from_bytes(digest[:8]) < _VALIDATION_SHARE * 2**64
 
 
-def _package(module: str) -> str:
+def package_of(module: str) -> str:
+    """The top-level package of a module's dotted name."""
     return module.split(".")[0]
 
 
@@ -141,11 +142,7 @@ def extract_pairs(library: Path) -> list[Pair]:
     pairs: dict[str, Pair] = {}
     for path in _source_files(library):
         module = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
-        try:
-            text = path.read_text(encoding="utf-8")
-            tree = ast.parse(text)
-        except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-            continue
+        text, tree = read_module(path)
         # Not splitlines(): it also splits at form feeds, which ast does not count as ends of lines.
         lines = text.split("\n")
         for node in ast.walk(tree):
@@ -154,6 +151,15 @@ def extract_pairs(library: Path) -> list[Pair]:
                 if pair is not None:
                     pairs.setdefault(pair.source, pair)
     return list(pairs.values())
+
+
+def read_module(path: Path) -> tuple[str, ast.Module]:
+    """A module's source and its tree, both empty where it cannot be read: some test data is broken on purpose."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, ast.parse(text)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
+        return "", ast.parse("")
 
 
 def _source_files(library: Path) -> Iterator[Path]:
@@ -187,7 +193,7 @@ def _spread(pairs: list[Pair], count: int) -> list[Pair]:
     """Some of the pairs, in turn from every package, so that a large one (tkinter) does not decide alone."""
     packages: dict[str, list[Pair]] = {}
     for pair in sorted(pairs, key=lambda pair: hashlib.sha256(f"{pair.module} {pair.source}".encode()).digest()):
-        packages.setdefault(_package(pair.module), []).append(pair)
+        packages.setdefault(package_of(pair.module), []).append(pair)
     rounds = zip_longest(*(packages[name] for name in sorted(packages)))
     return [pair for turn in rounds for pair in turn if pair is not None][:count]
 
