@@ -241,47 +241,36 @@ def _shuffled(rows: Any) -> list[Sample]:
     return kept
 
 
+_writing = functools.partial(  # of SmolLM2-135M
+    Task, batch=4, learning_rates=(3e-5, 1e-4, 3e-4), predicts_tokens=True, in_bfloat16=True, sharpness_samples=4
+)
+_naming = functools.partial(Task, batch=16, learning_rates=(3e-5, 1e-4, 3e-4, 1e-3), in_bfloat16=True)  # of MiniLM
+
 TASKS = {
     task.name: task
     for task in (
-        Task(
+        _writing(
             name="docstrings",
             title="SmolLM2-135M writes docstrings",
             steps=36,
-            batch=4,
-            learning_rates=(3e-5, 1e-4, 3e-4),
-            predicts_tokens=True,
-            in_bfloat16=True,
-            sharpness_samples=4,
             load=functools.cache(_docstrings),
         ),
-        Task(
+        _writing(
             name="headers",
             title="SmolLM2-135M writes function headers",
             steps=48,
-            batch=4,
-            learning_rates=(3e-5, 1e-4, 3e-4),
-            predicts_tokens=True,
-            in_bfloat16=True,
-            sharpness_samples=4,
             load=functools.cache(_headers),
         ),
-        Task(
+        _naming(
             name="libraries",
             title="MiniLM names the library",
             steps=160,
-            batch=16,
-            learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
-            in_bfloat16=True,
             load=functools.cache(_libraries),
         ),
-        Task(
+        _naming(
             name="verbs",
             title="MiniLM names the verb, 30 % of labels wrong",
             steps=120,
-            batch=16,
-            learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
-            in_bfloat16=True,
             load=functools.cache(_verbs),
         ),
         Task(
