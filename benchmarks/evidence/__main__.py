@@ -80,15 +80,22 @@ def _make(study: Study, runs: Runs) -> None:
         if key in runs:
             continue
         started = time.monotonic()
-        found = run(
-            TASKS[key.task],
-            METHODS[key.method],
-            learning_rate=key.learning_rate,
-            seed=key.seed,
-            steps=study.steps(key, runs),
-            knobs=key.knobs,
-            on_test=key.stage == "final",
-        )
+        try:
+            found = run(
+                TASKS[key.task],
+                METHODS[key.method],
+                learning_rate=key.learning_rate,
+                seed=key.seed,
+                steps=study.steps(key, runs),
+                knobs=key.knobs,
+                on_test=key.stage == "final",
+            )
+        except ValueError as error:
+            if not key.knobs:
+                raise
+            # A knob and the method whose it is may exclude each other: without an ascent, few steps cost a budget.
+            print(f"{key}: left out, {error}", flush=True)
+            continue
         made = runs.add(key, {**found, "machine": machine})
         data = "test" if key.stage == "final" else "validation"
         seconds = time.monotonic() - started

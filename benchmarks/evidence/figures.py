@@ -54,8 +54,8 @@ def _styles() -> dict[str, tuple[str, str]]:
         "slsam": (LIGHT.blue, "-"),
         "quarter": (LIGHT.blue, "--"),
         "previous": (LIGHT.blue, ":"),
-        "half_previous": (LIGHT.orange, ":"),
+        "single_pass": (LIGHT.orange, ":"),
         "all_previous": (LIGHT.red, ":"),
         "budget": (LIGHT.orange, "-"),
-        "budget_quarter": (LIGHT.orange, "--"),
+        "adamw_price": (LIGHT.orange, "--"),
     }

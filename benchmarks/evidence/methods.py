@@ -45,7 +45,7 @@ METHODS = {
         Method(name="quarter", title="SL-SAM, ascent_fraction 0.25", knobs={"ascent_fraction": 0.25}),
         Method(name="previous", title="SL-SAM, ascent_source previous", knobs={"ascent_source": "previous"}),
         Method(
-            name="half_previous",
+            name="single_pass",
             title="SL-SAM, preset single_pass",
             knobs=PRESETS["single_pass"],
         ),
@@ -56,7 +56,7 @@ METHODS = {
         ),
         Method(name="budget", title="SL-SAM, budget 1.0", knobs={"budget": 1.0}),
         Method(
-            name="budget_quarter",
+            name="adamw_price",
             title="SL-SAM, preset adamw_price",
             knobs=PRESETS["adamw_price"],
         ),

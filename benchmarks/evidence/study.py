@@ -12,7 +12,7 @@ from benchmarks.evidence.tasks import TASKS, Task
 TUNING_SEED = 100
 """No seed of a reported run."""
 
-OFFERED = ("slsam", "half_previous", "budget_quarter")
+OFFERED = ("slsam", "single_pass", "adamw_price")
 """The methods that users are offered, the defaults first and then the presets. Knobs are turned of one of them."""
 
 
