@@ -31,8 +31,8 @@ _EPILOG = """
 examples:
   python -m benchmarks.evidence                                   # whatever is missing of docs/evidence: many hours
   python -m benchmarks.evidence --quick                           # a first look, in five minutes on two cores
-  python -m benchmarks.evidence --tasks digits --methods slsam dense_sam --output outputs/mine    # two rows, anew
-  python -m benchmarks.evidence --tasks digits --stages tune knobs --knobs rho --output outputs/mine
+  python -m benchmarks.evidence --tasks digits --methods slsam dense_sam --stages tune final --output outputs/mine
+  python -m benchmarks.evidence --tasks digits --methods slsam --stages tune knobs --knobs rho --output outputs/mine
   python -m benchmarks.evidence --tables-only
 """
 

@@ -11,10 +11,22 @@ from benchmarks.evidence.tasks import TASKS, Task
 
 REPORT = "README.md"
 
+_METHODS = "\n".join(f"- `{method.name}`: {method.title}" for method in METHODS.values())
+
 _INTRODUCTION = f"""# Evidence
 
-Written by `python -m benchmarks.evidence` (`make evidence`); do not edit. Every run is a line of [`{FILE}`]({FILE});
-`python -m benchmarks.evidence --tasks TASK --methods METHOD --output outputs/mine` makes a row's runs again.
+Written by `python -m benchmarks.evidence` (`make evidence`); do not edit. Every run is a line of [`{FILE}`]({FILE}).
+A row's runs are made again, its learning rate tuned anew, by
+
+```bash
+python -m benchmarks.evidence --tasks TASK --methods METHOD --stages tune final --output outputs/mine
+python -m benchmarks.evidence --tasks TASK --methods METHOD --base METHOD --stages tune knobs --knobs KNOB \\
+    --output outputs/mine
+```
+
+where KNOB is what the first column of a table of knobs says, and METHOD for each line of the others
+
+{_METHODS}
 
 Every method has its own learning rate: of its task's grid the best by validation loss, after one run each (with `*`:
 the grid's smallest or largest). Final runs are judged once, by test data. Losses are cross-entropies in nats; ± is the
