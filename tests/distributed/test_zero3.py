@@ -157,7 +157,7 @@ def follow_and_evaluate(setup: Setup) -> tuple[list[list[str]], list[bool], dict
     return left, complete, training.weights()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [slow(1), 2])
 def test_nothing_stays_gathered_and_every_depth_keeps_its_order_of_fetches(accumulation: int) -> None:
     setup = persisting(0, accumulation=accumulation)
     expected, _ = follow_reference(setup, 2, TWICE)

@@ -54,7 +54,7 @@ def deepspeed_config(stage: int) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("plugin", [slow("none"), "zero2", "fsdp2", slow("zero3")])
+@pytest.mark.parametrize("plugin", [slow("none"), "zero2", slow("fsdp2"), slow("zero3")])
 def test_a_loop_follows_the_reference_also_from_a_checkpoint(plugin: str, tmp_path: Path) -> None:
     launch(plugin, "tests.accelerate_loop", str(tmp_path), folder=tmp_path)
     result = torch.load(tmp_path / "result.pt")

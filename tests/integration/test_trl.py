@@ -116,7 +116,7 @@ def train(output_dir: str, kind: str, engine: str) -> tuple[list[set[str]], list
     return watch.moved, watch.trainable, trainer.state.log_history
 
 
-QUICK = {("sft_lora", "none"), ("sft", "fsdp2")}
+QUICK = {("sft_lora", "none")}
 COMBINATIONS = [
     pytest.param(kind, engine, marks=[] if (kind, engine) in QUICK else pytest.mark.slow)
     for kind in ("sft", "sft_lora", "dpo", "dpo_lora")

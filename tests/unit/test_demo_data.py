@@ -18,6 +18,12 @@ def pairs() -> list[demo.Pair]:
     return demo.extract_pairs(Path(sysconfig.get_paths()["stdlib"]))
 
 
+@pytest.fixture
+def parsed_once(pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes seconds to parse."""
+    monkeypatch.setattr(demo, "extract_pairs", lambda *_: pairs)
+
+
 def _library(folder: Path, **modules: str) -> Path:
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text), encoding="utf-8")
@@ -38,6 +44,7 @@ def test_tests_and_bundled_packages_are_left_out(pairs: list[demo.Pair]) -> None
     assert not parts & {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 
 
+@pytest.mark.usefixtures("parsed_once")
 def test_no_package_is_on_both_sides() -> None:
     training, validation = demo.build_datasets(64)
     assert len(training) >= 1500
@@ -48,6 +55,7 @@ def test_no_package_is_on_both_sides() -> None:
     assert training.column_names == ["prompt", "response", "module"]
 
 
+@pytest.mark.usefixtures("parsed_once")
 def test_all_of_validation_is_held_out(pairs: list[demo.Pair]) -> None:
     _, validation = demo.build_datasets(10**6)
     assert len(validation) == sum(demo.is_held_out(pair.module) for pair in pairs)
