@@ -93,7 +93,7 @@ def _make(study: Study, runs: Runs) -> None:
         except ValueError as error:
             if not key.knobs:
                 raise
-            # A knob and the method whose it is may exclude each other: without an ascent, few steps cost a budget.
+            # A method may exclude a knob's value: without an ascent no step costs a budget of 1.
             print(f"{key}: left out, {error}", flush=True)
             continue
         made = runs.add(key, {**found, "machine": machine})
