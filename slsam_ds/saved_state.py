@@ -12,9 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.layers import LayerMap
+from slsam_ds.selection import make_selector
 
 STATE_FILE = "slsam_state.json"
 STATE_VERSION = 2

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slsam_ds.bandit import make_selector
 from slsam_ds.budget import BudgetedExp3
 from slsam_ds.calibration import calibrate
 from slsam_ds.config import SLSAMConfig
@@ -23,6 +22,7 @@ from slsam_ds.prefix import Prefix
 from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.resumable import Resumable
+from slsam_ds.selection import make_selector
 from slsam_ds.statistics import RewardScale, checksum
 from slsam_ds.step import BeginPass, ForwardBackward, take_step
 

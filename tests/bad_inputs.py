@@ -21,7 +21,6 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from slsam_ds.bandit import make_selector
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.integrations.arguments import DataArguments
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
@@ -35,6 +34,7 @@ from slsam_ds.records import STEPS_FILE, StepWriter, read_steps
 from slsam_ds.report import command as report
 from slsam_ds.report.history import read_history
 from slsam_ds.saved_state import check_contents, check_state, read_state
+from slsam_ds.selection import make_selector
 from slsam_ds.slsam import SLSAM, map_layers
 from tests import bad_input_strategies as strategies
 from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_imports_point_down(path: Path) -> None:
             assert there in ALLOWED[here], f"{here} imports {name}"
         assert here in ("engines", "integrations") or not reaches(name, ENGINE_ROOM), f"{here} imports {name}"
         assert here == "integrations" or not reaches(name, FRAMEWORKS), f"{here} imports {name}"
+
+
+def test_imports_run_in_no_circle() -> None:
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in modules()}
+    graph = {name: {other for other in imported(path) if other in names} for name, path in names.items()}
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("heavy", ["deepspeed", "transformers", "datasets"])
