@@ -46,7 +46,7 @@ bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes
 evidence: $(INSTALLED)  ## methods x tasks x seeds: makes the runs that docs/evidence lacks; many hours
 	python -m benchmarks.evidence
 
-evidence-quick: $(INSTALLED)  ## a first look at it, into outputs/evidence-quick: five minutes
+evidence-quick: $(INSTALLED)  ## a first look at it, into outputs/evidence-quick: under ten minutes
 	python -m benchmarks.evidence --quick
 
 soak: $(INSTALLED)  ## kills, full disks, bad numbers and inputs, thousands of times: 25 minutes; writes docs/reliability.md

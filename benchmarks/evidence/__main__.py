@@ -30,7 +30,7 @@ stopped command goes on. Tables and pictures are of all runs there are.
 _EPILOG = """
 examples:
   python -m benchmarks.evidence                                   # whatever is missing of docs/evidence: many hours
-  python -m benchmarks.evidence --quick                           # a first look, in five minutes on two cores
+  python -m benchmarks.evidence --quick                           # a first look: under ten minutes on two cores
   python -m benchmarks.evidence --tasks digits --methods slsam dense_sam --stages tune final --output outputs/mine
   python -m benchmarks.evidence --tasks digits --methods slsam --stages tune knobs --knobs rho --output outputs/mine
   python -m benchmarks.evidence --tables-only
