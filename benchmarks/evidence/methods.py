@@ -26,6 +26,10 @@ class Method:
     tuned_as: str | None = None
 
 
+def _preset(name: str) -> Method:
+    return Method(name=name, title=f"SL-SAM, preset {name}", knobs=PRESETS[name])
+
+
 _ADAMW = {"selector": "all", "rho": 0.0}
 
 METHODS = {
@@ -44,21 +48,13 @@ METHODS = {
         Method(name="slsam", title="SL-SAM, defaults"),
         Method(name="quarter", title="SL-SAM, ascent_fraction 0.25", knobs={"ascent_fraction": 0.25}),
         Method(name="previous", title="SL-SAM, ascent_source previous", knobs={"ascent_source": "previous"}),
-        Method(
-            name="single_pass",
-            title="SL-SAM, preset single_pass",
-            knobs=PRESETS["single_pass"],
-        ),
+        _preset("single_pass"),
         Method(
             name="all_previous",
             title="SAM, all layers, ascent_source previous",
             knobs={"selector": "all", "ascent_source": "previous"},
         ),
         Method(name="budget", title="SL-SAM, budget 1.0", knobs={"budget": 1.0}),
-        Method(
-            name="adamw_price",
-            title="SL-SAM, preset adamw_price",
-            knobs=PRESETS["adamw_price"],
-        ),
+        _preset("adamw_price"),
     )
 }

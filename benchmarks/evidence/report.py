@@ -24,7 +24,7 @@ python -m benchmarks.evidence --tasks TASK --methods METHOD --base METHOD --stag
     --output outputs/mine
 ```
 
-where KNOB is what the first column of a table of knobs says, and METHOD for each line of the others
+where KNOB is what the first column of a table of knobs says, and METHOD one of these, here with what tables call it:
 
 {_METHODS}
 

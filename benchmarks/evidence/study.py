@@ -8,11 +8,12 @@ from typing import Any
 from benchmarks.evidence.methods import METHODS, Method
 from benchmarks.evidence.runs import Key, Run, Runs, Stage
 from benchmarks.evidence.tasks import TASKS, Task
+from slsam_ds.config import PRESETS
 
 TUNING_SEED = 100
 """No seed of a reported run."""
 
-OFFERED = ("slsam", "single_pass", "adamw_price")
+OFFERED = ("slsam", *PRESETS)
 """The methods that users are offered, the defaults first and then the presets. Knobs are turned of one of them."""
 
 

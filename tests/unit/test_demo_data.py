@@ -12,16 +12,18 @@ import pytest
 from slsam_ds.integrations import demo
 from slsam_ds.integrations.usage import UsageError
 
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
 
 @pytest.fixture(scope="module")
 def pairs() -> list[demo.Pair]:
-    return demo.extract_pairs(Path(sysconfig.get_paths()["stdlib"]))
+    return demo.extract_pairs(LIBRARY)
 
 
 @pytest.fixture
 def parsed_once(pairs: list[demo.Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library takes seconds to parse."""
-    monkeypatch.setattr(demo, "extract_pairs", lambda *_: pairs)
+    """The library, and no other folder; it takes seconds to parse."""
+    monkeypatch.setattr(demo, "extract_pairs", {LIBRARY: pairs}.__getitem__)
 
 
 def _library(folder: Path, **modules: str) -> Path:
