@@ -14,7 +14,7 @@ import torch
 from benchmarks.measure import Effort, count_prices, timed_step
 from benchmarks.modes import ADAMW_MODE, DENSE_SAM, EXACT, OVERHEAD, Ours, Stock, Training, build
 from benchmarks.setup import Setup
-from slsam_ds.micro_batches import model_loss
+from slsam_ds.model.micro_batches import model_loss
 from tests.ranks import run_on_ranks
 
 MODES = (ADAMW_MODE, OVERHEAD, DENSE_SAM, EXACT)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from slsam_ds.accounting import SavedActivations
+from slsam_ds.estimate.activations import SavedActivations
 from tests.distributed.training import Setup, Training
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic

@@ -19,8 +19,8 @@ from benchmarks.engine_costs import Memory
 from benchmarks.modes import LossFunction, Mode, Ours, Step, Training, build, num_weights, optimizer_bytes
 from benchmarks.prices import count_costs
 from benchmarks.setup import Setup, Window
-from slsam_ds.cost import CostModel
-from slsam_ds.micro_batches import model_loss
+from slsam_ds.model.micro_batches import model_loss
+from slsam_ds.pricing.cost import CostModel
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
 

@@ -15,7 +15,7 @@ import slsam_ds
 from benchmarks.engine_costs import num_bytes
 from benchmarks.setup import Setup, Window
 from benchmarks.two_call_sam import TwoCallSAM
-from slsam_ds.cost import CostModel, Passes
+from slsam_ds.pricing.cost import CostModel, Passes
 
 LossFunction = Callable[[Any, Any], Tensor]
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 from slsam_ds import SLSAM
-from slsam_ds.calibration import calibrate
-from slsam_ds.cost import CostModel
-from slsam_ds.micro_batches import model_loss
+from slsam_ds.model.micro_batches import model_loss
+from slsam_ds.pricing.calibration import calibrate
+from slsam_ds.pricing.cost import CostModel
 
 
 def count_costs(slsam: SLSAM, micro_batch: Any) -> CostModel:

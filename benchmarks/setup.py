@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM
 
-from slsam_ds.integrations.data import Columns, Encoder
-from slsam_ds.integrations.demo import build_datasets, load_demo_model
+from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.demo import build_datasets, load_demo_model
 
 ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
 

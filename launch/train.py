@@ -5,7 +5,7 @@ Flags: `python launch/train.py --help`. Also runs under torchrun and accelerate 
 
 import sys
 
-from slsam_ds.integrations.command_line import main
+from slsam_ds.cli.command_line import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -2,7 +2,7 @@
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.initialization import SLSAMEngine, initialize
-from slsam_ds.micro_batches import windows
+from slsam_ds.model.micro_batches import windows
 from slsam_ds.plan import StepResult
 from slsam_ds.protocol import RanksDisagreeError
 from slsam_ds.slsam import SLSAM, BadNumbersError

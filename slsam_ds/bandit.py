@@ -1,4 +1,4 @@
-"""Which arms a step activates: the EXP3.M bandit, and simpler selectors for comparison.
+"""EXP3.M: the bandit that chooses which arms a step activates.
 
 Ranks never talk here: a sample is a pure function of (state, seed, step), so equal states give equal samples. State is
 plain Python float64 and `math` throughout: torch's vectorised exp and sum may round differently from one CPU to the
@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,36 +17,7 @@ from torch import Tensor
 Numbers = Sequence[float] | Tensor
 
 
-class Selector(Protocol):
-    """Chooses k of `num_arms` arms for each step, and may learn from what the step saw."""
-
-    num_arms: int
-    k: int
-
-    def probabilities(self) -> Tensor:
-        """Inclusion probability of every arm in the next sample. Shape (num_arms,), float64, each ≤ 1, sum k."""
-
-    def sample(self, step: int) -> tuple[int, ...]:
-        """Exactly k distinct arms, ascending, for `step` (from 1). Changes nothing: ask as often as you like."""
-
-    def observe(self, norms: Mapping[int, float]) -> None:
-        """See the raw gradient norms of the arms that were active; comes before `update`."""
-
-    def update(self, active: Sequence[int], rewards: Numbers, probabilities: Numbers | None = None) -> None:
-        """Learn from rewards in [0, 1], one per active arm, in the order of `active`.
-
-        `probabilities`, in (0, 1] and likewise one per active arm, say how likely each was to be active where that was
-        not this selector's doing: a forced sample counts as probability 1.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was learned, as JSON-serialisable values."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, bit for bit; ValueError where it was saved by another kind, num_arms or k."""
-
-
-class _FixedCount:
+class FixedCount:
     """k of `num_arms` arms, checked; unless overridden, nothing is learned and all arms are included equally often."""
 
     kind: str
@@ -73,7 +44,7 @@ class _FixedCount:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         titles = {"kind": "the selector", "num_arms": "the number of layers", "k": "the number of active layers"}
-        for key, expected in _FixedCount.state_dict(self).items():
+        for key, expected in FixedCount.state_dict(self).items():
             if state.get(key) != expected:
                 raise ValueError(
                     f"{titles[key]} is {state.get(key)!r} in the saved state and {expected!r} here: "
@@ -81,7 +52,7 @@ class _FixedCount:
                 )
 
 
-class Exp3M(_FixedCount):
+class Exp3M(FixedCount):
     """EXP3.M: an adversarial bandit that plays k arms at once, with EXP3.S sharing to follow a drifting target.
 
     Args:
@@ -160,84 +131,10 @@ class Exp3M(_FixedCount):
         return capped_marginals(self._log_weights, self.k, self.gamma)
 
 
-class Uniform(_FixedCount):
-    """Every set of k arms is equally likely (LISA's choice)."""
-
-    kind = "uniform"
-
-    def __init__(self, num_arms: int, k: int, seed: int = 0) -> None:
-        super().__init__(num_arms, k)
-        self.seed = seed
-
-    def sample(self, step: int) -> tuple[int, ...]:
-        return tuple(sorted(_shuffled(self.num_arms, counter_generator(self.seed, step))[: self.k]))
-
-
-class Cyclic(_FixedCount):
-    """The next k arms in turn: step 1 takes 0..k-1. Probabilities are the long-run shares, k/L."""
-
-    kind = "cyclic"
-
-    def sample(self, step: int) -> tuple[int, ...]:
-        start = (step - 1) * self.k
-        return tuple(sorted((start + offset) % self.num_arms for offset in range(self.k)))
-
-
-class AllArms(_FixedCount):
-    """Every arm, at every step."""
-
-    kind = "all"
-
-    def __init__(self, num_arms: int) -> None:
-        super().__init__(num_arms, num_arms)
-
-    def sample(self, step: int) -> tuple[int, ...]:
-        return tuple(range(self.num_arms))
-
-
-class TopK(_FixedCount):
-    """The k arms whose gradient norm was largest when last seen; arms never seen come first, lowest index first."""
-
-    kind = "top_k"
-
-    def __init__(self, num_arms: int, k: int) -> None:
-        super().__init__(num_arms, k)
-        self._norms: list[float | None] = [None] * num_arms
-
-    def probabilities(self) -> Tensor:
-        """1 for the arms of the next sample, 0 for the others. Shape (L,), float64."""
-        chosen = self.sample(1)
-        return torch.tensor([float(arm in chosen) for arm in range(self.num_arms)], dtype=torch.float64)
-
-    def sample(self, step: int) -> tuple[int, ...]:
-        ranks = [-math.inf if norm is None else -norm for norm in self._norms]
-        return tuple(sorted(sorted(range(self.num_arms), key=ranks.__getitem__)[: self.k]))
-
-    def observe(self, norms: Mapping[int, float]) -> None:
-        for arm, norm in norms.items():
-            if not (0 <= arm < self.num_arms and 0 <= norm < math.inf):
-                raise ValueError(f"norms={dict(norms)}: give finite norms ≥ 0 of arms from 0 to {self.num_arms - 1}")
-        for arm, norm in norms.items():
-            self._norms[arm] = float(norm)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "norms": list(self._norms)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._norms = list(state["norms"])
-
-
 def counter_generator(seed: int, step: int) -> random.Random:
     """A fresh generator keyed by (seed, step): no state to save, to broadcast or to leave out of step."""
     key = hashlib.blake2b(f"slsam selection {seed} {step}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(key, "big"))
-
-
-def _shuffled(num_arms: int, generator: random.Random) -> list[int]:
-    # Python promises the sequence of random() across its versions, not that of shuffle() and sample().
-    keys = [generator.random() for _ in range(num_arms)]
-    return sorted(range(num_arms), key=keys.__getitem__)
 
 
 def capped_marginals(log_weights: Sequence[float], k: int, gamma: float) -> tuple[list[float], frozenset[int]]:
@@ -267,6 +164,12 @@ def capped_marginals(log_weights: Sequence[float], k: int, gamma: float) -> tupl
     return marginals, frozenset(order[:num_capped])
 
 
+def shuffled(num_arms: int, generator: random.Random) -> list[int]:
+    # Python promises the sequence of random() across its versions, not that of shuffle() and sample().
+    keys = [generator.random() for _ in range(num_arms)]
+    return sorted(range(num_arms), key=keys.__getitem__)
+
+
 def dependent_rounding(marginals: Sequence[float], generator: random.Random) -> tuple[int, ...]:
     """Round probabilities that sum to a whole number k to exactly k arms, keeping every marginal.
 
@@ -280,7 +183,7 @@ def dependent_rounding(marginals: Sequence[float], generator: random.Random) -> 
     chosen: list[int] = []
     carried, mass = -1, 0.0
     # In a fixed order neighbours would almost never be chosen together.
-    for arm in _shuffled(len(marginals), generator):
+    for arm in shuffled(len(marginals), generator):
         total, draw = mass + marginals[arm], generator.random()
         if total <= 1:
             carried = carried if draw * total < mass else arm

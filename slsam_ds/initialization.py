@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.metrics import step_metrics
-from slsam_ds.micro_batches import LossFunction
+from slsam_ds.model.layers import map_layers
+from slsam_ds.model.micro_batches import LossFunction
 from slsam_ds.plan import StepResult
-from slsam_ds.saved_state import check_contents, check_state, read_state, replace_text, write_state
-from slsam_ds.slsam import SLSAM, map_layers
+from slsam_ds.records.metrics import step_metrics
+from slsam_ds.slsam import SLSAM
+from slsam_ds.state.files import check_contents, check_state, read_state, replace_text, write_state
 
 
 class SLSAMEngine:
@@ -35,7 +36,7 @@ class SLSAMEngine:
     ) -> StepResult:
         """One optimizer step over a window of micro-batches; see `SLSAM.step`.
 
-        DeepSpeed's monitor, where one is configured, gets the loss and `slsam_ds.metrics` of every step.
+        DeepSpeed's monitor, where one is configured, gets the loss and `slsam_ds.records.metrics` of every step.
         """
         result = self.slsam.step(micro_batches, loss_fn, active)
         self._tell_monitor(result)
@@ -53,7 +54,7 @@ class SLSAMEngine:
 
         The file `latest` is changed when all else is written, so that it always names a checkpoint that is whole.
         """
-        from slsam_ds.engines.deepspeed_checkpoint import setup_of, writes_for_its_node
+        from slsam_ds.engines.deepspeed.checkpoint import setup_of, writes_for_its_node
 
         tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"  # DeepSpeed's own choice
         folder = Path(save_dir, tag)
@@ -88,7 +89,7 @@ class SLSAMEngine:
         Raises:
             ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
         """
-        from slsam_ds.engines.deepspeed_checkpoint import checkpoint_folder, setup_of
+        from slsam_ds.engines.deepspeed.checkpoint import checkpoint_folder, setup_of
 
         folder = checkpoint_folder(load_dir, tag)
         if folder is None or load_module_only:
@@ -151,7 +152,8 @@ def initialize(
     Raises:
         ValueError: Bad settings or an unsupported combination, in one sentence.
     """
-    from slsam_ds.engines.deepspeed import build_engine, read_config
+    from slsam_ds.engines.deepspeed.build import build_engine
+    from slsam_ds.engines.deepspeed.config import read_config
 
     if model is None:
         raise ValueError("slsam_ds.initialize needs a model")

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slsam_ds.budget import BudgetedExp3
-from slsam_ds.calibration import calibrate
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.cost import CostModel, Passes
+from slsam_ds.directions.previous import PreviousGradients
 from slsam_ds.engines import select_engine, settle
+from slsam_ds.engines.agreement import checksum
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
-from slsam_ds.layers import LayerMap, find_layers
-from slsam_ds.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
+from slsam_ds.model.layers import LayerMap, map_layers
+from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
+from slsam_ds.model.prefix import Prefix
 from slsam_ds.plan import BadNumbers, Outcome, Plan, StepResult
-from slsam_ds.prefix import Prefix
-from slsam_ds.previous import PreviousGradients
+from slsam_ds.pricing.budget import BudgetedExp3
+from slsam_ds.pricing.calibration import calibrate
+from slsam_ds.pricing.cost import CostModel, Passes
 from slsam_ds.protocol import ALWAYS, Engine
-from slsam_ds.resumable import Resumable
-from slsam_ds.selection import make_selector
-from slsam_ds.statistics import RewardScale, checksum
+from slsam_ds.rewards import RewardScale
+from slsam_ds.selectors import make_selector
+from slsam_ds.state.checkpoint import Resumable
 from slsam_ds.step import BeginPass, ForwardBackward, take_step
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class SLSAM(Resumable):
         if layer_map is None:
             layer_map = map_layers(model, self.config, optimizer)
         if optimizer is not None:
-            from slsam_ds.engines.param_groups import regroup
+            from slsam_ds.model.param_groups import regroup
 
             regroup(optimizer, layer_map)
         self._optimizer = optimizer
@@ -296,24 +297,6 @@ def _lost_in_descent(outcome: Outcome) -> bool:
     ascended = outcome.ascent_loss is not None and math.isfinite(outcome.ascent_loss)
     bad = outcome.bad_numbers
     return ascended and bad is not None and bad.during == "descent" and math.isnan(outcome.loss)
-
-
-def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None) -> LayerMap:
-    """Find the arms and freeze what SL-SAM will never train.
-
-    Args:
-        model: The module, not yet wrapped.
-        config: Says how layers are found and what becomes of the other parameters.
-        optimizer: Where given, parameters it does not hold are frozen: nothing would ever update them.
-    """
-    if optimizer is not None:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in held)
-    layer_map = find_layers(model, other_parameters=config.other_parameters, patterns=config.layers)
-    for _, parameter in layer_map.frozen:
-        parameter.requires_grad_(False)
-    return layer_map
 
 
 def _checked_max_grad_norm(max_grad_norm: float | None, engine: Engine) -> float | None:

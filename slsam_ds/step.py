@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slsam_ds.micro_batches import ascent_part, first_samples
+from slsam_ds.directions.previous import PreviousGradients
+from slsam_ds.model.micro_batches import ascent_part, first_samples
+from slsam_ds.model.prefix import Prefix
 from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
 from slsam_ds.plan import BadNumbers, Outcome, Plan
-from slsam_ds.prefix import Prefix
-from slsam_ds.previous import PreviousGradients
 from slsam_ds.protocol import Engine, Shard
+from slsam_ds.records.stopwatch import Stopwatch
 from slsam_ds.rng import RandomState
-from slsam_ds.statistics import local_sq_norms, upload
-from slsam_ds.stopwatch import Stopwatch
+from slsam_ds.tally import local_sq_norms, upload
 
 ForwardBackward = Callable[[Any], Tensor]
 """Runs one micro-batch and calls `engine.backward` on its weighted loss; returns that loss, detached, shape ()."""

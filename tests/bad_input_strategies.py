@@ -18,11 +18,11 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from slsam_ds.cli.arguments import build_parser
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.integrations.arguments import build_parser
-from slsam_ds.records import LAYERS_FILE, STEPS_FILE
-from slsam_ds.saved_state import write_state
+from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
 from slsam_ds.slsam import SLSAM
+from slsam_ds.state.files import write_state
 from tests.damage import DEEP, ODD_TEXTS, damaged_bytes, damaged_json, damaged_tree, dump, values
 from tests.models import tiny_llama, window
 

@@ -21,21 +21,22 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from slsam_ds.cli.arguments import DataArguments
+from slsam_ds.cli.command_line import quieten
+from slsam_ds.cli.estimate_arguments import parse_flags, read_setup
+from slsam_ds.cli.finetune import read_samples
+from slsam_ds.cli.rows import Rows
+from slsam_ds.cli.settings import read_settings
+from slsam_ds.cli.usage import UsageError
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.integrations.arguments import DataArguments
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
-from slsam_ds.integrations.command_line import quieten
-from slsam_ds.integrations.estimate_arguments import parse_flags, read_setup
-from slsam_ds.integrations.finetune import read_samples
-from slsam_ds.integrations.rows import Rows
-from slsam_ds.integrations.settings import read_settings
-from slsam_ds.integrations.usage import UsageError
-from slsam_ds.records import STEPS_FILE, StepWriter, read_steps
+from slsam_ds.model.layers import map_layers
+from slsam_ds.records.files import STEPS_FILE, StepWriter, read_steps
 from slsam_ds.report import command as report
 from slsam_ds.report.history import read_history
-from slsam_ds.saved_state import check_contents, check_state, read_state
-from slsam_ds.selection import make_selector
-from slsam_ds.slsam import SLSAM, map_layers
+from slsam_ds.selectors import make_selector
+from slsam_ds.slsam import SLSAM
+from slsam_ds.state.files import check_contents, check_state, read_state
 from tests import bad_input_strategies as strategies
 from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slsam_ds.integrations.demo import read_module
+from slsam_ds.cli.demo import read_module
 
 LIBRARIES = ("datasets", "deepspeed", "matplotlib", "numpy", "sklearn", "stdlib", "torch", "transformers")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slsam_ds.bandit import Selector
+from slsam_ds.selectors import Selector
 
 
 class _Around:

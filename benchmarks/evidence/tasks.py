@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from benchmarks.evidence.corpus import LIBRARIES, Documented, Part, documented, folder_of, masked
-from slsam_ds.integrations.data import Columns, Encoder
-from slsam_ds.integrations.demo import build_datasets, load_demo_model, package_of
+from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.demo import build_datasets, load_demo_model, package_of
 
 Sample = Mapping[str, Any]
 Batch = dict[str, Tensor]

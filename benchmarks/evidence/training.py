@@ -17,7 +17,7 @@ from benchmarks.evidence.selectors import AROUND
 from benchmarks.evidence.tasks import Batch, Data, Sample, Task
 from benchmarks.prices import count_costs
 from slsam_ds import SLSAM, SLSAMConfig
-from slsam_ds.cost import PriceList
+from slsam_ds.pricing.cost import PriceList
 
 _WARM_UP = 0.1
 _MAX_GRAD_NORM = 1.0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slsam_ds.layers import LayerMap
+from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import Engine
 
 
@@ -42,9 +42,9 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
 def _select_deepspeed_engine(model: Any, layer_map: LayerMap) -> Engine:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from slsam_ds.engines.zero0 import ZeroStage0Engine
-    from slsam_ds.engines.zero3 import ZeroStage3Engine
-    from slsam_ds.engines.zero12 import ZeroStage12Engine
+    from slsam_ds.engines.deepspeed.zero0 import ZeroStage0Engine
+    from slsam_ds.engines.deepspeed.zero3 import ZeroStage3Engine
+    from slsam_ds.engines.deepspeed.zero12 import ZeroStage12Engine
 
     if type(model) is not DeepSpeedEngine:  # one that orders forward and backward by itself, or changes weights between
         raise ValueError(f"{type(model).__name__}: not supported; slsam_ds needs a plain DeepSpeedEngine")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slsam_ds.layers import LayerMap
+from slsam_ds.model.layers import LayerMap
 
 
 class AutocastWatch:

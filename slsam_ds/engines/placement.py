@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from slsam_ds.engines.ranks import ProcessGroupRanks
-from slsam_ds.layers import LayerMap
+from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 

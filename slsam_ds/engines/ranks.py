@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from slsam_ds.engines.agreement import describe_disagreement, fingerprint
 from slsam_ds.protocol import RanksDisagreeError
-from slsam_ds.statistics import describe_disagreement, fingerprint
 
 # Gradients travel in buckets of up to this many elements: large enough that latency does not count.
 _BUCKET_NUMEL = 2**24

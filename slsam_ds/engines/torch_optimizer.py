@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from slsam_ds.engines.autocast import AutocastWatch
-from slsam_ds.engines.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
 from slsam_ds.engines.ranks import ProcessGroupRanks
-from slsam_ds.layers import LayerMap
+from slsam_ds.model.layers import LayerMap
+from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
 from slsam_ds.protocol import ALWAYS
 
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from slsam_ds.integrations.estimate import main
+from slsam_ds.cli.estimate import main
 
 sys.exit(main())

@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from slsam_ds.accounting import SavedActivations
-from slsam_ds.calibration import calibrate, requiring_grad
-from slsam_ds.cost import CostModel, PriceList
+from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.on_meta import OnMeta
-from slsam_ds.layers import LayerMap
+from slsam_ds.model.layers import LayerMap
+from slsam_ds.pricing.calibration import calibrate, requiring_grad
+from slsam_ds.pricing.cost import CostModel, PriceList
 from slsam_ds.protocol import ALWAYS, Engine
 
 

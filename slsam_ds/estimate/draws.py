@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from slsam_ds.budget import BudgetedExp3
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.cost import PriceList
-from slsam_ds.selection import make_selector
+from slsam_ds.pricing.budget import BudgetedExp3
+from slsam_ds.pricing.cost import PriceList
+from slsam_ds.selectors import make_selector
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.estimate.sharding import FP32, Setup, Step
 from slsam_ds.estimate.traffic import kept_fsdp2, kept_zero3
-from slsam_ds.prefix import MAX_BYTES
+from slsam_ds.model.prefix import MAX_BYTES
 
 _MOMENTS = 2 * FP32  # Adam's two
 _PREVIOUS = 2  # `PreviousGradients` are bf16

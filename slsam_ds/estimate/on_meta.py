@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from slsam_ds.forward_order import NoValues
+from slsam_ds.model.forward_order import NoValues
 
 
 class OnMeta(NoValues):

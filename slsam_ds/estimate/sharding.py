@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.cost import Passes
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
-from slsam_ds.micro_batches import ascent_part
+from slsam_ds.model.micro_batches import ascent_part
+from slsam_ds.pricing.cost import Passes
 
 EngineName = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]

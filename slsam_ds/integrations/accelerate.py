@@ -10,10 +10,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.engines.deepspeed import check_config
-from slsam_ds.engines.deepspeed_checkpoint import accept_other_ranks
-from slsam_ds.engines.param_groups import regroup
-from slsam_ds.slsam import SLSAM, map_layers
+from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
+from slsam_ds.engines.deepspeed.config import check_config
+from slsam_ds.model.layers import map_layers
+from slsam_ds.model.param_groups import regroup
+from slsam_ds.slsam import SLSAM
 
 
 def prepare(

@@ -8,8 +8,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from slsam_ds.integrations.usage import one_line, warn
-from slsam_ds.saved_state import check_files
+from slsam_ds.integrations.console import one_line, warn
+from slsam_ds.state.files import check_files
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 
-from slsam_ds.layers import LayerMap
+from slsam_ds.model.layers import LayerMap
 
 
 def take_over_compilation(trainer: Any) -> dict[str, Any]:

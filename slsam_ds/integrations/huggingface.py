@@ -13,21 +13,21 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.engines.deepspeed import check_config
-from slsam_ds.engines.deepspeed_checkpoint import accept_other_ranks
-from slsam_ds.engines.param_groups import regroup
+from slsam_ds.directions.previous import kept_in_optimizer
+from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
+from slsam_ds.engines.deepspeed.config import check_config
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import last_complete_checkpoint
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
-from slsam_ds.layers import LayerMap, split_param_groups
-from slsam_ds.metrics import MetricMeans, step_metrics
-from slsam_ds.previous import kept_in_optimizer
+from slsam_ds.model.layers import LayerMap, map_layers
+from slsam_ds.model.param_groups import regroup, split_param_groups
 from slsam_ds.protocol import Engine
-from slsam_ds.records import StepWriter, write_layers
-from slsam_ds.saved_state import check_state, read_state, write_state
-from slsam_ds.slsam import SLSAM, map_layers
+from slsam_ds.records.files import StepWriter, write_layers
+from slsam_ds.records.metrics import MetricMeans, step_metrics
+from slsam_ds.slsam import SLSAM
+from slsam_ds.state.files import check_state, read_state, write_state
 from slsam_ds.step import ForwardBackward
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class SLSAMMixin(_TrainerMethods):
         return torch.tensor(loss, device=self.args.device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own, with the means of `slsam_ds.metrics` since the last training loss."""
+        """The trainer's own, with the means of `slsam_ds.records.metrics` since the last training loss."""
         super().log({**logs, **self._slsam_metrics.take()} if "loss" in logs else logs, *args, **kwargs)
 
     @contextlib.contextmanager

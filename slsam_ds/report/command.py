@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from slsam_ds.records import LAYERS_FILE, STEPS_FILE
+from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
 from slsam_ds.report.facts import PRICE_ASSUMPTIONS, run_facts
 from slsam_ds.report.history import RecordsError, RunHistory, read_history
 from slsam_ds.report.page import Picture, build_page

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from slsam_ds.records import LAYERS_FILE, STEPS_FILE, iterate_steps
+from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, iterate_steps
 
 Floats = NDArray[np.floating[Any]]
 

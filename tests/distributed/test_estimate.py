@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from slsam_ds.accounting import SavedActivations
+from slsam_ds.cli.weightless import WeightlessEngine
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.estimate.memory import memory
 from slsam_ds.estimate.sharding import Setup as EstimateSetup
 from slsam_ds.estimate.sharding import Step
 from slsam_ds.estimate.traffic import gathered, reduced
-from slsam_ds.integrations.weightless import WeightlessEngine
-from slsam_ds.slsam import map_layers
+from slsam_ds.model.layers import map_layers
 from tests.distributed.training import Setup, Training, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from slsam_ds.engines.deepspeed import check_config
-from slsam_ds.saved_state import STATE_FILE
+from slsam_ds.engines.deepspeed.config import check_config
+from slsam_ds.state.files import STATE_FILE
 from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,

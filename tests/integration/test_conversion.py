@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slsam_ds.records import read_steps
-from slsam_ds.saved_state import STATE_FILE
+from slsam_ds.records.files import read_steps
+from slsam_ds.state.files import STATE_FILE
 from tests.command_line import ROOT, launch_script
 
 STOCK = ROOT / "tests" / "stock"

@@ -11,10 +11,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from slsam_ds.integrations.data import Columns, Encoder
-from slsam_ds.integrations.rows import read_files
-from slsam_ds.integrations.samples import StreamedSamples, tokenize
-from slsam_ds.integrations.usage import UsageError
+from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.rows import read_files
+from slsam_ds.cli.samples import StreamedSamples, tokenize
+from slsam_ds.cli.usage import UsageError
 from tests.command_line import ROOT
 from tests.tokenizers import tiny_tokenizer
 

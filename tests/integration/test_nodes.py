@@ -12,7 +12,7 @@ import torch
 from deepspeed.launcher.runner import fetch_hostfile
 from safetensors.torch import load_file
 
-from slsam_ds.records import read_steps
+from slsam_ds.records.files import read_steps
 from tests.command_line import NUM_STEPS, ROOT, make_environment, make_flags, make_folder
 from tests.nodes import Node, nodes_started
 from tests.ranks import free_port

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slsam_ds.records import read_steps
+from slsam_ds.records.files import read_steps
 from tests.command_line import ROOT, launch, make_flags, make_folder, started
 from tests.distributed.training import slow
 from tests.step_records import without_times

@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 import pytest
 
-from slsam_ds.integrations.command_line import quieten
-from slsam_ds.integrations.finetune import build_trainer
-from slsam_ds.integrations.settings import read_settings
-from slsam_ds.integrations.usage import UsageError, together
+from slsam_ds.cli.command_line import quieten
+from slsam_ds.cli.finetune import build_trainer
+from slsam_ds.cli.settings import read_settings
+from slsam_ds.cli.usage import UsageError, together
 from tests.command_line import ROOT, launch, make_flags, make_folder
 from tests.ranks import run_on_ranks
 

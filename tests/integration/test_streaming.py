@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slsam_ds.integrations.command_line import quieten
-from slsam_ds.integrations.finetune import build_trainer, train
-from slsam_ds.integrations.settings import read_settings
-from slsam_ds.records import read_steps
+from slsam_ds.cli.command_line import quieten
+from slsam_ds.cli.finetune import build_trainer, train
+from slsam_ds.cli.settings import read_settings
+from slsam_ds.records.files import read_steps
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.ranks import run_on_ranks
 from tests.step_records import without_times

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
-from slsam_ds.records import read_steps
+from slsam_ds.records.files import read_steps
 from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, slow, whole
 from tests.models import arms_of_llama, micro_batch, tiny_llama
 from tests.ranks import run_on_ranks

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from slsam_ds.integrations.huggingface import SLSAMMixin, SLSAMTrainer
-from slsam_ds.records import read_steps
+from slsam_ds.records.files import read_steps
 from tests.distributed.training import whole
 from tests.integration.engines import ENGINES
 from tests.models import NUM_BLOCKS, VOCABULARY, arms_of_llama, tiny_llama

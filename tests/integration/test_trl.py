@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
-from slsam_ds.records import LAYERS_FILE, read_steps
+from slsam_ds.records.files import LAYERS_FILE, read_steps
 from tests.distributed.training import whole
 from tests.integration.engines import ENGINES
 from tests.models import tiny_llama

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch.distributed as dist
 
-from slsam_ds.engines.operator_locks import abandoned_locks
+from slsam_ds.engines.deepspeed.operator_locks import abandoned_locks
 from tests.distributed.training import Setup, Training
 from tests.ranks import RankFailedError, run_on_ranks
 from tests.soak.digests import digest

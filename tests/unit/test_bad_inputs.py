@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from slsam_ds.engines.deepspeed_checkpoint import _read
-from slsam_ds.integrations.settings import read_settings
+from slsam_ds.cli.settings import read_settings
+from slsam_ds.engines.deepspeed.checkpoint import _read
 from slsam_ds.slsam import SLSAM
 from tests.bad_input_strategies import SAVED_KNOBS, CommandExample, DataExample, saved_model
 from tests.bad_inputs import KINDS, BrokenError, attempt, trying

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from slsam_ds.bandit import AllArms, Cyclic, Exp3M, Selector, TopK, Uniform
+from slsam_ds.bandit import Exp3M
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.selection import make_selector
+from slsam_ds.selectors import AllArms, Cyclic, Selector, TopK, Uniform, make_selector
 
 SHAPES = [(1, 1), (2, 1), (2, 2), (8, 1), (8, 3), (8, 7), (8, 8), (32, 6)]
 EVERY_KIND: list[Callable[[], Selector]] = [

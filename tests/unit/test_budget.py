@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slsam_ds.budget import BudgetedExp3
-from slsam_ds.cost import CostModel, Passes, PriceList
+from slsam_ds.pricing.budget import BudgetedExp3
+from slsam_ds.pricing.cost import CostModel, Passes, PriceList
 
 
 def llama(num_blocks: int) -> PriceList:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from slsam_ds.integrations.arguments import DataArguments
-from slsam_ds.integrations.data import IGNORED, Columns, Encoder, choose_columns
-from slsam_ds.integrations.rows import Rows
-from slsam_ds.integrations.samples import tokenize
-from slsam_ds.integrations.usage import UsageError
+from slsam_ds.cli.arguments import DataArguments
+from slsam_ds.cli.data import IGNORED, Columns, Encoder, choose_columns
+from slsam_ds.cli.rows import Rows
+from slsam_ds.cli.samples import tokenize
+from slsam_ds.cli.usage import UsageError
 from tests.tokenizers import CHAT_TEMPLATE, MARKED_TEMPLATE, tiny_tokenizer
 
 PAIR = Columns(kind="pair", names=("prompt", "response"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slsam_ds.integrations import demo
-from slsam_ds.integrations.usage import UsageError
+from slsam_ds.cli import demo
+from slsam_ds.cli.usage import UsageError
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 

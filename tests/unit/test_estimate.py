@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slsam_ds.accounting import SavedActivations
+from slsam_ds.cli.estimate import main
+from slsam_ds.cli.weightless import WeightlessEngine
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.cost import PriceList
 from slsam_ds.engines.local import LocalEngine
+from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import find_draws
 from slsam_ds.estimate.modes import compare
 from slsam_ds.estimate.sharding import Setup
-from slsam_ds.integrations.estimate import main
-from slsam_ds.integrations.weightless import WeightlessEngine
+from slsam_ds.model.layers import map_layers
+from slsam_ds.pricing.cost import PriceList
 from slsam_ds.protocol import ALWAYS
-from slsam_ds.slsam import map_layers
 from tests.models import micro_batch, tiny_llama
 
 NUM_ARMS = 7
@@ -157,7 +157,7 @@ def config_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _let_others_speak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slsam_ds.integrations.estimate.quieten", lambda: None)
+    monkeypatch.setattr("slsam_ds.cli.estimate.quieten", lambda: None)
 
 
 def test_the_command_prints_a_table(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from slsam_ds.integrations.data import Columns, Encoder
-from slsam_ds.integrations.rows import Rows, read_files, read_named
-from slsam_ds.integrations.samples import StreamedSamples, tokenize
-from slsam_ds.integrations.usage import UsageError
+from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.rows import Rows, read_files, read_named
+from slsam_ds.cli.samples import StreamedSamples, tokenize
+from slsam_ds.cli.usage import UsageError
 from tests.tokenizers import tiny_tokenizer
 
 TEXT = Columns(kind="text", names=("text",))

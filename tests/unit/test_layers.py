@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from slsam_ds.layers import LayerMap, find_layers, split_param_groups
+from slsam_ds.model.layers import LayerMap, find_layers
+from slsam_ds.model.param_groups import split_param_groups
 from slsam_ds.protocol import ALWAYS
 
 NUM_BLOCKS = 3

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from slsam_ds.metrics import MetricMeans, step_metrics
+from slsam_ds.records.metrics import MetricMeans, step_metrics
 
 RECORD: dict[str, Any] = {
     "active": [0, 2],

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slsam_ds.micro_batches import first_samples
+from slsam_ds.model.micro_batches import first_samples
 
 
 @given(num_samples=st.integers(1, 64), share=st.floats(0.001, 1.0))

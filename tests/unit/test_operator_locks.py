@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from slsam_ds.engines.operator_locks import abandoned_locks, warn_of_abandoned_locks
+from slsam_ds.engines.deepspeed.operator_locks import abandoned_locks, warn_of_abandoned_locks
 
 
 @pytest.fixture

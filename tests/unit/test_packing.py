@@ -16,9 +16,9 @@ from transformers import (
     OPTConfig,
 )
 
-from slsam_ds.integrations.data import IGNORED
-from slsam_ds.integrations.packing import PackedCollator, PackingCheck, measure_leak, pack
-from slsam_ds.integrations.usage import UsageError
+from slsam_ds.cli.data import IGNORED
+from slsam_ds.cli.packing import PackedCollator, PackingCheck, measure_leak, pack
+from slsam_ds.cli.usage import UsageError
 from tests.models import VOCABULARY, tiny_llama
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from slsam_ds.engines.param_groups import state_fetched, stepped_parameters
+from slsam_ds.model.param_groups import state_fetched, stepped_parameters
 
 CPU = torch.device("cpu")
 ELSEWHERE = torch.device("meta")  # stands for a GPU: a device of which every machine has one

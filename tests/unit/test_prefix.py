@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from slsam_ds import SLSAM, SLSAMConfig
-from slsam_ds.layers import find_layers
-from slsam_ds.prefix import Prefix, PrefixNotReusableError
+from slsam_ds.model.layers import find_layers
+from slsam_ds.model.prefix import Prefix, PrefixNotReusableError
 from tests.models import tiny_llama, window
 
 Batches = list[dict[str, Tensor]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slsam_ds.previous import STATE_KEY, PreviousGradients
+from slsam_ds.directions.previous import STATE_KEY, PreviousGradients
 from slsam_ds.protocol import Piece, Shard
 
 

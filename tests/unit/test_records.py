@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from slsam_ds.records import LAYERS_FILE, STEPS_FILE, StepWriter, read_steps, write_layers
+from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, StepWriter, read_steps, write_layers
 
 
 def write(folder: Path, steps: range) -> None:

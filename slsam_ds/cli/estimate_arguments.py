@@ -1,0 +1,193 @@
+"""The flags of `python -m slsam_ds.estimate`, and the run that they and a DeepSpeed configuration describe."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from slsam_ds.cli.arguments import Formatter, Parser, describe_unknown
+from slsam_ds.cli.usage import UsageError, refusals
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.estimate.sharding import Setup
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_DESCRIPTION = """Tell what a step of AdamW, of dense SAM and of SL-SAM will take on each GPU: FLOPs, memory, bytes that
+travel. The model is built from its configuration without weights: nothing is downloaded but a config.json where MODEL
+is a hub id, and a laptop will do for any size."""
+
+_EPILOG = """
+examples:
+  python -m slsam_ds.estimate --model path/to/model --zero 2 --world_size 8
+  python -m slsam_ds.estimate --model config.json --fsdp --world_size 16 --slsam active_layers=4 ascent_fraction=0.25
+  python -m slsam_ds.estimate --model config.json --deepspeed ds_configs/zero3.json --world_size 64 --json
+"""
+
+
+@dataclass
+class EstimateArguments:
+    """What to estimate."""
+
+    _argument_group_name: ClassVar[str] = "what to estimate"
+
+    model: str | None = field(
+        default=None,
+        metadata={"metavar": "MODEL", "help": "Folder with a config.json, such a file, or a hub id. Needed."},
+    )
+    deepspeed: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "JSON",
+            "help": "DeepSpeed configuration: stage, precision, offload, batch and the slsam block. Flags win over it.",
+        },
+    )
+    zero: int | None = field(default=None, metadata={"choices": (0, 1, 2, 3), "help": "ZeRO stage. Default: 2."})
+    fsdp: bool = field(
+        default=False,
+        metadata={"metavar": "[BOOL]", "help": "In place of ZeRO: FSDP2, each block resharded after its forward."},
+    )
+    world_size: int = field(default=1, metadata={"metavar": "N", "help": "Ranks."})
+    micro_batch_size: int | None = field(
+        default=None, metadata={"metavar": "N", "help": "Samples per rank and micro-batch. Default: 1."}
+    )
+    sequence_length: int | None = field(
+        default=None, metadata={"metavar": "TOKENS", "help": "Default: 1024, or what the model allows."}
+    )
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"metavar": "N", "help": "Micro-batches per optimizer step. Default: 1."}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"choices": tuple(DTYPES), "help": "What forward computes in. Default: bf16."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"metavar": "[BOOL]", "help": "Activations are computed again."}
+    )
+    offload_optimizer: bool = field(
+        default=False, metadata={"metavar": "[BOOL]", "help": "ZeRO's masters and optimizer state are on the host."}
+    )
+    peft: str = field(
+        default="none", metadata={"choices": ("none", "lora"), "help": "lora: train low-rank adapters only."}
+    )
+    lora_r: int = field(default=16, metadata={"metavar": "R", "help": "Rank of the adapters."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"metavar": "NAME", "help": "Module names to adapt, or all-linear."},
+    )
+    slsam: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "metavar": "KEY=VALUE",
+            "help": "SL-SAM's knobs, as for launch/train.py: --slsam active_layers=4 rho=0.02, or budget=1.0.",
+        },
+    )
+    json: bool = field(
+        default=False, metadata={"metavar": "[BOOL]", "help": "Print JSON: bytes and FLOPs, not rounded."}
+    )
+
+
+def parse_flags(argv: Sequence[str]) -> Any:
+    """The flags, checked as far as possible without the model.
+
+    Raises:
+        UsageError: An unknown flag, a bad value or combination.
+    """
+    parser = Parser(
+        [EstimateArguments],
+        prog="python -m slsam_ds.estimate",
+        usage="python -m slsam_ds.estimate --model MODEL [--zero STAGE | --fsdp | --deepspeed JSON] [flags]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=_WithExamples,
+        allow_abbrev=False,
+    )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(describe_unknown(parser, unknown[0]))
+    if given.model is None:
+        raise UsageError("--model: give a folder with a config.json, such a file, or a hub id")
+    if given.fsdp and (given.zero is not None or given.deepspeed is not None):
+        raise UsageError("--fsdp excludes --zero and --deepspeed: give one")
+    if given.fsdp and given.offload_optimizer:
+        raise UsageError("--offload_optimizer: not supported with --fsdp; use --slsam offload_state=true")
+    for name in ("world_size", "micro_batch_size", "gradient_accumulation_steps", "lora_r"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
+    return given
+
+
+class _WithExamples(Formatter):
+    """Examples line by line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text == _EPILOG else super()._fill_text(text, width, indent)
+
+
+def read_setup(given: Any) -> tuple[Setup, SLSAMConfig, Mapping[str, Any]]:
+    """The run as flags and DeepSpeed's configuration describe it, the knobs, and DeepSpeed's section on ZeRO.
+
+    Raises:
+        UsageError: A configuration that cannot be used, or a combination that no engine supports.
+    """
+    deepspeed: dict[str, Any] = {}
+    block: Any = None
+    if given.deepspeed is not None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing will run, and no accelerator need be looked for
+        from slsam_ds.engines.deepspeed.config import check_config, read_config
+
+        with refusals(ValueError):
+            deepspeed, block = read_config(given.deepspeed)
+        with refusals(ValueError, prefix=f"--deepspeed {given.deepspeed}: "):
+            check_config(deepspeed)
+    with refusals(ValueError):
+        config = SLSAMConfig.from_assignments(given.slsam, base=block) if isinstance(block, Mapping | None) else None
+        config = config or SLSAMConfig.from_dict(block)  # says what a block must be
+    section: dict[str, Any] = deepspeed.get("zero_optimization", {})
+    stage = given.zero if given.zero is not None else section.get("stage", 0) if given.deepspeed else 2
+    with refusals(ValueError, TypeError, prefix=f"--deepspeed {given.deepspeed}: a size that is no number: "):
+        given.micro_batch_size = given.micro_batch_size or _number(deepspeed, "train_micro_batch_size_per_gpu")
+        limits = (_number(section, name, 10**9) for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters"))
+        setup = Setup(
+            engine="fsdp2" if given.fsdp else f"zero{stage}",  # type: ignore[arg-type]
+            world_size=given.world_size,
+            num_micro_batches=given.gradient_accumulation_steps or _number(deepspeed, "gradient_accumulation_steps"),
+            precision=given.dtype or _precision(deepspeed, given.deepspeed is not None),  # type: ignore[arg-type]
+            offload_optimizer=given.offload_optimizer or _offloads(section, "offload_optimizer"),
+            offload_parameters=stage == 3 and _offloads(section, "offload_param"),
+            reuse_distance=min(limits),
+        )
+    _check(setup, config)
+    return setup, config, section
+
+
+def _check(setup: Setup, config: SLSAMConfig) -> None:
+    """Refuse what no engine does."""
+    if setup.precision == "fp16" and setup.engine in ("zero0", "fsdp2"):
+        raise UsageError("fp16: needs ZeRO stage 1, 2 or 3; or use bf16 or fp32")
+    if setup.offload_optimizer and setup.engine == "zero0":
+        raise UsageError("--offload_optimizer: needs ZeRO stage 1, 2 or 3; or use --slsam offload_state=true")
+    if config.ascent_scope != "global" and not setup.whole_weights:
+        raise UsageError(
+            f'slsam.ascent_scope="{config.ascent_scope}": needs whole weights on every rank; where they are sharded '
+            '(ZeRO-3, FSDP), use "global"'
+        )
+
+
+def _number(section: Mapping[str, Any], name: str, default: int = 1) -> int:
+    value = section.get(name, "auto")
+    return default if value == "auto" else int(value)
+
+
+def _precision(deepspeed: Mapping[str, Any], has_file: bool) -> str:
+    for name in ("fp16", "bf16"):
+        if deepspeed.get(name, {}).get("enabled") is True:
+            return name
+    decided = has_file and deepspeed.get("bf16", {}).get("enabled", False) != "auto"
+    return "fp32" if decided else "bf16"
+
+
+def _offloads(section: Mapping[str, Any], name: str) -> bool:
+    return (section.get(name) or {}).get("device", "none") == "cpu"

@@ -1,0 +1,135 @@
+"""Several samples to a row of `max_length`, none of which sees another: full rows instead of padding.
+
+Position numbers restart with every sample, from which transformers makes an attention mask that ends at its beginning.
+It does so for most models, but neither for all (OPT, BLOOM, Falcon and Mamba look back into the sample before, as of
+transformers 5.23) nor with a key-value cache; the model is therefore tried before the first step.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from slsam_ds.cli.data import IGNORED
+from slsam_ds.cli.usage import UsageError
+from slsam_ds.integrations.console import one_line
+
+PACK_BATCH = 1000
+"""Samples that are packed among each other."""
+
+_PROBE_LENGTH = 6  # tokens of each of the two samples
+_LEAK = 0.01  # of what the first sample changes in the second where nothing separates them; blocked attention is exact
+
+
+def pack(samples: Mapping[str, Sequence[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
+    """Join samples: the longest first, each into the fullest row that has room for it. None is split.
+
+    Args:
+        samples: `input_ids` and `labels`, each at most `max_length` long.
+        max_length: Of a row. Tokens.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids` of every row, in the order of their first samples. A sample's first
+        label is ignored: it would be predicted from the sample before.
+    """
+    lengths = [len(ids) for ids in samples["input_ids"]]
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        fitting = [row for row, left in enumerate(room) if left >= lengths[index]]
+        if not fitting:
+            rows.append([])
+            room.append(max_length)
+            fitting = [len(rows) - 1]
+        best = min(fitting, key=room.__getitem__)
+        rows[best].append(index)
+        room[best] -= lengths[index]
+    rows = sorted((sorted(row) for row in rows), key=lambda row: row[0])
+    ids, labels = samples["input_ids"], samples["labels"]
+    return {
+        "input_ids": [[token for index in row for token in ids[index]] for row in rows],
+        "labels": [[label for index in row for label in (IGNORED, *labels[index][1:])] for row in rows],
+        "position_ids": [[place for index in row for place in range(lengths[index])] for row in rows],
+    }
+
+
+class PackedCollator:
+    """Rows, packed or of one sample, to a batch.
+
+    There is no attention mask, which would make transformers overlook the samples: every token of padding is, by its
+    position 0, a sample of its own.
+
+    Args:
+        pad_token_id: Of the tokenizer.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self._padding = {"input_ids": pad_token_id, "labels": IGNORED, "position_ids": 0}
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """`input_ids`, `labels` and `position_ids`, shape (rows, longest)."""
+        length = max(len(row["input_ids"]) for row in rows)
+        batch: dict[str, list[list[int]]] = {name: [] for name in self._padding}
+        for row in rows:
+            row = {"position_ids": range(len(row["input_ids"])), **row}
+            for name, padding in self._padding.items():
+                batch[name].append([*row[name], *[padding] * (length - len(row[name]))])
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+class PackingCheck(TrainerCallback):
+    """Refuses, before the first step, a model whose samples see each other.
+
+    Args:
+        trainer: Its model is tried as the engine has prepared it, on all ranks.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raises: UsageError: The model's samples see each other."""
+        model = self._trainer.model_wrapped
+        config = self._trainer.model.config
+        training = model.training
+        model.eval()  # no dropout
+        try:
+            leak = measure_leak(model, config.get_text_config().vocab_size, self._trainer.args.device)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--packing: {config.model_type} cannot be packed ({one_line(error)})") from error
+        finally:
+            model.train(training)
+        if not leak <= _LEAK:
+            attention = config._attn_implementation
+            cache = "; --use_cache False may help" if config.use_cache else ""
+            raise UsageError(
+                f"--packing: samples in a row see each other in this model ({config.model_type} with {attention} "
+                f"attention{cache}): leave --packing out"
+            )
+
+
+@torch.no_grad()
+def measure_leak(model: Any, vocabulary: int, device: torch.device) -> float:
+    """How much a sample depends on the one before it in the row.
+
+    Args:
+        model: In eval mode.
+        vocabulary: Number of tokens.
+        device: Of the model's inputs.
+
+    Returns:
+        The change of its logits when the other one changes, as a share of what it is where both are one sample: 0 where
+        nothing leaks.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = torch.randint(0, vocabulary, (3, _PROBE_LENGTH), generator=generator)
+    ids = torch.stack([torch.cat([first, second]), torch.cat([other, second])]).to(device)
+    joined = torch.arange(2 * _PROBE_LENGTH, device=device).expand(2, -1)
+
+    def change(positions: Tensor) -> float:
+        logits = model(input_ids=ids, position_ids=positions).logits[:, _PROBE_LENGTH:].float()
+        return float((logits[0] - logits[1]).abs().mean())
+
+    return change(joined % _PROBE_LENGTH) / change(joined)

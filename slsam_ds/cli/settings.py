@@ -1,0 +1,212 @@
+"""Everything the command line and the DeepSpeed JSON say, checked as far as possible without model and data."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import TRAINER_STATE_NAME
+
+from slsam_ds.cli.arguments import (
+    DEMO_DEFAULTS,
+    DataArguments,
+    ModelArguments,
+    build_parser,
+    describe_unknown,
+)
+from slsam_ds.cli.usage import UsageError, join_ranks, path_of, refusals
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.engines.deepspeed.config import check_config, read_config
+from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
+from slsam_ds.state.files import STATE_FILE
+
+_FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
+_JSON_FLAGS = (
+    "accelerator_config", "fsdp_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "lr_scheduler_kwargs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to do.
+
+    Attributes:
+        model: Which model.
+        data: Which data.
+        slsam: The knobs: the JSON's block with `--slsam` laid over it.
+        training: Everything else.
+        checkpoint: Folder to resume from.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    slsam: SLSAMConfig
+    training: TrainingArguments
+    checkpoint: str | None
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Parse the flags, with the demo's defaults where the user brings no data, and read the DeepSpeed JSON.
+
+    Raises:
+        UsageError: An unknown flag, a bad value or combination, or a JSON that cannot be used.
+    """
+    parser = build_parser(all_flags="--help_all" in argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UsageError(describe_unknown(parser, unknown[0]))
+    _check_combinations(given)
+    slsam = _read_slsam(given.deepspeed, given.slsam)
+    if _is_demo(given):
+        parser.set_defaults(**_demo_defaults(argv))
+    if given.fp16:
+        parser.set_defaults(bf16=False)
+    with (
+        refusals(Exception, prefix="the training flags do not fit together: "),  # whatever their code runs into
+        refusals(ValueError, ImportError, NotImplementedError, OSError),
+    ):
+        if given.use_cpu:
+            join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
+        model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
+    _check_training(training)
+    if training.hub_token is not None:  # the trainer writes its arguments, all of them, beside every checkpoint
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
+    if data.streaming:
+        # Else the first rank would read for all, and could not: it joins batches of different lengths.
+        training.accelerator_config.dispatch_batches = False
+    _make_output_dir(training.output_dir)
+    return Settings(model=model, data=data, slsam=slsam, training=training, checkpoint=_find_checkpoint(training))
+
+
+def _is_demo(given: Any) -> bool:
+    return not given.train_file and given.dataset_name is None
+
+
+def _demo_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
+    asks_for_epochs = any(argument.replace("-", "_").startswith("__num_train_epochs") for argument in argv)
+    # The demo's number of steps would win over the number of epochs that the user asked for.
+    return {name: value for name, value in DEMO_DEFAULTS.items() if not (asks_for_epochs and name == "max_steps")}
+
+
+def _check_combinations(given: Any) -> None:
+    if given.fp16 and given.deepspeed is None:
+        raise UsageError("--fp16: needs --deepspeed, which scales the loss; or use bf16 (the default)")
+    if given.train_file and given.dataset_name is not None:
+        raise UsageError("--train_file and --dataset_name exclude each other: give one")
+    if given.validation_file and _is_demo(given):
+        raise UsageError("--validation_file without training data: give --train_file or --dataset_name too")
+    _check_streaming(given)
+    if given.peft == "lora" and given.lora_r < 1:
+        raise UsageError(f"--lora_r {given.lora_r}: choose a rank of at least 1")
+    if given.deepspeed is not None and given.fsdp:
+        raise UsageError("--deepspeed and --fsdp exclude each other: give one")
+    for name in (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "ddp_timeout",
+    ):
+        if getattr(given, name) < 1:
+            raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
+    for name in _FINITE:
+        if not 0 <= getattr(given, name) < math.inf:
+            raise UsageError(f"--{name} {getattr(given, name)}: choose a finite number of at least 0")
+    for name in _JSON_FLAGS:
+        _check_json(f"--{name}", getattr(given, name), may_be_file=name.endswith("_config"))
+
+
+def _check_json(flag: str, text: str | None, *, may_be_file: bool) -> None:
+    """Refuse what is no JSON object, by the flag's name, which transformers would not say."""
+    if text is None:
+        return
+    with refusals(ValueError, OSError, RecursionError, prefix=f"{flag} {text}: "):
+        from_file = may_be_file and not text.startswith("{")
+        values = json.loads(Path(text).read_text(encoding="utf-8") if from_file else text)
+    if not isinstance(values, dict):
+        raise UsageError(f"{flag} {text}: expected a JSON object, like {{...}}" + ", or a file of one" * may_be_file)
+
+
+def _check_streaming(given: Any) -> None:
+    if given.shuffle_buffer < 0:
+        raise UsageError(f"--shuffle_buffer {given.shuffle_buffer}: choose a number of rows, or 0 for no shuffling")
+    if given.streaming and _is_demo(given):
+        raise UsageError("--streaming without data of your own: give --train_file or --dataset_name too")
+    if given.streaming and given.max_steps < 1:
+        raise UsageError("--streaming: nobody knows how many samples will come: give --max_steps too")
+    if given.streaming and given.dataloader_num_workers > len(given.train_file) > 0:
+        raise UsageError(
+            f"--dataloader_num_workers {given.dataloader_num_workers}: with --streaming a file is read by one worker: "
+            f"choose from 0 to {len(given.train_file)}"
+        )
+
+
+def _read_slsam(deepspeed: str | None, assignments: Sequence[str]) -> SLSAMConfig:
+    """Check the DeepSpeed JSON, and take the knobs from its `slsam` block and from the flags."""
+    if deepspeed is None:
+        with refusals(ValueError):
+            return SLSAMConfig.from_assignments(assignments)
+    if deepspeed.lstrip().startswith("{"):
+        raise UsageError("--deepspeed: expected the path of a JSON file, not the JSON itself")
+    with refusals(ValueError):
+        config, block = read_config(deepspeed)
+    with refusals(ValueError, prefix=f"--deepspeed {deepspeed}: "):
+        check_config(config)
+    with refusals(ValueError):
+        if block is not None and not isinstance(block, Mapping):
+            return SLSAMConfig.from_dict(block)  # says what a block must be
+        return SLSAMConfig.from_assignments(assignments, base=block)
+
+
+def _make_output_dir(folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not tell: nobody writes to a read-only file system
+            pass
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder}: cannot be written to ({error.strerror})") from error
+
+
+def _check_training(training: TrainingArguments) -> None:
+    options = f" --optim_args {training.optim_args}" if training.optim_args else ""
+    with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}{options}: "):
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    mismatches = training.hf_deepspeed_config.mismatches if training.deepspeed else []
+    if mismatches:
+        raise UsageError(
+            f"--deepspeed {training.deepspeed}: contradicts the flags: "
+            + "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " but --") for line in mismatches)
+            + '; "auto" in the JSON takes the flag\'s value'
+        )
+    available = get_available_reporting_integrations()
+    for name in training.report_to:
+        if name not in available:
+            raise UsageError(f"--report_to {name}: not installed; there are: {', '.join(available) or 'none'}")
+
+
+def _find_checkpoint(training: TrainingArguments) -> str | None:
+    asked = training.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() == "true":
+        last = last_complete_checkpoint(training.output_dir)
+        if last is None:
+            raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {training.output_dir}")
+        asked = last
+    folder = path_of(f"--resume_from_checkpoint {asked}", asked)
+    for name in (TRAINER_STATE_NAME, STATE_FILE):
+        if not (folder / name).is_file():
+            raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
+    with refusals(prefix="--resume_from_checkpoint "):
+        num_steps = check_complete(folder)
+    if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
+        raise UsageError(
+            f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"
+        )
+    return str(folder)

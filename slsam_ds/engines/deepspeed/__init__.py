@@ -1,0 +1,1 @@
+"""DeepSpeed: its configuration, its checkpoints, and one engine per ZeRO stage."""

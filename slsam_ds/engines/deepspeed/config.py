@@ -1,0 +1,125 @@
+"""DeepSpeed's configuration: the `slsam` block taken out of it, and what the engines do not support refused."""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import deepspeed
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import BaseModel, ValidationError
+
+_SECTIONS = (
+    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint",
+    "hybrid_engine",
+)  # fmt: skip
+_NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+_USUAL_KEYS = (*_SECTIONS, *_NUMBERS, "slsam")
+_SURELY = 0.8  # no other key that DeepSpeed 0.19 reads is so similar to one of these
+_MODELS: Mapping[str, type[DeepSpeedConfigModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+}
+
+# The private structures that engines/zero*.py rely on were read in these versions.
+_OLDEST_DEEPSPEED = (0, 19, 8)
+_FIRST_UNKNOWN_DEEPSPEED = (0, 20)
+
+
+def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Split a DeepSpeed configuration into DeepSpeed's part and the `slsam` block.
+
+    Args:
+        config: A path to a JSON file, or the mapping itself (left unchanged).
+
+    Returns:
+        DeepSpeed's configuration, and the `slsam` block or None.
+
+    Raises:
+        ValueError: No such file, not JSON, or not a mapping.
+    """
+    if isinstance(config, Mapping):
+        values: Any = dict(config)
+    else:
+        try:
+            values = json.loads(Path(config).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"DeepSpeed configuration {config}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"DeepSpeed configuration {config}: not valid JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"DeepSpeed configuration {config}: expected a JSON object of settings")
+    return values, values.pop("slsam", None)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse, before anything is built, what the engines do not support.
+
+    Raises:
+        ValueError: Naming the setting, its value and what to use.
+    """
+    if (
+        not _OLDEST_DEEPSPEED
+        <= tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:3]))
+        < _FIRST_UNKNOWN_DEEPSPEED
+    ):
+        oldest, unknown = (".".join(map(str, version)) for version in (_OLDEST_DEEPSPEED, _FIRST_UNKNOWN_DEEPSPEED))
+        raise ValueError(f"slsam_ds supports deepspeed >={oldest},<{unknown}; found {deepspeed.__version__}")
+    _refuse_misspelt(config)
+    for name in _SECTIONS:
+        if not isinstance(config.get(name, {}), Mapping):
+            raise ValueError(f"{name}={config[name]!r}: expected a section, like {{...}}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
+    parsed = {name: _parse_section(name, config.get(name, {})) for name in _MODELS}
+    for name in ("offload_optimizer", "offload_param"):
+        offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
+        if offload is not None and offload.device not in ("none", "cpu"):
+            raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; use cpu")
+    if config.get("checkpoint", {}).get("load_universal") is True:  # its step counters are another layer's
+        raise ValueError(
+            "checkpoint.load_universal=true: not supported; leave it out, slsam_ds loads plain checkpoints of any "
+            "number of ranks"
+        )
+    if config.get("hybrid_engine", {}).get("enabled") is True:
+        raise ValueError("hybrid_engine.enabled=true: not supported; switch it off")
+    if stage == 0 and config.get("fp16", {}).get("enabled") is True:
+        raise ValueError("fp16.enabled=true: needs zero_optimization.stage 1, 2 or 3; or use bf16 or float32")
+
+
+def _refuse_misspelt(config: Mapping[str, Any]) -> None:
+    """Refuse what was surely meant as another key: DeepSpeed ignores, without a word, any that it does not know."""
+    for key in config:
+        near = difflib.get_close_matches(key, _USUAL_KEYS, n=1, cutoff=_SURELY)
+        if key not in _USUAL_KEYS and near:
+            raise ValueError(f"{key}: unknown key; did you mean {near[0]!r}?")
+
+
+def _parse_section(name: str, values: Mapping[str, Any]) -> DeepSpeedConfigModel:
+    """A section as DeepSpeed will read it."""
+    try:
+        return _MODELS[name](**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    where = ".".join([name, *path])
+    if problem["type"] != "extra_forbidden":
+        reason = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        reason = "expected a section, like {...}" if problem["type"] == "model_type" else reason
+        raise ValueError(f"{where}={problem['input']!r}: {reason}")
+    near = difflib.get_close_matches(path[-1], _known_keys(_MODELS[name], path[:-1]), n=1)
+    raise ValueError(f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else "remove it"))
+
+
+def _known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The keys of a section, or of the section inside it that `path` leads to."""
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]  # most are optional
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return [key for name, field in section.model_fields.items() for key in (name, field.alias) if key]

@@ -1,0 +1,240 @@
+"""What the ZeRO engines have in common: DeepSpeed's own step, run over a view that holds the sampled groups alone.
+
+The optimizer has one parameter group per arm, so a layer's gradients, master weights and optimizer state are whole
+groups of the ZeRO optimizer. Reduction, clipping and stepping are DeepSpeed's own code, run over a view in which only
+the sampled groups exist: what is not sampled is neither sent, nor zero-filled, nor stepped.
+"""
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from slsam_ds.engines.deepspeed.step import DeepSpeedStep, narrowed, overlaid
+from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
+from slsam_ds.model.layers import LayerMap
+from slsam_ds.protocol import ALWAYS, Piece, Shard
+
+
+class ZeroEngine(DeepSpeedStep):
+    """SL-SAM's view of a DeepSpeedEngine with a ZeRO optimizer.
+
+    A group is what the stage steps at once: an optimizer's parameter group, or a part of one.
+
+    Args:
+        engine: Initialised with one parameter group per arm (key "arm"), everything that may ever be active trainable.
+        layer_map: The arms.
+
+    Raises:
+        ValueError: A DeepSpeed feature or layout that is not supported.
+    """
+
+    zero_class: ClassVar[type[ZeROOptimizer]]
+    per_group_lists: Sequence[str]
+    """Lists of the ZeRO optimizer with one entry per group."""
+    per_group_dicts: Sequence[str]
+    """Dicts of the ZeRO optimizer whose keys are groups; a group may be missing."""
+    private: Sequence[str]
+    """Whatever else of the ZeRO optimizer is relied on and not documented, by dotted path."""
+
+    may_skip_modules = False
+
+    _apart = False
+    """Gradients are this rank's own business: see `Replicated`."""
+
+    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        self._engine = engine
+        self._zero: Any = engine.optimizer
+        self._check_supported()
+        self._members: Sequence[Sequence[nn.Parameter]] = self._find_members()
+        self._groups_of = self._groups_by_arm(layer_map)
+        self._active = set(self._groups_of)
+        self.device = torch.device(engine.device)
+        share_deadline(self._zero.dp_process_group, self.device)
+        self.ranks = ProcessGroupRanks(self._zero.dp_process_group, self.device)
+        # DeepSpeed adds up micro-batches in float32 only in its reduced partitions: where it is asked to, the
+        # reduction cannot be held back until the window ends.
+        self._reduces_every_micro_batch = self._zero.gradient_accumulation_dtype != self._zero.dtype
+
+    @property
+    def sends_during_backward(self) -> bool:
+        return self._reduces_every_micro_batch
+
+    @property
+    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
+        state: MutableMapping[Tensor, MutableMapping[str, Any]] = self._zero.optimizer.state
+        return state
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self._zero.loss_scale)
+
+    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
+        wanted = set(self._groups_of) if arms is None else set(arms)
+        for arm in wanted ^ self._active:
+            for parameter in self._parameters([arm]):
+                parameter.requires_grad_(arm in wanted)
+        self._active = wanted
+
+    @abstractmethod
+    def begin_micro_batch(self, *, last: bool) -> None: ...
+
+    def backward(self, loss: Tensor) -> None:
+        with _reduction_held(self._engine):
+            self._run_backward(loss)
+        if self._reduces_every_micro_batch and not self._apart:
+            self._flush()
+
+    def reduce(self) -> list[Shard]:
+        if not self._reduces_every_micro_batch:
+            self._flush()
+        return [
+            shard
+            for arm in sorted(self._active)
+            for group in self._groups_of[arm]
+            for shard in self._shards(arm, group)
+        ]
+
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        return [piece for arm in sorted(arms) for group in self._groups_of[arm] for piece in self._pieces(arm, group)]
+
+    def discard(self) -> None:
+        for parameter in self._parameters(self._groups_of):
+            parameter.grad = None
+
+    @abstractmethod
+    def live_weights(self, arms: Collection[int]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def publish(self, arms: Collection[int]) -> None: ...
+
+    @abstractmethod
+    def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
+        """The parameters of each group."""
+
+    @abstractmethod
+    def _param_group(self, group: int) -> int:
+        """Which of the inner optimizer's parameter groups a group belongs to."""
+
+    @abstractmethod
+    def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
+        """This rank's part of a group."""
+
+    @abstractmethod
+    def _shards(self, arm: int, group: int) -> Iterator[Shard]:
+        """This rank's pieces of a group whose gradient was reduced."""
+
+    def _unsupported_features(self) -> dict[str, bool]:
+        """DeepSpeed features that are not supported, by what people call them, and whether they are on."""
+        engine, zero = self._engine, self._zero
+        return {
+            "torch_autocast with a gradient scaler": zero.torch_autocast_gradscaler is not None,
+            "zero_optimization.zenflow": bool(zero.zenflow),
+            "mixture-of-experts parameter groups": engine.has_moe_layers,
+            "the Muon optimizer": "muon" in type(zero.optimizer).__name__.lower(),
+            "tensor or sequence parallelism": engine.mp_world_size > 1 or zero.sequence_parallel_size > 1,
+            "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
+            "DeepCompile": engine.is_deepcompile_enabled(),
+        }
+
+    def _check_supported(self) -> None:
+        """Refuse at construction what would otherwise be a silent dense or wrong step.
+
+        Raises:
+            ValueError: Naming the feature and what to do.
+        """
+        zero, name = self._zero, self.zero_class.__name__
+        if type(zero) is not self.zero_class:
+            raise ValueError(
+                f"DeepSpeed ZeRO stage {int(self._engine.zero_optimization_stage())} with {type(zero).__name__}: not "
+                "supported yet; use ZeRO stage 1, 2 or 3 in float32 or bf16 without data_types.grad_accum_dtype (with "
+                "stage 2 or 3 it may be fp32)"
+            )
+        kinds = dict.fromkeys(self.per_group_lists, list) | dict.fromkeys(self.per_group_dicts, dict)
+        found = {attribute: getattr(zero, attribute, None) for attribute in kinds}
+        num_groups = len(found[self.per_group_lists[0]] or ())
+        for attribute, kind in kinds.items():
+            container = found[attribute]
+            if not isinstance(container, kind) or (isinstance(container, list) and len(container) != num_groups):
+                raise ValueError(f"{name}.{attribute} is not the {kind.__name__} per group that slsam_ds knows")
+        for path in self.private:
+            try:
+                attrgetter(path)(zero)
+            except AttributeError:
+                raise ValueError(f"{name}.{path} is not there: slsam_ds does not know this DeepSpeed") from None
+        for feature, present in self._unsupported_features().items():
+            if present:
+                raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds yet; switch it off")
+
+    def _groups_by_arm(self, layer_map: LayerMap) -> dict[int, list[int]]:
+        groups: dict[int, list[int]] = {}
+        for group in range(len(self._members)):
+            param_group = self._zero.optimizer.param_groups[self._param_group(group)]
+            if "arm" not in param_group:
+                raise ValueError(
+                    "the optimizer's parameter groups are not split by layer: build the engine with slsam_ds.initialize"
+                )
+            groups.setdefault(param_group["arm"], []).append(group)
+        expected = {layer.index: {id(parameter) for _, parameter in layer.parameters} for layer in layer_map}
+        if layer_map.always:
+            expected[ALWAYS] = {id(parameter) for _, parameter in layer_map.always}
+        held = {arm: {id(p) for group in members for p in self._members[group]} for arm, members in groups.items()}
+        if held != expected:
+            raise ValueError("the engine's parameter groups do not hold the layers of this model: rebuild the engine")
+        return groups
+
+    def _parameters(self, arms: Collection[int]) -> Iterator[nn.Parameter]:
+        for group in self._groups(arms):
+            yield from self._members[group]
+
+    def _groups(self, arms: Collection[int]) -> list[int]:
+        return sorted(group for arm in arms for group in self._groups_of[arm])
+
+    def _run_backward(self, loss: Tensor) -> None:
+        try:
+            self._engine.backward(loss, scale_wrt_gas=False)
+        except BaseException:
+            self._zero.exit_backward()  # DeepSpeed would believe itself in the middle of a backward for ever
+            raise
+
+    def _flush(self) -> None:
+        """Let DeepSpeed average what the backward passes left on the parameters of the active arms."""
+        with self._only(self._active), self._engine.coalesce_grad_reduction():
+            pass  # the reduction happens on the way out
+
+    @contextlib.contextmanager
+    def _only(self, arms: Collection[int]) -> Iterator[None]:
+        """Within, the ZeRO optimizer and its inner optimizer consist of these arms' groups alone, renumbered from 0."""
+        zero, groups = self._zero, self._groups(arms)
+        param_groups = sorted({self._param_group(group) for group in groups})
+        place_of = {group: place for place, group in enumerate(groups)}
+        positions = getattr(zero, "grad_position", {})  # of a parameter: its group, and where in the group it is
+        shown = {key: [place_of[group], *rest] for key, (group, *rest) in positions.items() if group in place_of}
+        with (
+            narrowed(zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
+            narrowed(zero.optimizer, param_groups, lists=["param_groups"]),
+            overlaid(zero, "grad_position", shown) if positions else contextlib.nullcontext(),
+        ):
+            yield
+
+
+@contextlib.contextmanager
+def _reduction_held(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Within, backward leaves local gradients on the parameters and sends nothing.
+
+    These are the two flags of `DeepSpeedEngine.coalesce_grad_reduction` (deepspeed/runtime/engine.py, 0.19.8), which
+    itself would reduce on the way out even when the pass raised, and then hang the ranks where it did not.
+    """
+    engine.optimizer._coalesce_grad_reduction = True
+    engine.inside_no_sync_ctxt = True
+    try:
+        yield
+    finally:
+        engine.optimizer._coalesce_grad_reduction = False
+        engine.inside_no_sync_ctxt = False

@@ -1,0 +1,139 @@
+"""DeepSpeed without ZeRO (stage 0): every rank holds whole weights and a whole optimizer, and DeepSpeed steps it.
+
+In float32 the engine's optimizer is the user's own; in bf16 DeepSpeed puts one with float32 master weights around it.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import Tensor, nn
+
+from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed
+from slsam_ds.engines.local import LocalEngine
+from slsam_ds.model.layers import LayerMap
+
+# deepspeed/runtime/fp16/unfused_optimizer.py and fused_optimizer.py, 0.19.8: what they keep per parameter group.
+_PER_GROUP_LISTS: Mapping[type, Collection[str]] = {
+    FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
+    FP16_Optimizer: ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "flatten_grad_norm_mask_list"),
+}
+
+
+class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
+    """SL-SAM's view of a DeepSpeedEngine without ZeRO.
+
+    Args:
+        engine: Initialised with one parameter group per arm (key "arm"), everything that may ever be active trainable.
+        layer_map: The arms.
+
+    Raises:
+        ValueError: A DeepSpeed feature or layout that is not supported.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        self._engine = engine
+        _check_supported(engine)
+        wrapper: Any = engine.optimizer
+        inner = getattr(wrapper, "optimizer", wrapper)
+        if any("arm" not in group for group in inner.param_groups):
+            raise ValueError(
+                "the optimizer's parameter groups are not split by layer: build the engine with slsam_ds.initialize"
+            )
+        super().__init__(engine.module, inner, layer_map)
+        self.device = torch.device(engine.device)
+        self._wrapper = wrapper if wrapper is not inner else None
+        self._masters: dict[nn.Parameter, Tensor] = {}
+        self._flat: dict[nn.Parameter, Tensor] = {}
+        if self._wrapper is not None:
+            self._masters, self._flat = _find_masters(self._wrapper)
+            _undo_first_step(engine, self._wrapper)
+
+    def backward(self, loss: Tensor) -> None:
+        with self._engine.no_sync():
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        """By DeepSpeed's own reduction, which takes the gradients of all that is trainable now: these."""
+        with boundary(self._engine, True):
+            self._engine.allreduce_gradients()
+
+    def _stepped_as(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
+        master = self._masters.get(parameter, parameter)
+        flat = self._flat.get(parameter, master)
+        return flat, int(master.storage_offset()) - int(flat.storage_offset())
+
+    @contextlib.contextmanager
+    def _only(self, arms: Collection[int]) -> Iterator[None]:
+        if self._wrapper is None:  # a torch optimizer passes over what has no gradient
+            yield
+            return
+        wanted = [index for index, group in enumerate(self._optimizer.param_groups) if group["arm"] in arms]
+        with (
+            narrowed(self._wrapper, wanted, lists=_PER_GROUP_LISTS[type(self._wrapper)]),
+            narrowed(self._optimizer, wanted, lists=["param_groups"]),
+        ):
+            yield
+
+    def _after_step(self, arms: Collection[int]) -> None:
+        """Nothing to see to: whole weights need no gathering."""
+
+
+def _check_supported(engine: DeepSpeedEngine) -> None:
+    """Refuse at construction what would otherwise be a silent dense or wrong step.
+
+    Raises:
+        ValueError: Naming the feature and what to do.
+    """
+    optimizer = engine.optimizer
+    if type(optimizer) not in _PER_GROUP_LISTS and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"DeepSpeed without ZeRO, with {type(optimizer).__name__}: not supported by slsam_ds")
+    for wrapper, names in _PER_GROUP_LISTS.items():
+        if type(optimizer) is wrapper and not all(isinstance(getattr(optimizer, name, None), list) for name in names):
+            raise ValueError(f"{wrapper.__name__} does not have the lists {', '.join(names)} that slsam_ds knows")
+    features = {
+        "fp16 without ZeRO": engine.fp16_enabled(),  # 0.19.8 unscales gradients there that it has never scaled
+        "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None,
+        "optimizers that communicate by themselves (1-bit)": not engine.enable_backward_allreduce,
+        "mixture-of-experts parameter groups": engine.has_moe_layers,
+        "tensor or sequence parallelism": engine.mp_world_size > 1 or engine.sequence_parallel_size > 1,
+        "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
+        "DeepCompile": engine.is_deepcompile_enabled(),
+    }
+    for feature, present in features.items():
+        if present:
+            raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds; switch it off, or use ZeRO stage 1")
+
+
+def _find_masters(wrapper: Any) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+    """The float32 copy of each parameter; and of those that the optimizer steps as one tensor, that tensor."""
+    masters: dict[nn.Parameter, Tensor] = {}
+    flat: dict[nn.Parameter, Tensor] = {}
+    for index, members in enumerate(wrapper.fp16_groups):
+        if isinstance(wrapper, FP16_UnfusedOptimizer):
+            copies = wrapper.fp32_groups[index]
+        else:
+            whole = wrapper.fp32_groups_flat[index]
+            copies = whole.split([parameter.numel() for parameter in members])
+            flat.update(dict.fromkeys(members, whole))
+        masters.update(zip(members, copies, strict=True))
+    return masters, flat
+
+
+def _undo_first_step(engine: DeepSpeedEngine, wrapper: Any) -> None:
+    """Take back the step on gradients of zero by which DeepSpeed makes optimizer state for all layers.
+
+    It decays weights and counts as a step. A checkpoint that was loaded meanwhile has replaced all of it.
+    """
+    if engine.global_steps == 0:
+        wrapper.optimizer.state.clear()
+        wrapper.refresh_fp32_params()
+    if isinstance(wrapper, FP16_Optimizer):
+        # One mask per group of what tensor parallelism replicates, which is nothing. Left to its first step, it would
+        # make them for the groups of that step alone.
+        wrapper.flatten_grad_norm_mask_list = [torch.empty(0, device=engine.device) for _ in wrapper.fp16_groups]
+        wrapper.has_executed_step = True

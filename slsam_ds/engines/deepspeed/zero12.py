@@ -1,0 +1,158 @@
+"""DeepSpeed ZeRO stages 1 and 2: every rank holds whole weights, but steps only its partition of each group.
+
+After the step only the sampled groups are gathered again; so are they when their shards were perturbed.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+from torch import Tensor, nn
+
+from slsam_ds.engines.deepspeed.zero import ZeroEngine
+from slsam_ds.engines.placement import Replicated
+from slsam_ds.model.layers import LayerMap
+from slsam_ds.protocol import Piece, Shard
+
+
+class ZeroStage12Engine(Replicated, ZeroEngine):
+    """SL-SAM's view of a DeepSpeedEngine with ZeRO stage 1 or 2. Its groups are the optimizer's parameter groups."""
+
+    zero_class = DeepSpeedZeroOptimizer
+
+    # deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8: everything that DeepSpeedZeroOptimizer keeps per parameter group.
+    per_group_lists: Sequence[str] = (
+        "bit16_groups",
+        "bit16_groups_flat",
+        "first_offset",
+        "groups_padding",
+        "parallel_partitioned_bit16_groups",
+        "params_in_partition",
+        "params_not_in_partition",
+        "partition_count",
+        "partition_size",
+        "real_dp_process_group",
+        "round_robin_bit16_groups",
+        "round_robin_bit16_indices",
+        "round_robin_bit16_meta",
+        "round_robin_bit16_offsets",
+        "round_robin_bit16_padding",
+        "single_partition_of_fp32_groups",
+    )
+    per_group_dicts: Sequence[str] = (
+        "all_grad_tensors",
+        "averaged_gradients",
+        "first_param_index_in_partition",
+        "grad_partition_insertion_offset",
+        "grad_start_offset",
+        "is_grad_computed",
+        "is_partition_reduced",
+        "param_to_partition_ids",
+        "remaining_grads_in_partition",
+        "total_grads_in_partition",
+    )
+
+    private = ("_coalesce_grad_reduction", "_hp_optimizer_states_linked", "nccl_start_alignment_factor")
+
+    may_skip_modules = True
+
+    _linked: frozenset[int] = frozenset()
+
+    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
+        self._offloaded = getattr(engine.optimizer, "cpu_offload", False)
+        if self._offloaded:
+            self.per_group_lists = (*self.per_group_lists, "param_buffer_of_bit16_for_cpu_offload_groups")
+        super().__init__(engine, layer_map)
+
+    def begin_micro_batch(self, *, last: bool) -> None:
+        """Every micro-batch is treated alike."""
+
+    def discard(self) -> None:
+        super().discard()
+        for group in self._groups(self._groups_of):
+            self._zero.averaged_gradients[group] = None
+            self._zero.all_grad_tensors[group] = None
+        if self._offloaded:  # the next gradient shall not be added to this one, nor its bad numbers be blamed on it
+            self._zero.micro_step_id = INITIAL_MICRO_STEP_ID
+            self._zero.reset_cpu_buffers()
+
+    def live_weights(self, arms: Collection[int]) -> list[Tensor]:
+        return [self._zero.bit16_groups_flat[group] for group in self._groups(arms)]
+
+    def publish(self, arms: Collection[int]) -> None:
+        with self._only(arms):
+            all_gather_dp_groups(
+                groups_flat=self._zero.bit16_groups_flat,
+                partitioned_param_groups=self._zero.parallel_partitioned_bit16_groups,
+                dp_process_group=self._zero.real_dp_process_group,
+                start_alignment_factor=self._zero.nccl_start_alignment_factor,
+                allgather_bucket_size=self._zero.allgather_bucket_size,
+            )
+
+    def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
+        return list(self._zero.bit16_groups)
+
+    def _param_group(self, group: int) -> int:
+        return group
+
+    def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters([arm]))
+
+    def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
+        return None  # as it is; what DeepSpeed's torch_autocast rounds is not looked at
+
+    def _flush(self) -> None:
+        for parameter in self._parameters(self._active):
+            if parameter.grad is None:  # a rank whose data never touched it must still take part
+                parameter.grad = torch.zeros_like(parameter)
+        super()._flush()
+
+    def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
+        weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
+        master = self._zero.single_partition_of_fp32_groups[group]
+        yield Piece(arm, weight, master.detach(), master, self.ranks.rank)
+
+    def _shards(self, arm: int, group: int) -> Iterator[Shard]:
+        """This rank's partition of a group, in the pieces DeepSpeed keeps its reduced gradient in (no copy)."""
+        (partition,) = self._pieces(arm, group)
+        if self._offloaded:
+            self._zero._wait_for_offload_copies()
+            gradients = [self._zero.single_partition_of_fp32_groups[group].grad]
+        else:
+            gradients = self._zero.averaged_gradients[group]
+        offset = 0
+        for gradient in gradients:
+            end = min(offset + gradient.numel(), partition.weight.numel())
+            weight, master = partition.weight[offset:end], partition.master[offset:end]
+            piece = Piece(arm, weight, master, partition.stepped, partition.owner, offset)
+            yield Shard(piece, gradient.view(-1)[: end - offset])
+            offset = end
+
+    @contextlib.contextmanager
+    def _only(self, arms: Collection[int]) -> Iterator[None]:
+        linked = self._zero._hp_optimizer_states_linked
+        try:
+            self._zero._hp_optimizer_states_linked = True  # ours to do: see _after_step
+            with super()._only(arms):
+                yield
+        finally:
+            self._zero._hp_optimizer_states_linked = linked
+
+    def _after_step(self, arms: Collection[int]) -> None:
+        """Link each group's optimizer state to its parameters when it first exists.
+
+        `_lazy_init_hp_params_optimizer_state` does it once for all groups at the first step, when most have no state
+        yet; universal checkpoints and `safe_get_full_optimizer_state` would miss them.
+        """
+        groups = set(self._groups(arms))
+        for group in groups - self._linked:
+            lazy_init_hp_params_optimizer_state(
+                self._zero.bit16_groups[group],
+                self._zero.single_partition_of_fp32_groups[group],
+                self._zero.optimizer.state,
+            )
+        self._linked |= groups

@@ -1,0 +1,247 @@
+"""Which parameters form which arm: found from the model's structure, numbered in forward order.
+
+Pure: knows torch modules only. No framework, no ranks, no weights are read.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slsam_ds.config import OtherParameters, SLSAMConfig
+from slsam_ds.model.forward_order import used_before
+
+NamedParameter = tuple[str, nn.Parameter]
+Arms = tuple[list[tuple[str, int, list[NamedParameter]]], list[NamedParameter]]  # name, depth; and what is in none
+
+_COMPARABLE = 0.1  # a second stack above this share of the largest one's parameters makes the model ambiguous
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One arm.
+
+    Attributes:
+        index: The arm's number.
+        name: Module path of the block, the pattern it was asked for by, or "before PATH" / "after PATH" of the blocks.
+        parameters: Its trainable parameters with their names, in model order. Never empty.
+        depth: How many blocks, from the first, run before anything of it is used; 0 where that is not known.
+    """
+
+    index: int
+    name: str
+    parameters: tuple[NamedParameter, ...]
+    depth: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Number of weights over all ranks, also where parameters are sharded."""
+        return sum(_numel(parameter) for _, parameter in self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMap:
+    """Every trainable parameter, in exactly one place.
+
+    Attributes:
+        layers: The arms, in forward order.
+        always: Trained in every step.
+        frozen: Trainable, but never trained by SL-SAM.
+        stack: The container of the blocks; None where the arms were named by patterns.
+    """
+
+    layers: tuple[Layer, ...]
+    always: tuple[NamedParameter, ...]
+    frozen: tuple[NamedParameter, ...]
+    stack: nn.Module | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __getitem__(self, index: int) -> Layer:
+        return self.layers[index]
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of weights of each arm, over all ranks."""
+        return tuple(layer.numel for layer in self.layers)
+
+    @property
+    def around(self) -> tuple[bool, ...]:
+        """By arm: whether it is around the blocks, not one of them. Only where there is a stack."""
+        assert self.stack is not None
+        inside = {id(parameter) for parameter in self.stack.parameters()}
+        return tuple(id(layer.parameters[0][1]) not in inside for layer in self.layers)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The arms as JSON-serialisable records: the contents of `slsam_layers.json`."""
+        return [
+            {
+                "index": layer.index,
+                "name": layer.name,
+                "numel": layer.numel,
+                "parameters": [name for name, _ in layer.parameters],
+            }
+            for layer in self.layers
+        ]
+
+    def outline(self) -> list[list[Any]]:
+        """Name and number of weights of each arm: enough to say where two maps differ."""
+        return [[layer.name, layer.numel] for layer in self.layers]
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that differ where `describe()` differs: to compare ranks and checkpoints."""
+        return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()[:16]
+
+
+def find_layers(
+    model: nn.Module, *, other_parameters: OtherParameters = "arms", patterns: Sequence[str] | None = None
+) -> LayerMap:
+    """Find the arms of a model; changes nothing about it, nor about the random state.
+
+    Only parameters that require gradients now take part. An arm left without any is dropped and the numbers stay
+    compact: with LoRA there are no arms for embeddings and head. A tied parameter belongs to the place that uses it
+    first.
+
+    Args:
+        model: Any module, wrapped by PEFT or sharded by FSDP2 as well.
+        other_parameters: What becomes of those outside the blocks (or outside `patterns`): "arms" gives one arm before
+            and one after the blocks (with `patterns`: as "freeze"), "always" and "freeze" no arm.
+        patterns: One arm each, in this order: a module path, or a regular expression that fully matches parameter
+            names. None: the model's blocks.
+
+    Raises:
+        ValueError: No stack of blocks or several comparable ones, a pattern that matches nothing trainable, a
+            parameter matched by two patterns, or no arm at all.
+    """
+    stack = None
+    if patterns is None:
+        path, stack = _find_stack(model)
+        arms, others = _arms_by_structure(model, path, stack, with_others=other_parameters == "arms")
+    else:
+        arms, others = _arms_by_pattern(model, patterns)
+    filled = [(name, tuple(parameters), depth) for name, depth, parameters in arms if parameters]
+    if not filled:
+        raise ValueError(
+            f"no layer of {type(model).__name__} has a trainable parameter: unfreeze some, or set slsam.layers"
+        )
+    layers = tuple(Layer(index, *arm) for index, arm in enumerate(filled))
+    if other_parameters == "always":
+        return LayerMap(layers, always=tuple(others), frozen=(), stack=stack)
+    return LayerMap(layers, always=(), frozen=tuple(others), stack=stack)
+
+
+def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None) -> LayerMap:
+    """Find the arms and freeze what SL-SAM will never train.
+
+    Args:
+        model: The module, not yet wrapped.
+        config: Says how layers are found and what becomes of the other parameters.
+        optimizer: Where given, parameters it does not hold are frozen: nothing would ever update them.
+    """
+    if optimizer is not None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in held)
+    layer_map = find_layers(model, other_parameters=config.other_parameters, patterns=config.layers)
+    for _, parameter in layer_map.frozen:
+        parameter.requires_grad_(False)
+    return layer_map
+
+
+def _numel(parameter: Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor where it partitions
+
+
+def _arms_by_pattern(model: nn.Module, patterns: Sequence[str]) -> Arms:
+    aliases = list(model.named_parameters(remove_duplicate=False))  # a tied parameter answers to all its names
+    modules = dict(model.named_modules(remove_duplicate=False))
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    taken: dict[int, str] = {}
+    arms = []
+    for pattern in patterns:
+        if pattern in modules:
+            matched = {id(parameter) for parameter in modules[pattern].parameters()}
+        else:
+            matched = {id(parameter) for name, parameter in aliases if re.fullmatch(pattern, name)}
+        arm = [(name, parameter) for name, parameter in trainable if id(parameter) in matched]
+        if not arm:
+            raise ValueError(f"slsam.layers: {pattern!r} matches no trainable parameter of {type(model).__name__}")
+        for name, parameter in arm:
+            if id(parameter) in taken:
+                raise ValueError(f"slsam.layers: {name!r} is matched by {taken[id(parameter)]!r} and by {pattern!r}")
+            taken[id(parameter)] = pattern
+        arms.append((pattern, 0, arm))
+    return arms, [(name, parameter) for name, parameter in trainable if id(parameter) not in taken]
+
+
+def _arms_by_structure(model: nn.Module, path: str, stack: nn.Module, *, with_others: bool) -> Arms:
+    blocks = list(stack.named_children())
+    before = _before_blocks(model, path, [block for _, block in blocks])
+    block_of: dict[int, int] = {}
+    for index, (_, block) in enumerate(blocks):
+        for parameter in block.parameters():
+            block_of.setdefault(id(parameter), index)
+    names = [f"before {path}", *(f"{path}.{name}" if path else name for name, _ in blocks), f"after {path}"]
+    places: list[list[NamedParameter]] = [[] for _ in names]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            place = 0 if id(parameter) in before else 1 + block_of.get(id(parameter), len(blocks))
+            places[place].append((name, parameter))
+    depths = [0, *range(len(blocks) + 1)]
+    arms = list(zip(names, depths, places, strict=True))
+    return (arms, []) if with_others else (arms[1:-1], places[0] + places[-1])
+
+
+def _find_stack(model: nn.Module) -> tuple[str, nn.Module]:
+    """The outermost container of repeated blocks that holds the most parameters, with its path."""
+    found = [(sum(map(_numel, stack.parameters())), path, stack) for path, stack in _outermost_stacks(model, "")]
+    found = sorted((entry for entry in found if entry[0]), key=lambda entry: -entry[0])
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no stack of repeated blocks (nn.ModuleList or nn.Sequential): "
+            "name its layers in slsam.layers"
+        )
+    threshold = _COMPARABLE * found[0][0]
+    rivals = [f"{path} ({numel:,} parameters)" for numel, path, _ in found if numel > threshold]
+    if len(rivals) > 1:
+        raise ValueError(
+            f"{type(model).__name__} has several comparable stacks of blocks, {' and '.join(rivals)}: "
+            "name its layers in slsam.layers"
+        )
+    return found[0][1:]
+
+
+def _outermost_stacks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    if _is_stack(module):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _outermost_stacks(child, f"{path}.{name}" if path else name)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    classes = [type(child) for child in module.children()]
+    if isinstance(module, nn.ModuleList):  # blocks of hybrid models are of two classes or more
+        return len(set(classes)) < len(classes)
+    return isinstance(module, nn.Sequential) and len(classes) > 1 and len(set(classes)) == 1
+
+
+def _before_blocks(model: nn.Module, path: str, blocks: Sequence[nn.Module]) -> set[int]:
+    """Ids of the parameters that also live outside the blocks and are used before the first of them."""
+    prefix = f"{path}." if path else ""
+    aliases = model.named_parameters(remove_duplicate=False)
+    registered = [(name.startswith(prefix), id(parameter)) for name, parameter in aliases]
+    first = next(position for position, (inside, _) in enumerate(registered) if inside)
+    early = {parameter for _, parameter in registered[:first]}
+    traced = used_before(model, blocks)
+    # Registration order is only the fallback, for what the trace did not see: OPT registers its final norm first.
+    return {parameter for inside, parameter in registered if not inside and traced.get(parameter, parameter in early)}

@@ -1,0 +1,1 @@
+"""What a step costs, relative to a step of AdamW, and samples that meet a budget."""

@@ -1,0 +1,1 @@
+"""What of SL-SAM outlives a process."""
