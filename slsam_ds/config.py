@@ -15,10 +15,14 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-Selector = Literal["exp3m", "uniform", "cyclic", "all", "top_k"]
+from slsam_ds.choices import read_choice
+from slsam_ds.combinations import COMBINATIONS
+from slsam_ds.directions import DIRECTIONS
+from slsam_ds.schedules import SCHEDULES
+
+SelectorName = Literal["exp3m", "uniform", "cyclic", "all", "top_k"]
 Reward = Literal["grad_norm", "grad_rms", "grad_norm_per_cost"]
 AscentScope = Literal["global", "rank", "micro_batch"]
-AscentSource = Literal["current", "previous"]
 UpdateScale = Literal["inverse_probability", "none"]
 Rounding = Literal["stochastic", "nearest"]
 OtherParameters = Literal["arms", "always", "freeze"]
@@ -50,7 +54,7 @@ class SLSAMConfig:
     active_layers: int | float = 0.2
     """Layers per step: a fraction in (0, 1] of all arms, or a whole number of arms."""
 
-    selector: Selector = "exp3m"
+    selector: SelectorName = "exp3m"
     """How layers are chosen: EXP3.M bandit, uniformly, in turn, all of them, or the largest norms last seen."""
 
     gamma: float | Literal["auto"] = 0.1
@@ -69,9 +73,18 @@ class SLSAMConfig:
     ascent_fraction: float = 1.0
     """Share of the window's samples used for the ascent pass, in (0, 1]; whole samples, at least one per rank."""
 
-    ascent_source: AscentSource = "current"
-    """Where the ascent direction comes from: a pass over the window, or the gradient that each layer last descended
-    along (single-step SAM: one pass per step; a layer is not perturbed the first time)."""
+    ascent_source: str = "current"
+    """What the perturbation climbs along: "current", the gradient of a pass over the window; or, in a single pass,
+    "previous", the gradient that each layer last descended along, or "momentum", the optimizer's first moment. In a
+    single pass a layer is not perturbed the first time."""
+
+    ascend_when: str | dict[str, Any] = "always"
+    """Which steps perturb: "always"; {"every": m}: one step in m; {"last": share}: the last part of the run. In the
+    others rho is 0."""
+
+    descend_along: str | dict[str, Any] = "perturbed"
+    """What the update follows: "perturbed", the gradient h at the perturbed point; "renormalised": h with the norm of
+    the gradient at the weights."""
 
     budget: float | None = None
     """Expected price of a step, AdamW's on the same parameters being 1, in FLOPs; replaces `active_layers`."""
@@ -127,10 +140,21 @@ class SLSAMConfig:
                     re.compile(pattern)
                 except (re.error, OverflowError, RecursionError) as error:
                     raise ValueError(f"slsam.layers: {pattern!r} is not a regular expression ({error})") from None
-        if self.ascent_source == "previous":
+        _require(self, "ascent_source", self.ascent_source in DIRECTIONS, f"expected {_one_of(DIRECTIONS)}")
+        for name, members in (("ascend_when", SCHEDULES), ("descend_along", COMBINATIONS)):
+            try:
+                read_choice(getattr(self, name), members)
+            except ValueError as error:
+                _require(self, name, False, str(error))
+        direction, (combination, _) = DIRECTIONS[self.ascent_source], read_choice(self.descend_along, COMBINATIONS)
+        if not direction.needs_pass:
             for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
-                reason = f'ascent_source="previous" has no ascent pass; use {_shown(needed)}'
+                reason = f'ascent_source="{self.ascent_source}" has no ascent pass; use {_shown(needed)}'
                 _require(self, name, getattr(self, name) == needed, reason)
+        if combination.reads_ascent:
+            reason = "needs the gradient at the weights over the whole window and all ranks; use"
+            _require(self, "descend_along", direction.needs_pass, f'{reason} ascent_source="current"')
+            _require(self, "descend_along", self.ascent_scope == "global", f'{reason} ascent_scope="global"')
         if self.budget is not None:
             _require(self, "selector", self.selector == "exp3m", 'slsam.budget chooses the layers; use "exp3m"')
             _require(self, "layers", self.layers is None, "slsam.budget needs layers found in the model; use null")
@@ -180,6 +204,11 @@ class SLSAMConfig:
         """The knobs as JSON-serialisable values; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @property
+    def has_ascent_pass(self) -> bool:
+        """Whether there are steps that begin with a forward and backward at the weights."""
+        return self.rho > 0 and DIRECTIONS[self.ascent_source].needs_pass
 
     def num_active(self, num_arms: int) -> int:
         """How many of `num_arms` arms a step activates: at least 1.
@@ -253,6 +282,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return any(_matches(value, option) for option in get_args(hint))
     if origin is Literal:
         return isinstance(value, str) and value in get_args(hint)
+    if origin is dict:
+        return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if hint is float:  # an integer is a fine float; a bool is neither
@@ -270,7 +301,10 @@ def _described(hint: Any) -> str:
         return _one_of(get_args(hint))
     if origin is tuple:
         return "a list of strings"
-    return {float: "a number", int: "an integer", bool: "true or false", type(None): "null"}.get(hint, str(hint))
+    if origin is dict:
+        return "a mapping of a name to its argument"
+    names = {float: "a number", int: "an integer", str: "a name", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))
 
 
 def _one_of(choices: Iterable[str]) -> str:
