@@ -211,7 +211,7 @@ class Ours:
 
     def price(self, costs: CostModel, window: Window, step: Step) -> float:
         assert step.active is not None
-        return costs.prices(self.slsam.passes(window)).of(step.active)
+        return costs.prices(self.slsam.workload(window)).of(step.active)
 
     def gradient_bytes(self) -> None:
         return None

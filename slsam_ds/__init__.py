@@ -5,7 +5,8 @@ from slsam_ds.initialization import SLSAMEngine, initialize
 from slsam_ds.model.micro_batches import windows
 from slsam_ds.plan import StepResult
 from slsam_ds.protocol import RanksDisagreeError
-from slsam_ds.slsam import SLSAM, BadNumbersError
+from slsam_ds.skipping import BadNumbersError
+from slsam_ds.slsam import SLSAM
 
 __all__ = [
     "SLSAM",

@@ -39,6 +39,9 @@ class FixedCount:
     def update(self, active: Sequence[int], rewards: Numbers, probabilities: Numbers | None = None) -> None:
         pass
 
+    def use_prices(self, prices: Any) -> None:
+        pass
+
     def state_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "num_arms": self.num_arms, "k": self.k}
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from slsam_ds.protocol import Shard
@@ -33,6 +34,6 @@ class Gradient:
         return Gradient(
             tuple(self.arms[place] for place in places),
             [shard for shard in self.shards if shard.piece.arm in arms],
-            self.sq_norms[places],
+            torch.stack([self.sq_norms[place] for place in places]),  # an index from the host would wait for the device
             self.loss_scale,
         )

@@ -33,12 +33,15 @@ class SLSAMEngine:
         micro_batches: Sequence[Any],
         loss_fn: LossFunction | None = None,
         active: Iterable[int] | None = None,
+        *,
+        perturbed: Iterable[int] | None = None,
+        updated: Iterable[int] | None = None,
     ) -> StepResult:
         """One optimizer step over a window of micro-batches; see `SLSAM.step`.
 
         DeepSpeed's monitor, where one is configured, gets the loss and `slsam_ds.records.metrics` of every step.
         """
-        result = self.slsam.step(micro_batches, loss_fn, active)
+        result = self.slsam.step(micro_batches, loss_fn, active, perturbed=perturbed, updated=updated)
         self._tell_monitor(result)
         return result
 
@@ -71,7 +74,7 @@ class SLSAMEngine:
                 if save_latest and not later:
                     replace_text(Path(save_dir, "latest"), tag)
 
-        self.slsam.engine.ranks.together(finish)
+        self.slsam.engine.ranks.check_together(finish)
         return saved
 
     def load_checkpoint(
@@ -95,8 +98,8 @@ class SLSAMEngine:
         if folder is None or load_module_only:
             return self._engine.load_checkpoint(str(load_dir), tag=tag, load_module_only=load_module_only, **kwargs)
         ranks, setup = self.slsam.engine.ranks, setup_of(self._engine)
-        ranks.together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
-        ranks.together(lambda: check_contents(folder, rank=ranks.rank, num_ranks=ranks.world_size))
+        ranks.check_together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
+        ranks.check_together(lambda: check_contents(folder, rank=ranks.rank, num_ranks=ranks.world_size))
         path, client_state = self._engine.load_checkpoint(load_dir, folder.name, **kwargs)
         self.slsam.load_state_dict(read_state(folder))
         self.slsam.load_random_state(folder)

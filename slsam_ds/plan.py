@@ -1,34 +1,56 @@
 """What a step is told beforehand, and what it tells afterwards."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slsam_ds.config import AscentScope, Rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Who takes part in a step. SL-SAM perturbs and updates the same arms; nothing relies on that.
+
+    Attributes:
+        perturbed: Arms moved to x + ε for the descent pass, ascending.
+        updated: Arms that the optimizer steps, ascending.
+        probability: Of each updated arm: how likely it was to be updated; 1 where it was forced.
+        probabilities: Inclusion probability of every arm when the sample was drawn; they sum to the expected number.
+    """
+
+    perturbed: tuple[int, ...]
+    updated: tuple[int, ...]
+    probability: Mapping[int, float]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything a step needs to know beforehand; the same on every rank.
+    """Everything a step needs to know beforehand; the same on every rank but for `stop`.
 
     Attributes:
         step: Number of the step, from 1.
-        perturbed: Arms moved to x + ε for the descent pass.
-        updated: Arms the optimizer steps.
+        choice: Who takes part, of the arms that are chosen at all.
+        perturbed: Those and, with `other_parameters="always"`, what is trained in every step. Empty where rho is 0.
+        updated: Likewise.
+        ascended: Arms whose gradient the ascent pass finds; empty where there is no ascent pass.
         learning_rate_scale: Factor on this step's learning rate, by arm; 1 where absent.
-        rho: Perturbation radius; 0 = no ascent pass.
+        rho: Perturbation radius; 0 = the step is not perturbed.
         scope: What the ascent gradient is averaged over.
         ascent_fraction: Share of the window's samples that it is averaged over, in (0, 1].
         rounding: How ε reaches low-precision weights.
         seed: Seed of the rounding noise.
         claims: What the ranks must agree on before anything travels.
         max_grad_norm: Largest norm of the gradient that the update sees; None: any, or the engine clips by itself.
-        flag: Whether this rank raises its flag, of which all ranks hear; the one thing that may differ between them.
+        price: FLOPs of the step, AdamW's being 1; None where it is not known. Only recorded.
+        stop: This rank asks to stop after the step, which all ranks then hear.
     """
 
     step: int
+    choice: Choice
     perturbed: tuple[int, ...]
     updated: tuple[int, ...]
+    ascended: tuple[int, ...]
     learning_rate_scale: Mapping[int, float]
     rho: float
     scope: AscentScope
@@ -37,7 +59,13 @@ class Plan:
     seed: int
     claims: Mapping[str, Any]
     max_grad_norm: float | None = None
-    flag: bool = False
+    price: float | None = None
+    stop: bool = False
+
+    @property
+    def touched(self) -> Collection[int]:
+        """Every arm that is perturbed or updated: nothing below the lowest of them changes in the step."""
+        return {*self.perturbed, *self.updated}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,49 +84,23 @@ class BadNumbers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a step measured. Numbers are global: over the whole window and all ranks.
-
-    Attributes:
-        loss: Window loss at the perturbed point (at x itself if there was no ascent pass).
-        ascent_loss: Window loss at x; None without an ascent pass.
-        grad_norms: Descent-gradient norm of each updated arm.
-        perturbation_norm: Norm of the change really made to the weights; includes rounding noise.
-        perturbation_projection: ⟨applied, ε⟩ / rho², 1 where the perturbation arrived whole; None without one.
-        skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
-        bad_numbers: Where it was; None also where DeepSpeed alone found an overflow.
-        flagged: Any rank raised its flag.
-        ascent_seconds: Wall-clock time of the ascent on this rank, its reduction included.
-        descent_seconds: Likewise of the descent.
-    """
-
-    loss: float
-    ascent_loss: float | None = None
-    grad_norms: Mapping[int, float]
-    perturbation_norm: float = 0.0
-    perturbation_projection: float | None = None
-    skipped: bool = False
-    bad_numbers: BadNumbers | None = None
-    flagged: bool = False
-    ascent_seconds: float = 0.0
-    descent_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one optimizer step did. Numbers are global: over the whole window and all ranks.
 
     Attributes:
         step: Number of the step, from 1; skipped steps count.
-        loss: Mean loss of the window at the perturbed point.
+        loss: Mean loss of the window at the perturbed point (at the weights where the step was not perturbed).
         ascent_loss: Mean loss of the window at the weights themselves; None where there was no ascent pass.
-        active: Arms perturbed and updated, ascending.
+        active: Arms updated, ascending.
+        perturbed: Arms perturbed, ascending; those of `active` unless they were chosen apart.
         probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.
-        grad_norms: Descent-gradient norm by active arm.
-        rho: Radius asked for.
-        perturbation_norm: Norm of the change really made to the weights.
-        perturbation_projection: That change along the one asked for: 1 where all of it arrived; None without one.
-        skipped: A non-finite loss or gradient stopped the step; nothing changed.
+        grad_norms: Descent-gradient norm by updated arm, before clipping.
+        rho: Radius asked for; 0 where the step was not to be perturbed.
+        perturbation_norm: Norm of the change really made to the weights, rounding noise included.
+        perturbation_projection: ⟨applied, ε⟩ / rho²: 1 where the perturbation arrived whole; None without one.
+        skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
+        bad_numbers: Where it was; None also where DeepSpeed alone found an overflow.
+        price: FLOPs of the step, a step of AdamW on the same parameters being 1; None where it is not known.
         stop_requested: Some rank called `request_stop` before this step; the same on all ranks.
         seconds: Wall-clock time of the step on this rank.
         ascent_seconds: Of that, the ascent with its reduction.
@@ -109,31 +111,32 @@ class StepResult:
     loss: float
     ascent_loss: float | None
     active: tuple[int, ...]
+    perturbed: tuple[int, ...]
     probabilities: tuple[float, ...]
-    grad_norms: Mapping[int, float]
+    grad_norms: Mapping[int, float] = field(default_factory=dict)
     rho: float
-    perturbation_norm: float
-    perturbation_projection: float | None
-    skipped: bool
-    stop_requested: bool
-    seconds: float
-    ascent_seconds: float
-    descent_seconds: float
+    perturbation_norm: float = 0.0
+    perturbation_projection: float | None = None
+    skipped: bool = False
+    bad_numbers: BadNumbers | None = None
+    price: float | None = None
+    stop_requested: bool = False
+    seconds: float = 0.0
+    ascent_seconds: float = 0.0
+    descent_seconds: float = 0.0
 
     def to_record(self) -> dict[str, Any]:
-        """The line of `slsam_steps.jsonl`."""
-        return {
-            "step": self.step,
-            "active": list(self.active),
-            "probabilities": list(self.probabilities),
-            "grad_norms": {str(arm): norm for arm, norm in self.grad_norms.items()},
-            "ascent_loss": self.ascent_loss,
-            "loss": self.loss,
-            "rho": self.rho,
-            "perturbation_norm": self.perturbation_norm,
-            "perturbation_projection": self.perturbation_projection,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-            "ascent_seconds": self.ascent_seconds,
-            "descent_seconds": self.descent_seconds,
-        }
+        """The line of `slsam_steps.jsonl`: JSON-serialisable values by name."""
+        return {name: _plain(getattr(self, name)) for name in _RECORDED}
+
+
+_RECORDED = (
+    "step", "active", "perturbed", "probabilities", "grad_norms", "ascent_loss", "loss", "rho", "perturbation_norm",
+    "perturbation_projection", "skipped", "price", "seconds", "ascent_seconds", "descent_seconds",
+)  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value

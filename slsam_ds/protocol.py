@@ -3,7 +3,7 @@
 A new sharding regime implements `Engine` and one case in `slsam_ds.engines.select_engine`.
 """
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -69,31 +69,31 @@ class Ranks(Protocol):
         """Sum over ranks, in place. Every rank gets the same bits."""
         ...
 
-    def every(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
-        """Start asking of each flag whether all ranks raise it; the returned function waits for the answer.
+    def all_of(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+        """Start asking of each flag whether it is true on all ranks; the returned function waits for the answer.
 
         Args:
             flags: As many on every rank.
         """
         ...
 
-    def together(self, check: Callable[[], None]) -> None:
-        """Call `check` on every rank, and end it alike on all: none goes on before the last has, or where one cannot.
+    def check_together(self, check: Callable[[], None]) -> None:
+        """Call `check` on every rank. No rank goes on before all have passed, nor where one has failed.
 
         Raises:
             ValueError: What it raised, or an OSError said, on the first rank where it did.
         """
         ...
 
-    def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
+    def agree(self, claims: Mapping[str, Any], *, stop: bool = False) -> Callable[[], bool]:
         """Start comparing `claims` with the other ranks; the returned function waits and checks.
 
         Args:
             claims: By name, the same names on every rank.
-            flag: This rank's, which need not be the others'.
+            stop: This rank asks to stop.
 
         Returns (the returned function):
-            Whether any rank raised its flag.
+            Whether any rank asks to stop.
 
         Raises (the returned function, on every rank):
             RanksDisagreeError: Naming what differs and which rank holds which value.
@@ -126,8 +126,8 @@ class Engine(Protocol):
         ...
 
     @property
-    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
-        """What the user's optimizer remembers, by `Piece.stepped`; saved and loaded with it."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The user's optimizer, under whatever DeepSpeed has put around it. Its state is keyed by `Piece.stepped`."""
         ...
 
     @property
@@ -150,14 +150,29 @@ class Engine(Protocol):
         """What `backward` multiplies losses by (float16): gradients are this many times too large. Fixed in a step."""
         ...
 
-    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
-        """A pass follows in which gradients flow to these arms only; None: to all of them, the state between steps.
+    def begin_step(self, ascended: Collection[int], updated: Collection[int]) -> None:
+        """A step begins. Gradients that a backward outside of SL-SAM has left are dropped.
 
         Args:
-            arms: The pass may be followed by writes into their weights.
-            before: Arms of the pass after this one, if there is one: what neither of them trains, and the next one
-                needs, may stay gathered between them.
+            ascended: Arms whose gradient the ascent pass finds; empty: there is no ascent pass. The perturbed arms
+                are among them.
+            updated: Arms whose gradient the descent pass finds. They may be others than those.
         """
+        ...
+
+    def begin_ascent(self) -> None:
+        """A pass follows in which gradients flow to the ascended arms only, and then writes into their weights.
+
+        What neither pass trains, and the descent reads, may stay gathered until then.
+        """
+        ...
+
+    def begin_descent(self) -> None:
+        """A pass follows in which gradients flow to the updated arms only."""
+        ...
+
+    def end_step(self) -> None:
+        """Everything that may ever be trained is trainable again. Also comes after a pass that raised."""
         ...
 
     def begin_micro_batch(self, *, last: bool) -> None:
@@ -181,6 +196,10 @@ class Engine(Protocol):
 
         The list holds them, summed over the passes within, when they are done. Only where weights are replicated.
         """
+        ...
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the reduced gradients, which `update` will read, in place."""
         ...
 
     def discard(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from slsam_ds.bandit import Exp3M, FixedCount, Numbers, counter_generator, shuffled
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.pricing.budget import BudgetedExp3
+from slsam_ds.pricing.cost import PriceList
 
 
 class Selector(Protocol):
@@ -33,6 +34,9 @@ class Selector(Protocol):
         `probabilities`, in (0, 1] and likewise one per active arm, say how likely each was to be active where that was
         not this selector's doing: a forced sample counts as probability 1.
         """
+
+    def use_prices(self, prices: PriceList) -> None:
+        """See what samples cost, before the first one is drawn, where the configuration chooses or rewards by price."""
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, as JSON-serialisable values."""

@@ -1,44 +1,52 @@
-"""SL-SAM around a model and its optimizer: composes bandit, step and engine, and owns the state."""
+"""SL-SAM around a model and its optimizer: composes policy, step and engine, and owns the state."""
 
-import logging
+import dataclasses
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slsam_ds.combinations import make_combination
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.directions.previous import PreviousGradients
+from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines import select_engine, settle
 from slsam_ds.engines.agreement import checksum
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.layers import LayerMap, map_layers
 from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
-from slsam_ds.model.prefix import Prefix
-from slsam_ds.plan import BadNumbers, Outcome, Plan, StepResult
-from slsam_ds.pricing.budget import BudgetedExp3
+from slsam_ds.model.param_groups import regroup
+from slsam_ds.model.reuse import PrefixReuse
+from slsam_ds.passes import BeginPass, ForwardBackward
+from slsam_ds.plan import StepResult
+from slsam_ds.planner import Planner
+from slsam_ds.policy import Policy
 from slsam_ds.pricing.calibration import calibrate
-from slsam_ds.pricing.cost import CostModel, Passes
+from slsam_ds.pricing.cost import Workload
+from slsam_ds.pricing.pricing import Pricing
 from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.rewards import RewardScale
-from slsam_ds.selectors import make_selector
-from slsam_ds.state.checkpoint import Resumable
-from slsam_ds.step import BeginPass, ForwardBackward, take_step
-
-logger = logging.getLogger(__name__)
-
-
-class BadNumbersError(RuntimeError):
-    """Too many steps in a row were skipped; the weights are those of the last step before them."""
+from slsam_ds.schedules import make_schedule
+from slsam_ds.selectors import Selector, make_selector
+from slsam_ds.skipping import report_skipped
+from slsam_ds.state.checkpoint import TorchCheckpoint, load_random_state, save_random_state
+from slsam_ds.state.files import STATE_VERSION, check_layers
+from slsam_ds.state.progress import Progress
+from slsam_ds.step import take_step
 
 
-_MAX_UPDATE_SCALE = 10.0
-
-
-class SLSAM(Resumable):
+class SLSAM:
     """Sparse-Layer SAM around a model and its optimizer.
+
+    ```python
+    slsam = SLSAM(model, torch.optim.AdamW(model.parameters(), lr=1e-4), SLSAMConfig(rho=0.05, active_layers=0.2))
+    for window in slsam_ds.windows(loader, 4):
+        result = slsam.step(window)  # forward, backward, both passes and optimizer.step()
+    ```
 
     Args:
         model: A plain module (one device, or replicated over the ranks of a process group), one that went through
@@ -46,9 +54,15 @@ class SLSAM(Resumable):
         optimizer: The module's torch optimizer; its groups are split by layer. None with a DeepSpeedEngine.
         config: The knobs; None: the defaults.
         layer_map: The arms, where they were found before the model was wrapped.
-        total_steps: Length of the run; `gamma="auto"` needs it.
-        max_grad_norm: Clip the gradient of the active layers to this global norm before the update; None: do not.
+        total_steps: Length of the run; `gamma="auto"` and some values of `ascend_when` need it.
+        max_grad_norm: Clip the gradient of the updated layers to this global norm before the update; None: do not.
             DeepSpeed has `gradient_clipping` in its configuration instead.
+
+    Attributes:
+        layers: The arms.
+        policy: Chooses them, and learns.
+        engine: Where their shards are.
+        progress: How far the run has come.
 
     Raises:
         ValueError: A model, wrapper or combination that is not supported, in one sentence.
@@ -64,55 +78,69 @@ class SLSAM(Resumable):
         total_steps: int | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        self.config = config or SLSAMConfig()
+        self.config = config = config or SLSAMConfig()
         self.model = model
         settle(model)
-        if layer_map is None:
-            layer_map = map_layers(model, self.config, optimizer)
+        self.layers = layers = layer_map if layer_map is not None else map_layers(model, config, optimizer)
         if optimizer is not None:
-            from slsam_ds.model.param_groups import regroup
-
-            regroup(optimizer, layer_map)
-        self._optimizer = optimizer
-        self.layers = layer_map
-        self._fingerprint = layer_map.fingerprint()
-        self.selector = make_selector(self.config, len(layer_map), total_steps=total_steps)
-        self.engine = select_engine(model, optimizer, layer_map)
-        if self.config.ascent_scope != "global" and not self.engine.replicated:
+            regroup(optimizer, layers)
+        self.engine = engine = select_engine(model, optimizer, layers)
+        if config.ascent_scope != "global" and not engine.replicated:
             raise ValueError(
-                f'slsam.ascent_scope="{self.config.ascent_scope}": needs whole weights on every rank; where they are '
+                f'slsam.ascent_scope="{config.ascent_scope}": needs whole weights on every rank; where they are '
                 'sharded (ZeRO-3, FSDP), use "global"'
             )
-        self.engine.activate(None)
-        home = torch.device("cpu") if self.config.offload_state else None
-        self.engine.optimizer_state_home = home
-        self._previous = None
-        if self.config.ascent_source == "previous":
-            self._previous = PreviousGradients(self.engine, home)
-        self._max_grad_norm = _checked_max_grad_norm(max_grad_norm, self.engine)
-        self._reuses_prefix = self._can_reuse_prefix()
-        self.num_steps = 0
-        self._num_skipped = 0  # in a row, up to now
+        engine.end_step()
+        engine.optimizer_state_home = torch.device("cpu") if config.offload_state else None
+        self._fingerprint = layers.fingerprint()
+        selector = make_selector(config, len(layers), total_steps=total_steps)
+        self.policy = Policy(selector, RewardScale(config.reward, layers.numels))
+        schedule = make_schedule(config.ascend_when, total_steps=total_steps)
+        self._direction = DIRECTIONS[config.ascent_source](engine)
+        self._combination = make_combination(config.descend_along)
+        self._prefixes = PrefixReuse(config, layers, may_skip_modules=engine.may_skip_modules)
+        self._pricing = Pricing(config, layers, self.policy, ascent_share=schedule.share)
+        self._planner = Planner(
+            config,
+            layers,
+            schedule=schedule,
+            direction=self._direction,
+            combination=self._combination,
+            pricing=self._pricing,
+            max_grad_norm=_checked_max_grad_norm(max_grad_norm, engine),
+        )
+        self._checkpoint = TorchCheckpoint(engine, model, optimizer, self._direction.kept) if optimizer else None
+        self.progress = Progress.start(len(layers))
         self._stop_requested = False
-        self._num_updates = [0] * len(layer_map)
-        self._optimizer_is_checked = True
-        self._costs: CostModel | None = None
-        self._passes: Passes | None = None
-        self._chooses_by_cost = self.config.budget is not None or self.config.reward == "grad_norm_per_cost"
-        self._rewards = RewardScale(self.config.reward, layer_map.numels)
+        self._resumed = False  # the optimizer may hold state that loading made up
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken so far, skipped ones among them."""
+        return self.progress.step
+
+    @property
+    def selector(self) -> Selector:
+        """Draws the samples."""
+        return self.policy.selector
 
     def step(
         self,
         window: Sequence[Any],
         loss_fn: LossFunction | None = None,
         active: Iterable[int] | None = None,
+        *,
+        perturbed: Iterable[int] | None = None,
+        updated: Iterable[int] | None = None,
     ) -> StepResult:
         """One optimizer step over a window of micro-batches (its length is the gradient accumulation).
 
         Args:
             window: Micro-batches of this rank: dicts of tensors, or whatever `loss_fn` takes.
             loss_fn: Mean loss of one micro-batch; None: `model(**micro_batch).loss`.
-            active: Forces the sample; the same on every rank.
+            active: Forces the sample: these arms are perturbed and updated. The same on every rank.
+            perturbed: Forces the perturbed arms, for a schedule of one's own; `updated` comes with it.
+            updated: Forces the updated arms, which may be others than the perturbed ones.
 
         Raises:
             ValueError: An empty window, or arms that do not exist.
@@ -130,10 +158,16 @@ class SLSAM(Resumable):
 
             return forward_backward
 
-        return self.step_with(window, begin_pass, active)
+        return self.step_with(window, begin_pass, active, perturbed=perturbed, updated=updated)
 
     def step_with(
-        self, window: Sequence[Any], begin_pass: BeginPass, active: Iterable[int] | None = None
+        self,
+        window: Sequence[Any],
+        begin_pass: BeginPass,
+        active: Iterable[int] | None = None,
+        *,
+        perturbed: Iterable[int] | None = None,
+        updated: Iterable[int] | None = None,
     ) -> StepResult:
         """As `step`, for trainers with a forward and backward of their own.
 
@@ -142,161 +176,167 @@ class SLSAM(Resumable):
             begin_pass: Called with the micro-batches of a pass, or with those parts of them that the ascent takes;
                 returns what is then called for each of them: it calls `engine.backward` itself, on a loss weighted so
                 that their sum is the loss to minimise, and returns that loss, detached.
-            active: Forces the sample.
+            active: As for `step`.
+            perturbed: Likewise.
+            updated: Likewise.
         """
         started = time.perf_counter()
         if len(window) == 0:
             raise ValueError("an empty window: a step needs at least one micro-batch")
-        if self._costs is None and self._chooses_by_cost:
-            one = [window[0]]
-            costs = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
-            self._use_costs(costs, self.passes(window))
-        if not self._optimizer_is_checked:
-            self._check_optimizer()
-        step = self.num_steps + 1
-        forced = active is not None
-        sample = _checked_sample(active, len(self.layers)) if active is not None else self.selector.sample(step)
-        probabilities = tuple(self.selector.probabilities().tolist())
-        plan = self._plan(
-            step, sample, dict.fromkeys(sample, 1.0) if forced else {a: probabilities[a] for a in sample}, len(window)
-        )
-        climbs = plan.rho > 0 and self._previous is None
-        prefix = Prefix.below(self.layers, plan.perturbed) if self._reuses_prefix and climbs else None
-        outcome = take_step(self.engine, plan, window, begin_pass, prefix, self._previous)
-        if prefix is not None and (prefix.watched or (prefix.handed_on and _lost_in_descent(outcome))):
-            self._give_up_prefix_reuse(prefix)
-        self.num_steps = step
-        self._num_skipped = self._num_skipped + 1 if outcome.skipped else 0
-        if outcome.skipped:
-            self._report_skipped(step, outcome.bad_numbers)
-        else:
-            for arm in sample:
-                self._num_updates[arm] += 1
-            self._learn(sample, outcome, forced)
-        return StepResult(
-            step=step,
-            loss=outcome.loss,
-            ascent_loss=outcome.ascent_loss,
-            active=sample,
-            probabilities=probabilities,
-            grad_norms={arm: norm for arm, norm in outcome.grad_norms.items() if arm != ALWAYS},
-            rho=self.config.rho,
-            perturbation_norm=outcome.perturbation_norm,
-            perturbation_projection=outcome.perturbation_projection,
-            skipped=outcome.skipped,
-            stop_requested=outcome.flagged,
-            seconds=time.perf_counter() - started,
-            ascent_seconds=outcome.ascent_seconds,
-            descent_seconds=outcome.descent_seconds,
-        )
+        self._prepare(window, begin_pass)
 
-    def passes(self, window: Sequence[Any]) -> Passes:
-        """What a step over such a window runs, and so pays for."""
-        return Passes.of(self.config, len(window), num_samples(window[0]), reuses_prefix=self._reuses_prefix)
+        step = self.num_steps + 1
+        choice = self.policy.forced(active, perturbed, updated) or self.policy.choose(step)  # 1 select
+        plan = self._planner.plan(  # 2 freeze: gradients flow to the perturbed arms, then to the updated ones
+            step,
+            choice,
+            workload=self.workload(window),
+            claims=self._claims(step, len(window)),
+            stop=self._stop_requested,
+        )
+        prefix = self._prefixes.prefix_of(plan)
+        result = take_step(  # 3 ascend, 4 descend, 5 restore and update
+            self.engine,
+            plan,
+            window,
+            begin_pass,
+            direction=self._direction,
+            combination=self._combination,
+            prefix=prefix,
+        )
+        self._prefixes.review(prefix, result)
+        self.progress = self.progress.after(choice.updated, skipped=result.skipped)
+        if result.skipped:
+            limit = self.config.max_skipped_steps
+            report_skipped(result, self.layers, in_a_row=self.progress.skipped_in_a_row, limit=limit)
+        else:
+            self.policy.learn(choice, result.grad_norms)  # 6 reward
+        return dataclasses.replace(result, seconds=time.perf_counter() - started)
+
+    def workload(self, window: Sequence[Any]) -> Workload:
+        """What a step over such a window runs where it ascends, and so pays for."""
+        reuses_prefix = self._prefixes.allowed
+        return Workload.of(self.config, len(window), num_samples(window[0]), reuses_prefix=reuses_prefix)
 
     def request_stop(self) -> None:
         """Let the next step say `stop_requested` on every rank: a signal may reach one of them alone."""
         self._stop_requested = True
 
-    def _plan(self, step: int, sample: tuple[int, ...], inclusion: Mapping[int, float], window_length: int) -> Plan:
-        arms = (ALWAYS, *sample) if self.layers.always else sample
-        scale = {}
-        if self.config.update_scale == "inverse_probability":
-            scale = {arm: min(1 / probability, _MAX_UPDATE_SCALE) for arm, probability in inclusion.items()}
-        return Plan(
-            step=step,
-            perturbed=arms,
-            updated=arms,
-            learning_rate_scale=scale,
-            rho=self.config.rho,
-            scope=self.config.ascent_scope,
-            ascent_fraction=self.config.ascent_fraction,
-            rounding=self.config.rounding,
-            seed=self.config.seed,
-            max_grad_norm=self._max_grad_norm,
-            flag=self._stop_requested,
-            claims={
-                "the step": step,
-                f"the active layers of step {step}": sample,
-                "the bandit's state": self.selector.state_dict(),
-                "the slsam settings": self.config.to_dict(),
-                "max_grad_norm": self._max_grad_norm,
-                "the model's layers": self._fingerprint,
-                "the micro-batches per step": window_length,
-                "the layers with a previous gradient": self._previous.arms if self._previous is not None else (),
-                **self._checksums(step),
-            },
-        )
+    def state_dict(self) -> dict[str, Any]:
+        """SL-SAM's own state as JSON-serialisable values; the same on every rank.
+
+        Model, optimizer and scheduler are saved by whoever owns them. What the ascent direction keeps of the size of
+        the weights is in the optimizer's state.
+        """
+        return {
+            "version": STATE_VERSION,
+            **self.progress.to_dict(),
+            "layers": self._fingerprint,
+            "arms": self.layers.outline(),
+            "previous": self._direction.state_dict(),
+            **self.policy.state_dict(),
+            "costs": self._pricing.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state: the same samples follow as in the uninterrupted run.
+
+        Raises:
+            ValueError: The state belongs to other layers, another selector or another version.
+        """
+        check_layers(state, self.layers)
+        self._pricing.load_state_dict(state.get("costs"))
+        self.policy.load_state_dict(state)
+        self.progress = Progress.from_dict(state)
+        self._direction.load_state_dict(state["previous"])
+        self._resumed = True
+
+    def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Save weights, optimizer, SL-SAM's and each rank's random state: all but scheduler and place in the data.
+
+        Called by every rank. What `slsam_ds.initialize` returns saves checkpoints of its own.
+
+        Args:
+            folder: On a disk that all ranks share. A checkpoint that is there is replaced when this one is whole.
+
+        Raises:
+            ValueError: The disk is full or cannot be written; what was there still is.
+        """
+        self._torch_checkpoint("save").save(folder, self.state_dict())
+        self._resumed = True
+
+    def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Continue from `save_checkpoint`, with any number of ranks.
+
+        With as many as saved it, the run goes on to the last bit as if it had not stopped. Called by every rank.
+
+        Raises:
+            ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
+        """
+        self.load_state_dict(self._torch_checkpoint("load").load(folder, self.layers, self.config))
+
+    def save_random_state(self, folder: Path) -> None:
+        """Write this rank's random state into the folder of a checkpoint."""
+        save_random_state(self.engine, folder)
+
+    def load_random_state(self, folder: Path) -> None:
+        """Go on with this rank's random numbers; begin new ones where other ranks saved the checkpoint."""
+        load_random_state(self.engine, folder, seed=self.config.seed, step=self.num_steps)
+
+    def complete_optimizer_state(self) -> None:
+        """Until the next step, give the optimizer state of every layer, as its first step would begin with.
+
+        For `torch.distributed.checkpoint`, which saves and loads the state of all parameters or of none.
+        """
+        if self._checkpoint is not None:
+            self._checkpoint.complete_optimizer_state()
+            self._resumed = True
+
+    def _torch_checkpoint(self, verb: str) -> TorchCheckpoint:
+        if self._checkpoint is None:
+            raise ValueError(
+                f"SLSAM.{verb}_checkpoint: a DeepSpeedEngine has its own; use {verb}_checkpoint of the engine that "
+                "slsam_ds.initialize returned"
+            )
+        return self._checkpoint
+
+    def _prepare(self, window: Sequence[Any], begin_pass: BeginPass) -> None:
+        """What comes before the first step, or the first one after a resume."""
+        if self._pricing.must_count:
+            one = [window[0]]
+            counted = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
+            self._pricing.use(counted, self.workload(window))
+        if self._resumed:
+            self._drop_made_up_state()
+            self._resumed = False
+
+    def _drop_made_up_state(self) -> None:
+        """Once after a resume, when optimizer and SL-SAM have loaded in either order: undo what loading made up.
+
+        A layer never updated has no optimizer state. `torch.distributed.checkpoint` makes some, with a step counted
+        that was never taken, and leaves it where the checkpoint has none (`allow_partial_load`).
+        """
+        pieces = self.engine.pieces([*range(len(self.layers)), *([ALWAYS] if self.layers.always else [])])
+        for piece in pieces:
+            if piece.arm != ALWAYS and self.progress.updates[piece.arm] == 0:
+                self.engine.optimizer.state.pop(piece.stepped, None)
+        self._direction.forget_lost(pieces)
+
+    def _claims(self, step: int, window_length: int) -> dict[str, Any]:
+        """What this rank holds that the others must hold too, by what it is."""
+        return {
+            "the bandit's state": self.selector.state_dict(),
+            "the model's layers": self._fingerprint,
+            "the micro-batches per step": window_length,
+            **self._checksums(step),
+        }
 
     def _checksums(self, step: int) -> dict[str, int]:
-        """Of what every rank holds alike, by what it is, in the steps that compare them."""
+        """Of whole weights, in the steps that compare them."""
         every = self.config.check_weights_every
         if not self.engine.replicated or every == 0 or step % every != 0 or self.engine.ranks.world_size == 1:
             return {}
         return {f"the weights of {arm.name}": checksum(self.engine.live_weights([arm.index])) for arm in self.layers}
-
-    def _use_costs(self, costs: CostModel, passes: Passes) -> None:
-        """Let the choice of layers, and the rewards, go by what samples cost."""
-        self._costs, self._passes = costs, passes
-        prices = costs.prices(passes)
-        self._rewards.costs = [base + share for base, share in zip(prices.base, prices.share, strict=True)]
-        if isinstance(self.selector, BudgetedExp3):
-            self.selector.use_prices(prices)
-
-    def _can_reuse_prefix(self) -> bool:
-        """Whether the descent may start above the blocks that both passes have in common."""
-        obstacles = {
-            "the layers were named by patterns": self.layers.stack is None,
-            "this engine runs all of the model every time": not self.engine.may_skip_modules,
-        }
-        found = [obstacle for obstacle, present in obstacles.items() if present]
-        if found and self.config.prefix_reuse is True:
-            raise ValueError(f'slsam.prefix_reuse=true: {found[0]}; use "auto" or false')
-        return self.config.prefix_reuse is not False and not found
-
-    def _give_up_prefix_reuse(self, prefix: Prefix) -> None:
-        """What the blocks compute that were not to run again is used elsewhere; NaN stood in for it."""
-        reason = "something keeps what lower layers compute" if prefix.watched else "the perturbed loss is NaN"
-        logger.warning(
-            "step %d: %s: from here on both passes run every layer (prefix_reuse)", self.num_steps + 1, reason
-        )
-        self._reuses_prefix = False
-
-    def _report_skipped(self, step: int, bad: BadNumbers | None) -> None:
-        what = f"step {step} was skipped: {self._describe(bad)}"
-        limit = self.config.max_skipped_steps
-        if limit is not None and self._num_skipped >= limit:
-            raise BadNumbersError(
-                f"{what}; so were the {limit - 1} before it (slsam.max_skipped_steps={limit}), and the weights are "
-                f"those of step {step - limit}: look at the data, or lower the learning rate or slsam.rho"
-            )
-        logger.warning("%s", what)
-
-    def _describe(self, bad: BadNumbers | None) -> str:
-        if bad is None:
-            return "a gradient overflowed"
-        if bad.ranks:
-            ranks = f"rank {bad.ranks[0]}" if len(bad.ranks) == 1 else f"ranks {', '.join(map(str, bad.ranks))}"
-            return f"in the {bad.during} pass, the loss of {ranks} is not finite"
-        names = ["what is always trained" if arm == ALWAYS else self.layers[arm].name for arm in bad.arms]
-        return f"in the {bad.during} pass, the gradient of {', '.join(names)} is not finite, though every loss is"
-
-    def _learn(self, sample: tuple[int, ...], outcome: Outcome, forced: bool) -> None:
-        norms = {arm: outcome.grad_norms[arm] for arm in sample}
-        rewards = self._rewards.rewards(norms)
-        self.selector.observe(norms)
-        self.selector.update(
-            sample,
-            [rewards[arm] for arm in sample],
-            probabilities=[1.0] * len(sample) if forced else None,
-        )
-
-
-def _lost_in_descent(outcome: Outcome) -> bool:
-    """Whether the loss was a number at x and is none at x + ε."""
-    ascended = outcome.ascent_loss is not None and math.isfinite(outcome.ascent_loss)
-    bad = outcome.bad_numbers
-    return ascended and bad is not None and bad.during == "descent" and math.isnan(outcome.loss)
 
 
 def _checked_max_grad_norm(max_grad_norm: float | None, engine: Engine) -> float | None:
@@ -309,10 +349,3 @@ def _checked_max_grad_norm(max_grad_norm: float | None, engine: Engine) -> float
     if not 0 < max_grad_norm < math.inf:
         raise ValueError(f"max_grad_norm={max_grad_norm}: choose a number above 0, or None for no clipping")
     return float(max_grad_norm)
-
-
-def _checked_sample(active: Iterable[int], num_arms: int) -> tuple[int, ...]:
-    sample = tuple(sorted({int(arm) for arm in active}))
-    if not sample or sample[0] < 0 or sample[-1] >= num_arms:
-        raise ValueError(f"active={list(sample)}: choose arms from 0 to {num_arms - 1}")
-    return sample

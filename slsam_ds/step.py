@@ -1,34 +1,42 @@
 """The two-pass step of SL-SAM, written once for every engine.
 
-A step has two selections: the arms it perturbs and the arms it updates. SL-SAM perturbs and updates the same sample;
-rho = 0 skips the ascent pass (AdamW with all arms, LISA with a uniform sample); all arms is dense SAM.
+A step perturbs some arms (P) and updates some (U). SL-SAM perturbs and updates the same sample; dense SAM perturbs and
+updates all arms; rho = 0 leaves the ascent out (AdamW with all arms, LISA with a uniform sample).
+
+On one device, with one micro-batch, plain SGD and P = U, `take_step` comes to this:
+
+```python
+g = grad(loss(x), x[P])                     # 3 ascend
+epsilon = rho * g / g.norm()
+h = grad(loss(x + epsilon), x[U])           # 4 descend
+x[U] -= learning_rate * h                   # 5 restore and update
+```
+
+`SLSAM.step_with` does the rest: 1 select, 2 freeze (by the plan) and 6 reward. What `take_step` adds is what sharding,
+accumulation and bad numbers ask for: gradients are reduced once per pass, the norm is taken over all shards, weights
+come back bit for bit, and nothing is updated where a number is not finite.
 """
 
 import contextlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from slsam_ds.directions.previous import PreviousGradients
-from slsam_ds.model.micro_batches import ascent_part, first_samples
+from slsam_ds.combinations import Combination
+from slsam_ds.directions import Direction
+from slsam_ds.gradient import Gradient
 from slsam_ds.model.prefix import Prefix
-from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator
-from slsam_ds.plan import BadNumbers, Outcome, Plan
+from slsam_ds.passes import BeginPass, Part, Passes
+from slsam_ds.perturbation import perturb_, preserved, rounding_generator
+from slsam_ds.plan import BadNumbers, Plan, StepResult
 from slsam_ds.protocol import Engine, Shard
+from slsam_ds.radius import euclidean
 from slsam_ds.records.stopwatch import Stopwatch
 from slsam_ds.rng import RandomState
-from slsam_ds.tally import local_sq_norms, upload
-
-ForwardBackward = Callable[[Any], Tensor]
-"""Runs one micro-batch and calls `engine.backward` on its weighted loss; returns that loss, detached, shape ()."""
-
-BeginPass = Callable[[Sequence[Any]], ForwardBackward]
-"""Given all micro-batches of a pass, what runs one of them, weighted so that the losses add up to that of the pass."""
+from slsam_ds.tally import Numbers, Tally, local_sq_norms
 
 
 def take_step(
@@ -36,362 +44,244 @@ def take_step(
     plan: Plan,
     window: Sequence[Any],
     begin_pass: BeginPass,
+    *,
+    direction: Direction,
+    combination: Combination,
     prefix: Prefix | None = None,
-    previous: PreviousGradients | None = None,
-) -> Outcome:
-    """Ascend, descend, restore, update: one optimizer step over a window of micro-batches.
+) -> StepResult:
+    """One optimizer step over a window of micro-batches.
 
-    If a pass raises, the weights are restored, the gathered gradients dropped, and the engine can be used again.
+    The host runs ahead of the device: it reads the step's numbers once, after the descent's reduction. If a pass
+    raises, the weights are restored, the gathered gradients dropped, and the engine can be used again.
 
     Args:
         engine: Where shards live and what must travel.
-        plan: What to do; the same on every rank.
+        plan: What to do.
         window: Micro-batches of this rank.
         begin_pass: Runs them.
+        direction: Where to climb.
+        combination: What the update descends along.
         prefix: The blocks that the descent need not run again.
-        previous: Climb along these instead of along the gradient of an ascent pass, and keep this step's there.
 
     Raises:
         RanksDisagreeError: Before any gradient travels.
     """
-    run = _Run(engine, plan, window, begin_pass, prefix, previous)
-    try:
-        engine.discard()  # what a backward outside of SL-SAM may have left
-        for part, climbed in run.parts():
-            random_state = RandomState.capture(engine.device)
-            ascent = run.ascend(climbed)
-            random_state.replay()
-            with run.perturbed(ascent):
-                run.descend(part)
-        descent = run.reduce()
-        measured = run.read()
-        if not measured.finite:
-            return run.skip(measured)
-        if previous is not None:
-            previous.remember(descent.shards, measured.descent.sq_norms, loss_scale=descent.loss_scale)
-        if plan.max_grad_norm is not None:
-            _clip(descent.shards, measured.descent.norm, plan.max_grad_norm)
+    step = _Step(engine, plan, Passes(engine, plan, window, begin_pass, prefix), direction)
+    with _left_clean(engine):
+        engine.begin_step(plan.ascended, plan.updated)
+        for part in step.passes.parts():
+            dropout = RandomState.capture(engine.device)
+            ascent = step.ascend(part)  # g at x, of the perturbed arms
+            dropout.replay()  # both passes draw the same masks
+            with step.perturbed(ascent, part):  # x + ε; on the way out x again, bit for bit
+                step.descend(part)  # h, of the updated arms
+        descent = step.reduce(plan.updated, during="descent")
+        numbers = step.read()  # the host waits for the device: once in a step
+        bad = _bad_numbers(plan, numbers)
+        if bad is None:
+            direction.observe(descent, numbers.by_arm("descent_sq_norms", plan.updated))
+            engine.scale_gradients(_descent_factor(plan, combination, numbers))
+        else:  # every rank read the same numbers, so all come here
+            engine.discard()
         updated = engine.update(
             plan.updated,
             num_micro_batches=len(window),
             learning_rate_scale=plan.learning_rate_scale,
-            skip=False,
+            skip=bad is not None,
         )
-        if previous is not None and updated:
-            previous.keep()
+        if updated:
+            direction.keep()
+    return step.result(numbers, bad, updated=updated)
+
+
+@contextlib.contextmanager
+def _left_clean(engine: Engine) -> Iterator[None]:
+    """Within is a step. Whatever happens in it, everything is trainable afterwards and no gradient is left behind."""
+    try:
+        yield
     except BaseException:
         engine.discard()
         raise
     finally:
-        engine.activate(None)
-    return run.outcome(measured, skipped=not updated)
+        engine.end_step()
 
 
-@dataclass(frozen=True, slots=True)
-class _Gradient:
-    """The gradient of a pass, not yet read by the host.
+class _Step:
+    """One step under way, and the numbers that it adds up until the one all-reduce of the descent.
 
-    Attributes:
-        shards: `loss_scale` times too large.
-        sq_norms: By arm, over all ranks, or over this one where the ascent is local. float64, on the engine's device.
+    Args:
+        engine: As for `take_step`.
+        plan: Likewise.
+        passes: Runs the micro-batches.
+        direction: As for `take_step`.
     """
 
-    shards: list[Shard]
-    loss_scale: float
-    sq_norms: Tensor
+    def __init__(self, engine: Engine, plan: Plan, passes: Passes, direction: Direction) -> None:
+        self.passes = passes
+        self._engine, self._plan, self._direction = engine, plan, direction
+        self._tally, self._clock = Tally(engine.ranks, engine.device), Stopwatch(engine.device)
 
-
-@dataclass(frozen=True, slots=True)
-class _Numbers:
-    """What the host read of a pass. `bad_ranks` are those whose own loss is not finite."""
-
-    loss: float
-    sq_norms: dict[int, float]
-    bad_ranks: tuple[int, ...]
-
-    @classmethod
-    def of(cls, statistics: Sequence[float], arms: Sequence[int]) -> "_Numbers":
-        loss, *rest = statistics
-        bad_ranks = tuple(rank for rank, is_bad in enumerate(rest[len(arms) :]) if is_bad)
-        return cls(loss, dict(zip(arms, rest, strict=False)), bad_ranks)
-
-    @property
-    def norm(self) -> float:
-        return math.sqrt(math.fsum(self.sq_norms.values()))
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.loss, *self.sq_norms.values())))
-
-    @property
-    def bad_arms(self) -> tuple[int, ...]:
-        return tuple(arm for arm, sq_norm in self.sq_norms.items() if not math.isfinite(sq_norm))
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """What the host read of a step, the same on every rank.
-
-    Attributes:
-        ascent: None where it was local, or there was none.
-        ascent_loss: Also where it was local; None without an ascent pass.
-        applied: ⟨applied, ε⟩, ‖applied‖² and the number of perturbations.
-        seconds: Of ascent and descent.
-    """
-
-    ascent: _Numbers | None
-    descent: _Numbers
-    ascent_loss: float | None
-    applied: tuple[float, float, float]
-    seconds: tuple[float, float]
-
-    @property
-    def finite(self) -> bool:
-        ascended = self.ascent is None or self.ascent.finite
-        return ascended and self.descent.finite and (self.ascent_loss is None or math.isfinite(self.ascent_loss))
-
-
-_Around = Callable[[int], contextlib.AbstractContextManager[None]]
-"""What surrounds the forward and backward of a micro-batch, which has the same number in both passes."""
-
-
-class _Run:
-    """One step under way: its passes, and what they add up on this rank until the one all-reduce of the descent.
-
-    The host runs ahead of the device: what it decides by, it reads once, after the descent's reduction.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        plan: Plan,
-        window: Sequence[Any],
-        begin_pass: BeginPass,
-        prefix: Prefix | None,
-        previous: PreviousGradients | None,
-    ) -> None:
-        self._engine, self._plan = engine, plan
-        self._prefix, self._previous = prefix, previous
-        self._window, self._climbed = window, _ascent_window(window, plan)
-        self._forward_backward = begin_pass(window)
-        self._climb = begin_pass(self._climbed) if plan.ascent_fraction < 1 else self._forward_backward
-        self._keep, self._reuse = (prefix.kept, prefix.reused) if prefix is not None else (_as_it_is, _as_it_is)
-        self._check_agreement = engine.ranks.agree(plan.claims, flag=plan.flag)
-        self._num_left = len(window)  # of the descent
-        self._flagged = False
-        self._statistics: list[Tensor] = []  # of the passes, over all ranks, for the host to read
-        self._everywhere_reusable: Callable[[], Sequence[bool]] | None = None
-        self._clock = Stopwatch(engine.device)
-        self._ascent_loss, self._descent_loss = torch.zeros(2, dtype=torch.float64, device=engine.device)
-        # ⟨applied, ε⟩, ‖applied‖² and the number of perturbations, each counted by the ranks it belongs to.
-        self._applied = torch.zeros(3, dtype=torch.float64, device=engine.device)
-
-    def parts(self) -> list[tuple[Sequence[Any], Sequence[Any]]]:
-        """What climbs by itself: micro-batches to descend on, and what of them to climb on."""
-        if self._plan.scope != "micro_batch":
-            return [(self._window, self._climbed)]
-        return [([whole], [climbed]) for whole, climbed in zip(self._window, self._climbed, strict=True)]
-
-    def ascend(self, part: Sequence[Any]) -> _Gradient | None:
-        """The gradient at x to climb along; None where there is none."""
-        if self._plan.rho == 0:
+    def ascend(self, part: Part) -> Gradient | None:
+        """What the perturbed arms climb along; None where there is nothing to climb."""
+        plan, direction = self._plan, self._direction
+        if plan.rho == 0:
             return None
-        if self._previous is not None:
-            return self._recalled(self._previous)
-        self._engine.activate(self._plan.perturbed, before=self._plan.updated)
+        if not direction.needs_pass:
+            self.passes.await_agreement()  # the next to travel are perturbed weights
+            return direction.climb(plan.perturbed, None)
         with self._clock.inside():
-            return self._global_ascent(part) if self._plan.scope == "global" else self._local_ascent(part)
+            self._engine.begin_ascent()
+            gradient = self._global_ascent(part) if plan.scope == "global" else self._local_ascent(part)
+            return direction.climb(plan.perturbed, gradient.restricted(plan.perturbed))
 
-    def _recalled(self, previous: PreviousGradients) -> _Gradient | None:
-        self._flagged = self._check_agreement()  # the next to travel are perturbed weights
-        known = [arm for arm in self._plan.perturbed if arm in previous.sq_norms]
-        if not known:
-            return None
-        sq_norms = upload([previous.sq_norms[arm] for arm in known], self._engine.device)
-        return _Gradient(previous.recall(self._engine.pieces(known)), 1.0, sq_norms)
-
-    def _global_ascent(self, part: Sequence[Any]) -> _Gradient:
-        loss = self._climb_all(part)
-        self._ascent_loss += loss
-        self._share_reusable()
-        return self._reduce(self._plan.perturbed, loss)
-
-    def _local_ascent(self, part: Sequence[Any]) -> _Gradient:
-        with self._engine.local_gradients() as shards:
-            loss = self._climb_all(part)
-        sq_norms = self._local_sq_norms(shards, self._plan.perturbed)
-        # Where one is not finite, `perturbed` goes nowhere; the descent's all-reduce tells the others.
-        self._ascent_loss += torch.where((loss + sq_norms.sum()).isfinite(), loss, math.nan)
-        return _Gradient(shards, self._engine.loss_scale, sq_norms)
+    def descend(self, part: Part) -> None:
+        """Add the gradient at the weights as they are now to the window's."""
+        self._engine.begin_descent()
+        self._tally.add("loss", self.passes.descend(part) / self._engine.ranks.world_size)
 
     @contextlib.contextmanager
-    def perturbed(self, ascent: _Gradient | None) -> Iterator[None]:
+    def perturbed(self, ascent: Gradient | None, part: Part) -> Iterator[None]:
         """Hold the perturbed arms at x + ε, or at x where there is no way up; restore x exactly on the way out."""
-        engine, plan = self._engine, self._plan
         if ascent is None:
-            if plan.scope == "global":
-                engine.discard()
             yield
             return
-        scale = perturbation_scale(ascent.sq_norms.sum(), rho=plan.rho)
+        engine, plan = self._engine, self._plan
+        is_global = plan.scope == "global"
         with preserved(engine.live_weights(plan.perturbed)):
-            with torch.no_grad():
-                for number, shard in enumerate(ascent.shards):
-                    self._perturb(shard, scale / ascent.loss_scale, number)
-            ascent.shards.clear()  # the ascent gradient is not needed during the descent pass
-            self._applied[2] += (scale > 0).double() / (1 if plan.scope != "global" else engine.ranks.world_size)
-            if plan.scope == "global":
+            self._climb(ascent, part)
+            ascent.shards.clear()  # the descent pass has no need of the ascent gradient's memory
+            if is_global:  # a local ascent leaves the window's gradients alone, and perturbs whole weights in place
                 engine.discard()
                 engine.publish(plan.perturbed)
             yield
 
-    def descend(self, part: Sequence[Any]) -> None:
-        """Add the gradient at the weights as they are now to the window's."""
-        self._engine.activate(self._plan.updated)
-        self._forget_what_others_run()
-        self._descent_loss += self._run_all(part, self._forward_backward, self._reuse, num_left=self._num_left)
-        self._num_left -= len(part)
-
-    def reduce(self) -> _Gradient:
-        """The window's descent gradient, and every statistic of the step, over all ranks."""
-        local = torch.cat([self._ascent_loss[None] / self._engine.ranks.world_size, self._applied])
-        return self._reduce(self._plan.updated, self._descent_loss, local)
-
-    def read(self) -> _Measured:
-        """Wait for the device: the one time in a step."""
-        self._clock.stop()
-        numbers = iter(torch.cat(self._statistics).tolist())
-        *of_ascent, of_descent = ([*itertools.islice(numbers, len(part))] for part in self._statistics)
-        *of_descent, ascent_loss, projection, sq_norm, num_perturbations = of_descent
-        return _Measured(
-            ascent=_Numbers.of(of_ascent[0], self._plan.perturbed) if of_ascent else None,
-            descent=_Numbers.of(of_descent, self._plan.updated),
-            ascent_loss=ascent_loss if self._plan.rho > 0 and self._previous is None else None,
-            applied=(projection, sq_norm, num_perturbations),
-            seconds=self._clock.seconds(),
-        )
-
-    def outcome(self, measured: _Measured, *, skipped: bool) -> Outcome:
-        """What to tell about a step whose numbers were all finite."""
-        projection, applied_sq_norm, num_perturbations = measured.applied
-        moved = num_perturbations > 0
-        return Outcome(
-            loss=measured.descent.loss,
-            ascent_loss=measured.ascent_loss,
-            grad_norms={arm: math.sqrt(sq_norm) for arm, sq_norm in measured.descent.sq_norms.items()},
-            perturbation_norm=math.sqrt(applied_sq_norm / num_perturbations) if moved else 0.0,
-            perturbation_projection=projection / num_perturbations / self._plan.rho**2 if moved else None,
-            skipped=skipped,
-            flagged=self._flagged,
-            ascent_seconds=measured.seconds[0],
-            descent_seconds=measured.seconds[1],
-        )
-
-    def skip(self, measured: _Measured) -> Outcome:
-        """Leave all as it is. Every rank saw the same bad number in the all-reduced statistics, so all come here."""
-        engine, plan = self._engine, self._plan
-        engine.discard()
-        engine.update(plan.updated, num_micro_batches=len(self._window), learning_rate_scale={}, skip=True)
-        ascent, descent = measured.ascent, measured.descent
-        bad = (
-            BadNumbers(during="ascent", ranks=ascent.bad_ranks, arms=ascent.bad_arms)
-            if ascent is not None and not ascent.finite
-            else BadNumbers(during="descent", ranks=descent.bad_ranks, arms=descent.bad_arms)
-        )
-        return Outcome(
-            loss=descent.loss if bad.during == "descent" else math.nan,
-            ascent_loss=measured.ascent_loss,
-            grad_norms={},
-            skipped=True,
-            bad_numbers=bad,
-            flagged=self._flagged,
-            ascent_seconds=measured.seconds[0],
-            descent_seconds=measured.seconds[1],
-        )
-
-    def _climb_all(self, part: Sequence[Any]) -> Tensor:
-        whole = all(climbed is micro_batch for climbed, micro_batch in zip(self._climbed, self._window, strict=False))
-        return self._run_all(part, self._climb, self._keep if whole else _as_it_is, num_left=len(part))
-
-    def _run_all(
-        self, part: Sequence[Any], forward_backward: ForwardBackward, around: _Around, *, num_left: int
-    ) -> Tensor:
-        """Sum of the weighted losses. Shape (), float64, local."""
-        if self._engine.sends_during_backward:
-            self._flagged = self._check_agreement()
-        torch.clear_autocast_cache()  # one around the step would go on with the weights that it cast before they moved
-        local_loss = torch.zeros((), dtype=torch.float64, device=self._engine.device)
-        for number, micro_batch in enumerate(part, start=1):
-            self._engine.begin_micro_batch(last=number == num_left)
-            with around(self._num_left - number):
-                local_loss += forward_backward(micro_batch)
-        return local_loss
-
-    def _share_reusable(self) -> None:
-        """Where weights are sharded, all ranks must gather for the blocks of a prefix, or none."""
-        if self._engine.may_skip_modules and not self._engine.replicated:
-            prefix, numbers = self._prefix, range(len(self._window))
-            flags = [prefix is not None and prefix.reusable(number) for number in numbers]
-            self._everywhere_reusable = self._engine.ranks.every(flags)
-
-    def _forget_what_others_run(self) -> None:
-        if self._prefix is not None and self._everywhere_reusable is not None:
-            for number, reusable in enumerate(self._everywhere_reusable()):
-                if not reusable:
-                    self._prefix.forget(number)
-
-    def _reduce(self, arms: tuple[int, ...], local_loss: Tensor, extra: Tensor | None = None) -> _Gradient:
-        """One reduction of the gradients, one all-reduce of their statistics and whatever else there is to add up."""
-        engine = self._engine
-        self._flagged = self._check_agreement()
+    def reduce(self, arms: tuple[int, ...], *, during: Literal["ascent", "descent"]) -> Gradient:
+        """Average the gradients of a pass over ranks, and sum up their norms with all else that was tallied."""
+        engine, tally = self._engine, self._tally
+        self.passes.await_agreement()
         shards = engine.reduce()
-        sq_norms = self._local_sq_norms(shards, arms)
         bad = torch.zeros(engine.ranks.world_size, dtype=torch.float64, device=engine.device)
-        bad[engine.ranks.rank] = (local_loss + self._ascent_loss).isfinite().logical_not()
-        local = [local_loss[None] / engine.ranks.world_size, sq_norms, bad, *([extra] if extra is not None else [])]
-        self._statistics.append(engine.ranks.all_reduce(torch.cat(local)))
-        return _Gradient(shards, engine.loss_scale, self._statistics[-1][1 : 1 + len(arms)])
+        bad[engine.ranks.rank] = tally.local_sum("ascent_loss", "loss").isfinite().logical_not()
+        tally.add(f"{during}_bad", bad)
+        tally.add(f"{during}_sq_norms", self._local_sq_norms(shards, arms))
+        tally.reduce()
+        return Gradient(arms, shards, tally[f"{during}_sq_norms"], engine.loss_scale)
 
-    def _local_sq_norms(self, shards: list[Shard], arms: tuple[int, ...]) -> Tensor:
+    def read(self) -> Numbers:
+        """All numbers of the step; waits for the device."""
+        self._clock.stop()
+        return self._tally.read()
+
+    def result(self, numbers: Numbers, bad: BadNumbers | None, *, updated: bool) -> StepResult:
+        """What to tell about the step. Of one that met a bad number, what it measured means nothing."""
+        plan, told = self._plan, {} if bad is not None else _measured(self._plan, numbers)
+        ascent_seconds, descent_seconds = self._clock.seconds()
+        return StepResult(
+            step=plan.step,
+            loss=math.nan if bad is not None and bad.during == "ascent" else numbers["loss"],
+            ascent_loss=numbers.get("ascent_loss"),
+            active=plan.choice.updated,
+            perturbed=plan.choice.perturbed if plan.rho > 0 else (),
+            probabilities=plan.choice.probabilities,
+            rho=plan.rho,
+            skipped=not updated,
+            bad_numbers=bad,
+            price=plan.price,
+            stop_requested=self.passes.stop_requested,
+            ascent_seconds=ascent_seconds,
+            descent_seconds=descent_seconds,
+            **told,
+        )
+
+    def _global_ascent(self, part: Part) -> Gradient:
+        """The gradient over the window and all ranks."""
+        self._tally.add("ascent_loss", self.passes.ascend(part) / self._engine.ranks.world_size)
+        self.passes.share_reusable()
+        return self.reduce(self._plan.ascended, during="ascent")
+
+    def _local_ascent(self, part: Part) -> Gradient:
+        """This rank's own gradient: nothing travels."""
+        with self._engine.local_gradients() as shards:
+            loss = self.passes.ascend(part)
+        sq_norms = self._local_sq_norms(shards, self._plan.ascended)
+        # Where a number is not finite, this rank is not perturbed; the descent's all-reduce tells the others.
+        finite = (loss + sq_norms.sum()).isfinite()
+        self._tally.add("ascent_loss", torch.where(finite, loss, math.nan) / self._engine.ranks.world_size)
+        return Gradient(self._plan.ascended, shards, sq_norms, self._engine.loss_scale)
+
+    @torch.no_grad()
+    def _climb(self, ascent: Gradient, part: Part) -> None:
+        """Add ε to the weights, and count what arrived."""
+        engine, plan, tally = self._engine, self._plan, self._tally
+        scales = euclidean(ascent.sq_norms, rho=plan.rho)
+        scale_of = dict(zip(ascent.arms, scales / ascent.loss_scale, strict=True))
+        tally.add("applied", torch.zeros(2, device=engine.device))  # also by a rank that holds nothing of these arms
+        for number, shard in enumerate(ascent.shards):
+            piece = shard.piece
+            key = (plan.seed, plan.step, piece.owner, part.num_left, number)
+            measured = perturb_(
+                piece.weight,
+                piece.master,
+                shard.gradient,
+                scale=scale_of[piece.arm],
+                rounding=plan.rounding,
+                generator=rounding_generator(piece.weight.device, *key),
+                read_dtype=piece.read_dtype,
+            )
+            if piece.owner == engine.ranks.rank:  # replicas hold the same elements: one speaks for all
+                tally.add("applied", measured)
+        # Every rank counts its share of the one perturbation of a global ascent, and its own of a local one.
+        count = (scales > 0).any().double()
+        tally.add("num_perturbations", count / engine.ranks.world_size if plan.scope == "global" else count)
+
+    def _local_sq_norms(self, shards: Sequence[Shard], arms: tuple[int, ...]) -> Tensor:
         engine = self._engine
         scaled = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
         return scaled / engine.loss_scale**2
 
-    def _perturb(self, shard: Shard, scale: Tensor, number: int) -> None:
-        engine, plan = self._engine, self._plan
-        owner, device = shard.piece.owner, shard.piece.weight.device
-        generator = rounding_generator(device, plan.seed, plan.step, owner, self._num_left, number)
-        measured = perturb_(
-            shard.piece.weight,
-            shard.piece.master,
-            shard.gradient,
-            scale=scale,
-            rounding=plan.rounding,
-            generator=generator,
-            read_dtype=shard.piece.read_dtype,
-        )
-        if owner == engine.ranks.rank:
-            self._applied[:2] += measured.to(self._applied.device)
+
+def _measured(plan: Plan, numbers: Numbers) -> dict[str, Any]:
+    """Norms and the perturbation, of a step whose numbers are all finite."""
+    sq_norms = numbers.by_arm("descent_sq_norms", plan.updated)
+    told: dict[str, Any] = {"grad_norms": {arm: math.sqrt(sq_norms[arm]) for arm in plan.choice.updated}}
+    count = numbers.get("num_perturbations")
+    if count:
+        projection, sq_norm = (each / count for each in numbers.vector("applied"))
+        told["perturbation_norm"] = math.sqrt(sq_norm)
+        told["perturbation_projection"] = projection / plan.rho**2
+    return told
 
 
-def _ascent_window(window: Sequence[Any], plan: Plan) -> Sequence[Any]:
-    """What of the window to climb on."""
-    if plan.ascent_fraction == 1:
-        return window
-    num, share = ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch")
-    return [first_samples(micro_batch, share) for micro_batch in window[:num]]
+def _bad_numbers(plan: Plan, numbers: Numbers) -> BadNumbers | None:
+    """Where the step met a number that is not finite; None: nowhere."""
+    if "ascent_sq_norms" in numbers and not numbers.all_finite("ascent_loss", "ascent_sq_norms"):
+        return _bad_during("ascent", plan.ascended, numbers)
+    if not numbers.all_finite("ascent_loss", "loss", "descent_sq_norms"):  # a local ascent's loss travels with these
+        return _bad_during("descent", plan.updated, numbers)
+    return None
 
 
-@contextlib.contextmanager
-def _as_it_is(micro_batch: int) -> Iterator[None]:
-    yield
+def _bad_during(during: Literal["ascent", "descent"], arms: tuple[int, ...], numbers: Numbers) -> BadNumbers:
+    sq_norms = numbers.by_arm(f"{during}_sq_norms", arms)
+    bad_arms = tuple(arm for arm, sq_norm in sq_norms.items() if not math.isfinite(sq_norm))
+    return BadNumbers(during=during, ranks=numbers.raised(f"{during}_bad"), arms=bad_arms)
 
 
-def _clip(shards: Sequence[Shard], norm: float, max_norm: float) -> None:
-    """Shrink the gradient in place to a norm of at most `max_norm`; its statistics stay those from before.
+def _descent_factor(plan: Plan, combination: Combination, numbers: Numbers) -> float:
+    """What the optimizer's gradient is, as a multiple of the descent gradient: combined, then clipped.
 
-    As `torch.nn.utils.clip_grad_norm_`, but over the updated arms only, and the norm is known already.
+    Clipping is that of `torch.nn.utils.clip_grad_norm_`, over the updated arms.
     """
-    factor = max_norm / (norm + 1e-6)
-    if factor < 1.0:
-        torch._foreach_mul_([shard.gradient for shard in shards], factor)
+    norm = _norm(numbers.by_arm("descent_sq_norms", plan.updated))
+    ascent_norm = None
+    if combination.reads_ascent and plan.ascended:
+        of_ascended = numbers.by_arm("ascent_sq_norms", plan.ascended)
+        ascent_norm = _norm({arm: of_ascended[arm] for arm in plan.updated})
+    factor = combination.factor(ascent_norm, norm)
+    if plan.max_grad_norm is not None:
+        factor *= min(1.0, plan.max_grad_norm / (norm * factor + 1e-6))
+    return factor
+
+
+def _norm(sq_norms: Mapping[int, float]) -> float:
+    return math.sqrt(math.fsum(sq_norms.values()))

@@ -59,7 +59,7 @@ def run(
     config = SLSAMConfig(**knobs)
     slsam = SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=_MAX_GRAD_NORM)
     for name, value in around.items():
-        slsam.selector = AROUND[name](slsam.selector, value)
+        slsam.policy.selector = AROUND[name](slsam.selector, value)
     schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
     model.train()
     found = _train(task, data, slsam, schedule, steps=steps, seed=seed)
@@ -78,7 +78,7 @@ def _train(task: Task, data: Data, slsam: SLSAM, schedule: LambdaLR, *, steps: i
     prices: PriceList | None = None
     paid, seconds, updates, curve = 0.0, 0.0, [0] * len(slsam.layers), []
     for step, batch in zip(range(1, steps + 1), training_batches(task, data, seed), strict=False):
-        prices = prices or count_costs(slsam, batch).prices(slsam.passes([batch]))
+        prices = prices or count_costs(slsam, batch).prices(slsam.workload([batch]))
         started = time.perf_counter()
         result = slsam.step([batch], loss_fn)
         schedule.step()

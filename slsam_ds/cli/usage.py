@@ -20,7 +20,7 @@ from torch.distributed import DistError
 
 from slsam_ds.integrations.console import one_line, runs_on_cpu
 from slsam_ds.protocol import RanksDisagreeError
-from slsam_ds.slsam import BadNumbersError
+from slsam_ds.skipping import BadNumbersError
 
 EXIT_CODE = 2
 """What argparse, and so every command line in Python, returns on a usage error."""

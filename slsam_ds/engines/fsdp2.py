@@ -49,15 +49,19 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         # A rank whose data never touches a parameter takes part in its reduction all the same.
         self._root.set_reduce_scatter_unused_params(True)
 
-    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
-        self._root.set_requires_gradient_sync(True)
-        super().activate(arms)
-        self._end_prefetch_at(None if arms is None else min(arms))
-        if self._count_pass(arms):
-            self._reshard()
-            self._keep_gathered([])
-        if arms and before:
-            self._keep_gathered(self._groups_unchanged(arms, before))
+    def begin_step(self, ascended: Collection[int], updated: Collection[int]) -> None:
+        super().begin_step(ascended, updated)
+        self._reshard()
+        self._keep_gathered([])
+
+    def begin_ascent(self) -> None:
+        super().begin_ascent()
+        self._keep_gathered(self._groups_unchanged())
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._reshard()
+        self._keep_gathered([])
 
     def begin_micro_batch(self, *, last: bool) -> None:
         # Until the last, gradients stay whole on the modules' gathered parameters; then all of it is reduced at once,
@@ -103,9 +107,14 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
             self._own_prefetch.append((state, state._states_to_backward_prefetch))
             state._states_to_backward_prefetch = [state]
 
-    def _groups_unchanged(self, arms: Collection[int], before: Collection[int]) -> list[Any]:
-        """Groups that hold only what the next pass reads as it is, as many as `MAX_KEPT_BYTES` have room for."""
-        unchanged = {id(parameter) for parameter in self._unchanged(arms, before)}
+    def _switch_to(self, arms: Iterable[int]) -> None:
+        self._root.set_requires_gradient_sync(True)
+        super()._switch_to(arms)
+        self._end_prefetch_at(None if self._active == self._all_arms else min(self._active))
+
+    def _groups_unchanged(self) -> list[Any]:
+        """Groups that hold only what the descent reads as it is, as many as `MAX_KEPT_BYTES` have room for."""
+        unchanged = {id(parameter) for parameter in self._unchanged(self._ascended, self._updated)}
         members = {
             group: [id(parameter.sharded_param) for parameter in group.fsdp_params] for group in self._groups_upwards
         }

@@ -61,14 +61,6 @@ class Sharded:
 
     replicated = False
 
-    _num_passes = 0
-    """Of this step, up to now; 0 between steps."""
-
-    def _count_pass(self, arms: Collection[int] | None) -> bool:
-        """Count the pass that `activate` announces; whether a step begins or ends with it."""
-        self._num_passes = 0 if arms is None else self._num_passes + 1
-        return self._num_passes <= 1
-
     def _find_depths(self, model: nn.Module, layer_map: LayerMap) -> None:
         """Note where in the model parameters are, and which arm they belong to."""
         blocks = list(layer_map.stack.children()) if layer_map.stack is not None else []
@@ -80,10 +72,10 @@ class Sharded:
         # From the lowest block up: those are gathered last and needed first. What is around the blocks comes then.
         self._upwards = sorted(model.parameters(), key=lambda each: self._block_of.get(id(each), last))
 
-    def _unchanged(self, arms: Collection[int], before: Collection[int]) -> Iterator[nn.Parameter]:
-        """What neither pass trains, and the second reads: nothing of the blocks below its lowest arm."""
-        trained = {*arms, *before}
-        lowest = min((self._depth_of_arm.get(arm, 0) for arm in before), default=0)
+    def _unchanged(self, ascended: Collection[int], updated: Collection[int]) -> Iterator[nn.Parameter]:
+        """What neither pass trains, and the descent reads: nothing of the blocks below the lowest arm of both."""
+        trained = {*ascended, *updated}
+        lowest = min((self._depth_of_arm.get(arm, 0) for arm in trained), default=0)
         for parameter in self._upwards:
             below = self._block_of.get(id(parameter), lowest) < lowest
             if not below and self._arm_of.get(id(parameter)) not in trained:

@@ -47,7 +47,7 @@ class ProcessGroupRanks:
                     bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)]
                 )
 
-    def together(self, check: Callable[[], None]) -> None:
+    def check_together(self, check: Callable[[], None]) -> None:
         problem: str | None = None
         try:
             check()
@@ -61,26 +61,26 @@ class ProcessGroupRanks:
             if found is not None:
                 raise ValueError(found)
 
-    def agree(self, claims: Mapping[str, Any], *, flag: bool = False) -> Callable[[], bool]:
+    def agree(self, claims: Mapping[str, Any], *, stop: bool = False) -> Callable[[], bool]:
         if self.world_size == 1:
-            return lambda: flag
+            return lambda: stop
         prints = [fingerprint(value) for value in claims.values()]
         # The maximum of x and of -x over ranks: they cancel exactly where all ranks hold the same x. Started here and
         # awaited before the first gradient travels, so it hides behind the forward and backward.
-        extremes = self._maximum([*prints, *(-number for number in prints), int(flag)])
+        extremes = self._maximum([*prints, *(-number for number in prints), int(stop)])
 
         def check() -> bool:
-            *numbers, any_flag = extremes()
+            *numbers, any_stop = extremes()
             highest, negated_lowest = numbers[: len(claims)], numbers[len(claims) :]
             if all(high == -low for high, low in zip(highest, negated_lowest, strict=True)):
-                return bool(any_flag)
+                return bool(any_stop)
             per_rank: list[Any] = [None] * self.world_size
             dist.all_gather_object(per_rank, dict(claims), group=self._group)
             raise RanksDisagreeError(f"slsam: ranks disagree about {describe_disagreement(per_rank)}")
 
         return functools.cache(check)  # asked before every backward that sends, and once is enough
 
-    def every(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
+    def all_of(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
         if self.world_size == 1:
             return lambda: list(flags)
         lowered = self._maximum([int(not flag) for flag in flags])

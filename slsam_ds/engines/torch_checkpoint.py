@@ -7,7 +7,7 @@ never updated are saved with the state that their first step would begin with.
 
 import io
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,12 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} {_NO_DATA}")
 
 
-def complete_state(optimizer: torch.optim.Optimizer, *, also: Collection[str] = ()) -> None:
+def complete_state(optimizer: torch.optim.Optimizer, *, also: Mapping[str, torch.dtype] | None = None) -> None:
     """Give parameters that the optimizer has no state of the one that their first step begins with: zeros, no step.
 
     Args:
         optimizer: Nothing has a gradient.
-        also: What the state holds besides, in bf16 and in the parameter's shape.
+        also: What the state holds besides, in the parameter's shape: key and dtype.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     missing = [parameter for parameter in trained if not optimizer.state.get(parameter)]
@@ -115,9 +115,9 @@ def complete_state(optimizer: torch.optim.Optimizer, *, also: Collection[str] = 
             elif key == "step":
                 optimizer.state[parameter][key] = type(value)(0)
     for parameter in trained:
-        for key in also:
+        for key, dtype in (also or {}).items():
             if key not in optimizer.state[parameter]:
-                optimizer.state[parameter][key] = torch.zeros_like(parameter.detach(), dtype=torch.bfloat16)
+                optimizer.state[parameter][key] = torch.zeros_like(parameter.detach(), dtype=dtype)
 
 
 def _step_at_no_rate(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter]) -> None:

@@ -1,19 +1,20 @@
 """What engines have in common whose parameters a torch optimizer steps directly."""
 
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.autocast import AutocastWatch
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
+from slsam_ds.model.shards import local_elements
 from slsam_ds.protocol import ALWAYS
 
 
-class TorchOptimizerEngine:
+class TorchOptimizerEngine(SwitchesArms):
     """Arms are switched by `requires_grad`, and the optimizer leaves alone what has no gradient.
 
     Args:
@@ -32,20 +33,13 @@ class TorchOptimizerEngine:
         self._parameters = {layer.index: [parameter for _, parameter in layer.parameters] for layer in layer_map}
         if layer_map.always:
             self._parameters[ALWAYS] = [parameter for _, parameter in layer_map.always]
-        self._active = set(self._parameters)
+        self._start_with(self._parameters)
         self.device = self._parameters[layer_map[0].index][0].device
         self.ranks = ProcessGroupRanks(None, self.device)
 
     @property
-    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
-        return self._optimizer.state
-
-    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
-        wanted = set(self._parameters) if arms is None else set(arms)
-        for arm in wanted ^ self._active:
-            for parameter in self._parameters[arm]:
-                parameter.requires_grad_(arm in wanted)
-        self._active = wanted
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._optimizer
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -67,6 +61,14 @@ class TorchOptimizerEngine:
                 self._optimizer.step()
         self.discard()
         return not skip
+
+    def scale_gradients(self, factor: float) -> None:
+        gradients = [local_elements(gradient) for _, _, gradient in self._gradients()]
+        if factor != 1 and gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    def _parameters_of(self, arms: Iterable[int]) -> Iterable[nn.Parameter]:
+        return (parameter for arm in arms for parameter in self._parameters[arm])
 
     def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
         return self._autocast.read_dtype(parameter)

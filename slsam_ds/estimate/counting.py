@@ -102,7 +102,7 @@ def count(
         kept = saved.prices()
         activations = PriceList(tuple(base + recomputed for base in kept.base), kept.share)
     costs = calibrate(engine, model, layers, run)
-    engine.activate(None)
+    engine.end_step()
     with FlopCounterMode(display=False) as counter:
         run()
     blocks = tuple(_num_weights(block) for block in layers.stack.children())
@@ -179,7 +179,8 @@ class _ActivationCounter:
 
     def _count(self, arms: Collection[int], *, cut: bool = False) -> Counter[int]:
         """Bytes by place with these arms active; `cut`: as if nothing below a place were, for all places at once."""
-        self._engine.activate(arms)
+        self._engine.begin_step((), arms)
+        self._engine.begin_descent()
         saved = SavedActivations()
         with self._placed(saved, cut=cut), self._on_meta, saved.watch():
             loss = self._compute_loss()

@@ -7,7 +7,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.model.micro_batches import ascent_part
-from slsam_ds.pricing.cost import Passes
+from slsam_ds.pricing.cost import Workload
 
 EngineName = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -59,10 +59,10 @@ class Step:
     config: SLSAMConfig
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> Workload:
         """In shares of the window."""
         reuses = self.config.prefix_reuse is not False
-        return Passes.of(self.config, self.setup.num_micro_batches, reuses_prefix=reuses)
+        return Workload.of(self.config, self.setup.num_micro_batches, reuses_prefix=reuses)
 
     @property
     def num_ascents(self) -> int:

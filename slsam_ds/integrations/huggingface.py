@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.directions.previous import kept_in_optimizer
+from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.deepspeed.config import check_config
 from slsam_ds.engines.ranks import ProcessGroupRanks
@@ -23,12 +23,12 @@ from slsam_ds.integrations.compilation import compiled_blocks, take_over_compila
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
 from slsam_ds.model.layers import LayerMap, map_layers
 from slsam_ds.model.param_groups import regroup, split_param_groups
+from slsam_ds.passes import ForwardBackward
 from slsam_ds.protocol import Engine
 from slsam_ds.records.files import StepWriter, write_layers
 from slsam_ds.records.metrics import MetricMeans, step_metrics
 from slsam_ds.slsam import SLSAM
 from slsam_ds.state.files import check_state, read_state, write_state
-from slsam_ds.step import ForwardBackward
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerMethods
@@ -268,7 +268,7 @@ class SLSAMMixin(_TrainerMethods):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
-            complete_state(self.optimizer.optimizer, also=kept_in_optimizer(self.slsam_config))
+            complete_state(self.optimizer.optimizer, also=DIRECTIONS[self.slsam_config.ascent_source].kept)
         super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slsam_ds.model.nests import map_tensors, tensors_in
+
 LossFunction = Callable[[Any, Any], Tensor]
 """`loss_fn(model, micro_batch)` → the mean loss of the micro-batch, shape ()."""
 
@@ -71,12 +73,12 @@ def first_samples(micro_batch: Any, share: float) -> Any:
     """
     length = num_samples(micro_batch)
     kept = num_kept(share, length)
-    return micro_batch if kept == length else _map(micro_batch, lambda tensor: tensor[:kept])
+    return micro_batch if kept == length else map_tensors(micro_batch, lambda tensor: tensor[:kept])
 
 
 def num_samples(micro_batch: Any) -> int:
     """The first dimension of all its tensors; 0 where they differ, and nobody can tell."""
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in _tensors(micro_batch)}
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors_in(micro_batch)}
     return lengths.pop() if len(lengths) == 1 else 0
 
 
@@ -102,22 +104,4 @@ def ascent_part(fraction: float, num_micro_batches: int, *, of_each: bool) -> tu
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Every tensor in a nest of mappings, lists and tuples, on `device`."""
-    return _map(value, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _map(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, change) for item in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+    return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))

@@ -9,13 +9,14 @@ import contextlib
 import functools
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from slsam_ds.model.layers import LayerMap
+from slsam_ds.model.nests import holds_mapping, map_tensors, tensors_in
 from slsam_ds.protocol import ALWAYS
 from slsam_ds.rng import RandomState
 
@@ -62,8 +63,8 @@ class Prefix:
         """Within, the model's runs leave behind what the blocks put out."""
 
         def keep(block: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = list(_tensors(output))
-            if not tensors:  # packed into something unknown
+            tensors = list(tensors_in(output))
+            if not tensors or holds_mapping(output):  # it could not be handed on as what it is
                 return
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             if num_bytes > self._bytes_left:  # then none of this micro-batch: calls are handed out in their order
@@ -138,13 +139,13 @@ class _Watch:
             handle.remove()
 
     def _module_ran(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._inside += [weakref.ref(tensor) for tensor in _tensors(output)]
+        self._inside += [weakref.ref(tensor) for tensor in tensors_in(output)]
 
     def _block_ran(self, index: int, block: nn.Module, inputs: Any, output: Any) -> None:
-        own = {id(tensor) for tensor in (*_tensors(output), *_tensors(inputs))}
+        own = {id(tensor) for tensor in (*tensors_in(output), *tensors_in(inputs))}
         self.alarmed |= any((tensor := inside()) is not None and id(tensor) not in own for inside in self._inside)
         self._inside.clear()
-        self._outputs[index] = [weakref.ref(tensor) for tensor in _tensors(output)]
+        self._outputs[index] = [weakref.ref(tensor) for tensor in tensors_in(output)]
         self._check(index - 2)
 
     def _check(self, index: int) -> None:
@@ -162,7 +163,7 @@ class _Kept:
     @property
     def intact(self) -> bool:
         """Whether nothing has written into the output since: the block above may work in place."""
-        return [tensor._version for tensor in _tensors(self.output)] == self.versions
+        return [tensor._version for tensor in tensors_in(self.output)] == self.versions
 
 
 class _Calls:
@@ -173,14 +174,14 @@ class _Calls:
 
     def poison(self) -> Any:
         """Shaped like a block's output, and NaN: who looks at it spoils the loss, instead of passing unnoticed."""
-        return _map_tensors(self._next().output, _not_a_number)
+        return map_tensors(self._next().output, _not_a_number)
 
     def take(self) -> Any:
         """The output of the last block, with the random state as it was then."""
         call = self._next()
         self._kept.popleft()
         call.random_state.replay()
-        return _map_tensors(call.output, _cut_off)
+        return map_tensors(call.output, _cut_off)
 
     def _next(self) -> _Kept:
         if not self._kept:
@@ -212,19 +213,3 @@ def _cut_off(tensor: Tensor) -> Tensor:
 
 def _not_a_number(tensor: Tensor) -> Tensor:
     return tensor.new_full((), float("nan")).expand(tensor.shape) if tensor.is_floating_point() else tensor
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map_tensors(item, change) for item in value)
-    return value

@@ -43,15 +43,15 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     try:
         for arm in (0, middle):
             random_state.replay()
-            engine.discard()
-            engine.activate([arm, ALWAYS] if layers.always else [arm])
+            engine.begin_step((), [ALWAYS, arm] if layers.always else [arm])
+            engine.begin_descent()
             engine.begin_micro_batch(last=True)
             with requiring_grad(blocks[0]) as found:
                 counted.append(_count(model, blocks, run))
             inputs_require_grad = arm > 0 and any(found)
     finally:
         engine.discard()
-        engine.activate(None)
+        engine.end_step()
         random_state.replay()
     deepest, in_the_middle = engine.ranks.all_reduce(torch.stack(counted).to(engine.device)).cpu()
     if not bool((deepest[:, 0] > 0)[:-3].all()):

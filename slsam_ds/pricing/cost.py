@@ -1,12 +1,16 @@
 """What a sample costs: FLOPs of a step, relative to a step of AdamW on the same parameters."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.micro_batches import ascent_part, num_kept
+from slsam_ds.protocol import ALWAYS
+
+_FIRST_REUSED = 2  # blocks below a lowest arm, from which on they are not run again: as `Prefix.below` has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +48,47 @@ class CostModel:
     backward_above: tuple[float, ...]
     weight_gradient: tuple[float, ...]
 
-    def prices(self, passes: "Passes") -> PriceList:
-        """What samples cost in steps of these passes."""
-        both = passes.ascent + 1
-        base = [
-            both * (self.forward + above) - passes.reused * below
-            for above, below in zip(self.backward_above, self.forward_below, strict=True)
-        ]
-        return PriceList(tuple(base), tuple(both * gradient for gradient in self.weight_gradient))
+    def price(self, ascended: Collection[int], updated: Collection[int], workload: "Workload") -> float:
+        """The price of a step. Parameters that are trained in every step are in no arm and cost nothing here.
+
+        Args:
+            ascended: Arms of the ascent pass; empty: there is none.
+            updated: Arms of the descent pass.
+            workload: What the step runs where it ascends.
+        """
+        ascended, updated = ([arm for arm in arms if arm != ALWAYS] for arms in (ascended, updated))
+        price = self._pass(updated)
+        if ascended:
+            below = self.forward_below[min(*ascended, *updated)]
+            price += workload.ascent * self._pass(ascended) - workload.reused * below
+        return price
+
+    def prices(self, workload: "Workload") -> PriceList:
+        """What samples that are perturbed and updated cost in steps of this workload."""
+        arms, both = range(len(self.weight_gradient)), workload.ascent + 1
+        share = tuple(both * self.weight_gradient[arm] for arm in arms)
+        return PriceList(tuple(self.price([arm], [arm], workload) - share[arm] for arm in arms), share)
+
+    def _pass(self, arms: Collection[int]) -> float:
+        """A forward over the window, and a backward that finds the gradients of these arms."""
+        return self.forward + self.backward_above[min(arms)] + math.fsum(self.weight_gradient[arm] for arm in arms)
+
+    @classmethod
+    def by_weights(cls, layers: LayerMap) -> Self:
+        """Reckoned from numbers of weights, where nothing was counted.
+
+        A weight costs one unit in the forward, one for the gradient of its layer's inputs, and one for its own
+        gradient. Attention scores are left out, and an embedding counts like a product of matrices.
+        """
+        numels = [layer.numel for layer in layers]
+        adamw = 3 * sum(numels)
+        below = [sum(numels[: layer.index]) if layer.depth >= _FIRST_REUSED else 0 for layer in layers]
+        return cls(
+            forward=1 / 3,
+            forward_below=tuple(numel / adamw for numel in below),
+            backward_above=tuple(sum(numels[layer.index :]) / adamw for layer in layers),
+            weight_gradient=tuple(numel / adamw for numel in numels),
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -63,7 +100,7 @@ class CostModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passes:
+class Workload:
     """What a step runs, in shares of the window.
 
     Attributes:
@@ -77,7 +114,7 @@ class Passes:
     @classmethod
     def of(
         cls, config: SLSAMConfig, num_micro_batches: int, num_samples: int | None = None, *, reuses_prefix: bool
-    ) -> "Passes":
+    ) -> "Workload":
         """What the configuration asks for.
 
         Args:
@@ -87,7 +124,7 @@ class Passes:
                 can be had.
             reuses_prefix: Whether the descent may start above the prefix: of micro-batches that the ascent took whole.
         """
-        if config.rho == 0 or config.ascent_source == "previous":
+        if not config.has_ascent_pass:
             return cls(ascent=0.0, reused=0.0)
         of_each = config.ascent_scope == "micro_batch"
         num, share = ascent_part(config.ascent_fraction, num_micro_batches, of_each=of_each)
@@ -96,3 +133,7 @@ class Passes:
         whole = math.isclose(share, 1.0)
         ascent = num * share / num_micro_batches
         return cls(ascent=ascent, reused=ascent if reuses_prefix and whole else 0.0)
+
+    def thinned(self, share: float) -> "Workload":
+        """The mean over steps of which only a share ascends."""
+        return Workload(ascent=self.ascent * share, reused=self.reused * share)

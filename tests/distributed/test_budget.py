@@ -54,12 +54,11 @@ def test_prices_are_the_flops_counted(window_length: int, knobs: dict[str, Any])
     others = {name: knobs[name] for name in ("tied", "lora", "other_parameters") if name in knobs}
     adamw = flops(make(rho=0.0, selector="all", **others), 1, window_length)
     flops(slsam, 1, window_length)  # counts
-    assert slsam._costs is not None
-    passes = slsam.passes(make_window(1, window_length))
+    passes = slsam.workload(make_window(1, window_length))
     last = len(slsam.layers) - 1
     for step, sample in enumerate(([0], [1], [2], [5, 7], [last], [3, last], range(last + 1)), start=2):
         paid = flops(slsam, step, window_length, active=sample) / adamw
-        assert slsam._costs.prices(passes).of(tuple(sample)) == pytest.approx(paid, rel=1e-3), sample
+        assert slsam._pricing.costs.prices(passes).of(tuple(sample)) == pytest.approx(paid, rel=1e-3), sample
 
 
 def test_prices_know_that_checkpointing_takes_backward_all_the_way() -> None:
@@ -73,8 +72,7 @@ def test_prices_know_that_checkpointing_takes_backward_all_the_way() -> None:
     slsam = make_checkpointed(reward="grad_norm_per_cost", prefix_reuse=False)
     adamw = flops(make_checkpointed(rho=0.0, selector="all"), 1)
     flops(slsam, 1)  # counts
-    assert slsam._costs is not None
-    prices = slsam._costs.prices(slsam.passes(make_window(1, 1)))
+    prices = slsam._pricing.costs.prices(slsam.workload(make_window(1, 1)))
     for step, sample in enumerate(([0], [5], [NUM_BLOCKS + 1], [3, 7]), start=2):
         assert prices.of(sample) == pytest.approx(flops(slsam, step, active=sample) / adamw, rel=1e-3), sample
 

@@ -1,5 +1,6 @@
 """Bad numbers, exceptions and ranks that differ: every rank does the same, and nothing is lost."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -201,7 +202,7 @@ def disagree(setup: Setup, what: str) -> str:
         elif what == "bandit":
             training.slsam.selector.update([3], [1.0])
         elif what == "step":
-            training.slsam.num_steps = 7
+            training.slsam.progress = dataclasses.replace(training.slsam.progress, step=7)
     with pytest.raises(RanksDisagreeError) as raised:
         training.step(window, active=active)
     assert max_error(training.live_weights(), before) == 0.0

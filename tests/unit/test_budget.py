@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slsam_ds.pricing.budget import BudgetedExp3
-from slsam_ds.pricing.cost import CostModel, Passes, PriceList
+from slsam_ds.pricing.cost import CostModel, PriceList, Workload
 
 
 def llama(num_blocks: int) -> PriceList:
@@ -22,7 +22,7 @@ def llama(num_blocks: int) -> PriceList:
         forward_below=tuple(flops / adamw for flops in below),
         backward_above=tuple(flops / adamw for flops in above),
         weight_gradient=(0.0, *(1 / adamw for _ in range(num_blocks)), head / adamw),
-    ).prices(Passes(ascent=1.0, reused=1.0))
+    ).prices(Workload(ascent=1.0, reused=1.0))
 
 
 def make(budget: float, num_blocks: int = 16, *, seed: int = 0, gamma: float = 0.1) -> BudgetedExp3:

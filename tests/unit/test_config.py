@@ -11,6 +11,7 @@ import pytest
 from slsam_ds.config import PRESETS, SLSAMConfig
 
 SELECTORS = '"exp3m", "uniform", "cyclic", "all", "top_k"'
+SCHEDULES = 'expected "always", {"every": a whole number of steps from 1} or {"last": a share of the run in (0, 1]}'
 ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
 
 BAD_VALUES = [
@@ -44,7 +45,19 @@ BAD_VALUES = [
     ("ascent_fraction", 1.1, "1.1", "choose a number in (0, 1]"),
     ("ascent_fraction", math.nan, "NaN", "choose a number in (0, 1]"),
     ("ascent_fraction", "all", '"all"', "expected a number"),
-    ("ascent_source", "next", '"next"', 'expected one of "current", "previous"'),
+    ("ascent_source", "next", '"next"', 'expected one of "current", "previous", "momentum"'),
+    ("ascent_source", 1, "1", "expected a name"),
+    ("ascend_when", "often", '"often"', SCHEDULES),
+    ("ascend_when", {"every": 0}, '{"every": 0}', SCHEDULES),
+    ("ascend_when", {"every": 1.5}, '{"every": 1.5}', SCHEDULES),
+    ("ascend_when", {"last": 0.0}, '{"last": 0.0}', SCHEDULES),
+    ("ascend_when", {"last": math.nan}, '{"last": NaN}', SCHEDULES),
+    ("ascend_when", {"every": 2, "last": 0.5}, '{"every": 2, "last": 0.5}', SCHEDULES),
+    ("ascend_when", "every", '"every"', SCHEDULES),
+    ("ascend_when", {"always": 1}, '{"always": 1}', SCHEDULES),
+    ("ascend_when", None, "null", "expected a name or a mapping of a name to its argument"),
+    ("descend_along", "g", '"g"', 'expected "perturbed" or "renormalised"'),
+    ("descend_along", 0.5, "0.5", "expected a name or a mapping of a name to its argument"),
     ("budget", 0, "0", "choose a number > 0, or null"),
     ("budget", -1.0, "-1.0", "choose a number > 0, or null"),
     ("budget", math.inf, "Infinity", "choose a number > 0, or null"),
@@ -72,6 +85,10 @@ BAD_VALUES = [
 ACCEPTED = [
     ("ascent_fraction", 0.25),
     ("ascent_source", "previous"),
+    ("ascent_source", "momentum"),
+    ("ascend_when", {"every": 4}),
+    ("ascend_when", {"last": 0.25}),
+    ("descend_along", "renormalised"),
     ("budget", 1.0),
     ("reward", "grad_norm_per_cost"),
     ("ascent_scope", "rank"),
@@ -127,12 +144,26 @@ def test_a_budget_chooses_the_layers_itself(knob: dict[str, Any]) -> None:
         SLSAMConfig(budget=1.0, **knob)
 
 
+@pytest.mark.parametrize("source", ["previous", "momentum"])
 @pytest.mark.parametrize("knob", [{"ascent_scope": "rank"}, {"ascent_fraction": 0.5}])
-def test_a_single_pass_has_no_ascent_to_set(knob: dict[str, Any]) -> None:
+def test_a_single_pass_has_no_ascent_to_set(knob: dict[str, Any], source: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"^slsam\.{next(iter(knob))}=.*: ascent_source=\"previous\" has no ascent pass"
+        ValueError, match=rf"^slsam\.{next(iter(knob))}=.*: ascent_source=\"{source}\" has no ascent pass"
     ):
-        SLSAMConfig(ascent_source="previous", **knob)
+        SLSAMConfig(ascent_source=source, **knob)
+
+
+@pytest.mark.parametrize(
+    ("knob", "needed"),
+    [
+        ({"ascent_source": "previous"}, 'ascent_source="current"'),
+        ({"ascent_source": "momentum"}, 'ascent_source="current"'),
+        ({"ascent_scope": "rank"}, 'ascent_scope="global"'),
+    ],
+)
+def test_a_renormalised_descent_needs_the_gradient_at_the_weights(knob: dict[str, Any], needed: str) -> None:
+    with pytest.raises(ValueError, match=rf'^slsam\.descend_along="renormalised": needs the gradient.*use {needed}$'):
+        SLSAMConfig(descend_along="renormalised", **knob)
 
 
 def test_every_knob_is_tested() -> None:
@@ -164,6 +195,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "ascent_scope": "global",
         "ascent_fraction": 1.0,
         "ascent_source": "current",
+        "ascend_when": "always",
+        "descend_along": "perturbed",
         "budget": None,
         "update_scale": "inverse_probability",
         "rounding": "stochastic",

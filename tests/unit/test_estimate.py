@@ -98,7 +98,8 @@ def test_activations_are_those_of_a_real_forward(attention: str, others: Any, ti
 
 
 def real_bytes(model: nn.Module, engine: LocalEngine, arms: list[int]) -> int:
-    engine.activate(arms)
+    engine.begin_step((), arms)
+    engine.begin_descent()
     saved = SavedActivations()
     with saved.watch():
         loss = forward(model)()

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from slsam_ds import perturbation
-from slsam_ds.perturbation import perturb_, perturbation_scale, preserved, rounding_generator, stochastic_round
+from slsam_ds.perturbation import perturb_, preserved, rounding_generator, stochastic_round
+from slsam_ds.radius import perturbation_scale
 
 BF16 = torch.bfloat16
 

@@ -55,9 +55,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
     """Of the two-pass steps: a single rank's bandit computes on the host anyway."""
     counter, take_step = HostReads(), slsam_ds.slsam.take_step
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         with counter.counted():
-            return take_step(*args)
+            return take_step(*args, **kwargs)
 
     monkeypatch.setattr(slsam_ds.slsam, "take_step", counted)
     return counter
@@ -78,6 +78,8 @@ def trained(**settings: Any) -> SLSAM:
         {"ascent_scope": "micro_batch"},
         {"ascent_fraction": 0.5},
         {"ascent_source": "previous"},
+        {"descend_along": "renormalised"},
+        {"ascend_when": {"every": 2}},
     ],
     ids=str,
 )

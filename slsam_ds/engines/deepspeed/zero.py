@@ -7,7 +7,7 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -16,13 +16,14 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, narrowed, overlaid
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 
-class ZeroEngine(DeepSpeedStep):
+class ZeroEngine(SwitchesArms, DeepSpeedStep):
     """SL-SAM's view of a DeepSpeedEngine with a ZeRO optimizer.
 
     A group is what the stage steps at once: an optimizer's parameter group, or a part of one.
@@ -54,7 +55,7 @@ class ZeroEngine(DeepSpeedStep):
         self._check_supported()
         self._members: Sequence[Sequence[nn.Parameter]] = self._find_members()
         self._groups_of = self._groups_by_arm(layer_map)
-        self._active = set(self._groups_of)
+        self._start_with(self._groups_of)
         self.device = torch.device(engine.device)
         share_deadline(self._zero.dp_process_group, self.device)
         self.ranks = ProcessGroupRanks(self._zero.dp_process_group, self.device)
@@ -67,20 +68,13 @@ class ZeroEngine(DeepSpeedStep):
         return self._reduces_every_micro_batch
 
     @property
-    def optimizer_state(self) -> MutableMapping[Tensor, MutableMapping[str, Any]]:
-        state: MutableMapping[Tensor, MutableMapping[str, Any]] = self._zero.optimizer.state
-        return state
+    def optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self._zero.optimizer
+        return inner
 
     @property
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale)
-
-    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
-        wanted = set(self._groups_of) if arms is None else set(arms)
-        for arm in wanted ^ self._active:
-            for parameter in self._parameters([arm]):
-                parameter.requires_grad_(arm in wanted)
-        self._active = wanted
 
     @abstractmethod
     def begin_micro_batch(self, *, last: bool) -> None: ...
@@ -94,18 +88,25 @@ class ZeroEngine(DeepSpeedStep):
     def reduce(self) -> list[Shard]:
         if not self._reduces_every_micro_batch:
             self._flush()
-        return [
-            shard
-            for arm in sorted(self._active)
-            for group in self._groups_of[arm]
-            for shard in self._shards(arm, group)
-        ]
+        return self._reduced()
 
     def pieces(self, arms: Collection[int]) -> list[Piece]:
         return [piece for arm in sorted(arms) for group in self._groups_of[arm] for piece in self._pieces(arm, group)]
 
+    def scale_gradients(self, factor: float) -> None:
+        if factor == 1:
+            return
+        for shard in self._reduced():
+            shard.gradient.mul_(factor)
+        # Where the optimizer is offloaded, DeepSpeed clips by norms that it took when gradients were copied.
+        norms = getattr(self._zero, "norm_for_param_grads", {})
+        for parameter in self._parameters_of(self._active):
+            name = self._zero.get_param_id(parameter)
+            if name in norms:
+                norms[name] = norms[name] * factor
+
     def discard(self) -> None:
-        for parameter in self._parameters(self._groups_of):
+        for parameter in self._parameters_of(self._groups_of):
             parameter.grad = None
 
     @abstractmethod
@@ -189,11 +190,20 @@ class ZeroEngine(DeepSpeedStep):
             raise ValueError("the engine's parameter groups do not hold the layers of this model: rebuild the engine")
         return groups
 
-    def _parameters(self, arms: Collection[int]) -> Iterator[nn.Parameter]:
+    def _parameters_of(self, arms: Iterable[int]) -> Iterator[nn.Parameter]:
         for group in self._groups(arms):
             yield from self._members[group]
 
-    def _groups(self, arms: Collection[int]) -> list[int]:
+    def _reduced(self) -> list[Shard]:
+        """What the last reduction gave."""
+        return [
+            shard
+            for arm in sorted(self._active)
+            for group in self._groups_of[arm]
+            for shard in self._shards(arm, group)
+        ]
+
+    def _groups(self, arms: Iterable[int]) -> list[int]:
         return sorted(group for arm in arms for group in self._groups_of[arm])
 
     def _run_backward(self, loss: Tensor) -> None:

@@ -100,13 +100,13 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         return group
 
     def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
-        return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters([arm]))
+        return ((arm, parameter) for arm in sorted(self._active) for parameter in self._parameters_of([arm]))
 
     def _read_dtype(self, parameter: nn.Parameter) -> torch.dtype | None:
         return None  # as it is; what DeepSpeed's torch_autocast rounds is not looked at
 
     def _flush(self) -> None:
-        for parameter in self._parameters(self._active):
+        for parameter in self._parameters_of(self._active):
             if parameter.grad is None:  # a rank whose data never touched it must still take part
                 parameter.grad = torch.zeros_like(parameter)
         super()._flush()

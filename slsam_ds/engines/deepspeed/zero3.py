@@ -6,7 +6,7 @@ backward ends at the lowest active layer, it learns that once for each depth.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
@@ -72,19 +72,28 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         super().__init__(engine, layer_map)
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
+        self._in_pass = False  # gradients of the active arms may have been reduced
         self._kept: list[Any] = []  # parameters that stay gathered when a backward has used them
         self._find_depths(engine.module, layer_map)
 
-    def activate(self, arms: Collection[int] | None, *, before: Collection[int] | None = None) -> None:
-        super().activate(arms)
-        if self._count_pass(arms):
-            self._drop_gathered()
-        self._kept = self._unchanged_within_reuse(arms, before) if arms and before else []
-        lowest = min((arm for arm in arms or () if arm != ALWAYS), default=ALWAYS)
-        self._traces.use(None if arms is None else (lowest, self._num_passes))
-        self._traces.fetch_after_writes()
-        if arms is not None:
-            self._clear_reduced(arms)  # else a parameter that takes no part would keep its last gradient
+    def begin_step(self, ascended: Collection[int], updated: Collection[int]) -> None:
+        super().begin_step(ascended, updated)
+        self._drop_gathered()
+
+    def begin_ascent(self) -> None:
+        super().begin_ascent()
+        self._begin_pass("ascent")
+        self._kept = self._unchanged_within_reuse()
+
+    def begin_descent(self) -> None:
+        super().begin_descent()
+        self._begin_pass("descent after ascent" if self._ascended else "descent")
+
+    def end_step(self) -> None:
+        super().end_step()
+        self._drop_gathered()
+        self._in_pass, self._kept = False, []
+        self._traces.use(None)
 
     def begin_micro_batch(self, *, last: bool) -> None:
         self._is_last_micro_batch = last
@@ -104,16 +113,16 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def discard(self) -> None:
         super().discard()
         self._zero.zero_grad()  # also makes the next reduction overwrite the partitions instead of adding to them
-        if self._num_passes > 0:
+        if self._in_pass:
             self._clear_reduced(self._active)
         for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
             bucket.clear_params()
 
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
-        return [_shard(parameter) for parameter in self._parameters(arms)]
+        return [_shard(parameter) for parameter in self._parameters_of(arms)]
 
     def publish(self, arms: Collection[int]) -> None:
-        written: Iterator[Any] = self._parameters(arms)
+        written: Iterator[Any] = self._parameters_of(arms)
         for parameter in written:
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered as they were
                 parameter.partition()
@@ -158,8 +167,14 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         """
         self._zero.empty_partition_cache()
 
-    def _unchanged_within_reuse(self, arms: Collection[int], before: Collection[int]) -> list[Any]:
-        """What the next pass reads again as it is, as far as DeepSpeed's settings would keep it.
+    def _begin_pass(self, kind: str) -> None:
+        """Passes whose modules run in another order have learned another order of fetches."""
+        self._in_pass, self._kept = True, []
+        self._traces.use((kind, _lowest(self._active), _lowest({*self._ascended, *self._updated})))
+        self._clear_reduced(self._active)  # else a parameter that takes no part would keep its last gradient
+
+    def _unchanged_within_reuse(self) -> list[Any]:
+        """What the descent reads again as it is, as far as DeepSpeed's settings would keep it.
 
         Within a pass, DeepSpeed keeps from forward to backward what it reads again within so many elements. Between
         passes, the same rule holds for the way down and up again.
@@ -168,7 +183,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         if offload.fast_sharding_for_leaf_module:  # it empties what it releases, whoever uses it
             return []
         room = min(offload._max_reuse_distance_in_numel, offload._max_available_parameters_in_numel) // 2
-        return as_many_as_fit(((each, _numel(each)) for each in self._unchanged(arms, before)), room)
+        return as_many_as_fit(((each, _numel(each)) for each in self._unchanged(self._ascended, self._updated)), room)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
@@ -188,7 +203,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def _clear_reduced(self, arms: Collection[int]) -> None:
         """Zero these arms' averaged gradients, bad numbers of a lost step too: DeepSpeed looks for them in all arms."""
         received = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        for parameter in self._parameters(arms):
+        for parameter in self._parameters_of(arms):
             self._reduced_gradient(parameter).zero_()
             if self._offloaded:  # there it arrived, on its way to the host
                 received[self._zero.get_param_id(parameter)].zero_()
@@ -218,6 +233,11 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         """Nothing to link: DeepSpeed finds a parameter's optimizer state by its place in the flat buffers."""
 
 
+def _lowest(arms: Collection[int]) -> int:
+    """The lowest arm; what is always trained may be anywhere, and does not count among others."""
+    return min((arm for arm in arms if arm != ALWAYS), default=ALWAYS)
+
+
 def _shard(parameter: Any) -> Tensor:
     """This rank's piece of a parameter, which module fetches read and `partition` leaves alone. 1-D, padded."""
     return parameter.ds_tensor
@@ -243,13 +263,14 @@ class _FetchTraces:
         self._registry = engine.module.ds_inflight_param_registry
         self._stream = self._offload._DeepSpeedZeRoOffload__allgather_stream  # None where nothing is asynchronous
         self._stock = self._offload.param_coordinator
-        self._known: dict[tuple[int, int], PartitionedParameterCoordinator] = {}
+        self._known: dict[Hashable, PartitionedParameterCoordinator] = {}
 
-    def use(self, key: tuple[int, int] | None) -> None:
-        """Go by the trace of such passes: lowest active arm, number of the pass in its step; None: DeepSpeed's own."""
+    def use(self, key: Hashable | None) -> None:
+        """Go by the trace of such passes; None: DeepSpeed's own. What was written into the shards is seen."""
         if key is not None and key not in self._known:
             self._known[key] = self._new()
         self._offload.param_coordinator = self._stock if key is None else self._known[key]
+        self.fetch_after_writes()
 
     def fetch_after_writes(self) -> None:
         """Let the next fetch see what was written into the shards: on a GPU it runs on a stream that would not wait."""
