@@ -8,6 +8,7 @@ from slsam_ds.cli.arguments import ModelArguments
 from slsam_ds.cli.demo import load_demo_model
 from slsam_ds.cli.usage import UsageError, path_of, refusals
 from slsam_ds.integrations.console import warn
+from slsam_ds.model.shards import whole_shape
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -34,7 +35,7 @@ def load_model(arguments: ModelArguments, dtype: torch.dtype) -> tuple[PreTraine
             raise UsageError(f"{tokenizer.name_or_path}: its tokenizer has neither a padding nor an end-of-text token")
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so the token does not matter
     weight = model.get_input_embeddings().weight
-    num_rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor where it partitions
+    num_rows = whole_shape(weight)[0]
     if len(tokenizer) > num_rows:
         raise UsageError(
             f"{tokenizer.name_or_path}: its tokenizer has {len(tokenizer)} tokens, its model embeddings for "

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from slsam_ds.model.shards import whole_shape
+
 
 def used_before(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, bool]:
     """Whether parameters are first used before the blocks, for all that a run of the model uses.
@@ -94,7 +96,7 @@ class _WatchedParameters(dict[str, Tensor | None]):
 def _on_meta(tensor: Tensor | None) -> Tensor | None:
     if tensor is None:
         return None
-    return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+    return torch.empty(whole_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 class NoValues(TorchFunctionMode):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slsam_ds.config import OtherParameters, SLSAMConfig
 from slsam_ds.model.forward_order import used_before
+from slsam_ds.model.shards import whole_shape
 
 NamedParameter = tuple[str, nn.Parameter]
 Arms = tuple[list[tuple[str, int, list[NamedParameter]]], list[NamedParameter]]  # name, depth; and what is in none
@@ -158,7 +159,7 @@ def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Opt
 
 
 def _numel(parameter: Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves an empty tensor where it partitions
+    return whole_shape(parameter).numel()
 
 
 def _arms_by_pattern(model: nn.Module, patterns: Sequence[str]) -> Arms:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds.model.layers import LayerMap
+from slsam_ds.model.shards import whole_shape
 from slsam_ds.pricing.cost import CostModel
 from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.rng import RandomState
@@ -258,5 +259,5 @@ class _Places:
 
 
 def _matrix_numel(parameter: Tensor) -> int:
-    shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 partitions into empty tensors
+    shape = whole_shape(parameter)
     return shape.numel() if len(shape) > 1 else 0

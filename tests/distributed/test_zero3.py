@@ -149,7 +149,9 @@ def follow_and_evaluate(setup: Setup) -> tuple[list[list[str]], list[bool], dict
         training.step(training.window(step), active=sample)
         left.append(gathered(training))
         known = training.slsam.engine._traces._known
-        complete += [known[sample[0], number].is_complete_trace() for number in (1, 2)]
+        lowest = sample[0]
+        passes = ("ascent", "descent after ascent")
+        complete += [known[kind, lowest, lowest].is_complete_trace() for kind in passes]
         training.model.eval()
         with torch.no_grad():
             training.engine(**training.window(step)[0])

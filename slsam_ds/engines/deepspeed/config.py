@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import deepspeed
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
+
+from slsam_ds.engines.deepspeed.internals import check_version
 
 _SECTIONS = (
     "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint",
@@ -24,10 +25,6 @@ _MODELS: Mapping[str, type[DeepSpeedConfigModel]] = {
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
 }
-
-# The private structures that engines/zero*.py rely on were read in these versions.
-_OLDEST_DEEPSPEED = (0, 19, 8)
-_FIRST_UNKNOWN_DEEPSPEED = (0, 20)
 
 
 def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -62,13 +59,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the setting, its value and what to use.
     """
-    if (
-        not _OLDEST_DEEPSPEED
-        <= tuple(map(int, deepspeed.__version__.split("+")[0].split(".")[:3]))
-        < _FIRST_UNKNOWN_DEEPSPEED
-    ):
-        oldest, unknown = (".".join(map(str, version)) for version in (_OLDEST_DEEPSPEED, _FIRST_UNKNOWN_DEEPSPEED))
-        raise ValueError(f"slsam_ds supports deepspeed >={oldest},<{unknown}; found {deepspeed.__version__}")
+    check_version()
     _refuse_misspelt(config)
     for name in _SECTIONS:
         if not isinstance(config.get(name, {}), Mapping):

@@ -8,7 +8,6 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 import contextlib
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from slsam_ds.engines.arms import SwitchesArms
+from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, narrowed, overlaid
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
@@ -37,12 +37,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     """
 
     zero_class: ClassVar[type[ZeROOptimizer]]
-    per_group_lists: Sequence[str]
-    """Lists of the ZeRO optimizer with one entry per group."""
-    per_group_dicts: Sequence[str]
-    """Dicts of the ZeRO optimizer whose keys are groups; a group may be missing."""
-    private: Sequence[str]
-    """Whatever else of the ZeRO optimizer is relied on and not documented, by dotted path."""
+    """Its table in `INTERNALS` says what it keeps per group."""
 
     may_skip_modules = False
 
@@ -52,7 +47,11 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
         self._engine = engine
         self._zero: Any = engine.optimizer
+        self._offloaded = self._is_offloaded()
         self._check_supported()
+        internals = INTERNALS[self.zero_class.__name__]
+        self._group_lists = internals.group_lists(offloaded=self._offloaded)
+        self._group_dicts = internals.group_dicts(offloaded=self._offloaded)
         self._members: Sequence[Sequence[nn.Parameter]] = self._find_members()
         self._groups_of = self._groups_by_arm(layer_map)
         self._start_with(self._groups_of)
@@ -99,7 +98,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
         for shard in self._reduced():
             shard.gradient.mul_(factor)
         # Where the optimizer is offloaded, DeepSpeed clips by norms that it took when gradients were copied.
-        norms = getattr(self._zero, "norm_for_param_grads", {})
+        norms = self._zero.norm_for_param_grads if self._offloaded else {}
         for parameter in self._parameters_of(self._active):
             name = self._zero.get_param_id(parameter)
             if name in norms:
@@ -114,6 +113,10 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     @abstractmethod
     def publish(self, arms: Collection[int]) -> None: ...
+
+    @abstractmethod
+    def _is_offloaded(self) -> bool:
+        """Whether the optimizer's state is on the host."""
 
     @abstractmethod
     def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
@@ -157,18 +160,8 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
                 "supported yet; use ZeRO stage 1, 2 or 3 in float32 or bf16 without data_types.grad_accum_dtype (with "
                 "stage 2 or 3 it may be fp32)"
             )
-        kinds = dict.fromkeys(self.per_group_lists, list) | dict.fromkeys(self.per_group_dicts, dict)
-        found = {attribute: getattr(zero, attribute, None) for attribute in kinds}
-        num_groups = len(found[self.per_group_lists[0]] or ())
-        for attribute, kind in kinds.items():
-            container = found[attribute]
-            if not isinstance(container, kind) or (isinstance(container, list) and len(container) != num_groups):
-                raise ValueError(f"{name}.{attribute} is not the {kind.__name__} per group that slsam_ds knows")
-        for path in self.private:
-            try:
-                attrgetter(path)(zero)
-            except AttributeError:
-                raise ValueError(f"{name}.{path} is not there: slsam_ds does not know this DeepSpeed") from None
+        check_internals(self._engine, "DeepSpeedEngine")
+        check_internals(zero, name, offloaded=self._offloaded)
         for feature, present in self._unsupported_features().items():
             if present:
                 raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds yet; switch it off")
@@ -227,7 +220,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
         positions = getattr(zero, "grad_position", {})  # of a parameter: its group, and where in the group it is
         shown = {key: [place_of[group], *rest] for key, (group, *rest) in positions.items() if group in place_of}
         with (
-            narrowed(zero, groups, lists=self.per_group_lists, dicts=self.per_group_dicts),
+            narrowed(zero, groups, lists=self._group_lists, dicts=self._group_dicts),
             narrowed(zero.optimizer, param_groups, lists=["param_groups"]),
             overlaid(zero, "grad_position", shown) if positions else contextlib.nullcontext(),
         ):

@@ -4,7 +4,7 @@ In float32 the engine's optimizer is the user's own; in bf16 DeepSpeed puts one 
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,13 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed
 from slsam_ds.engines.local import LocalEngine
 from slsam_ds.model.layers import LayerMap
 
-# deepspeed/runtime/fp16/unfused_optimizer.py and fused_optimizer.py, 0.19.8: what they keep per parameter group.
-_PER_GROUP_LISTS: Mapping[type, Collection[str]] = {
-    FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
-    FP16_Optimizer: ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "flatten_grad_norm_mask_list"),
-}
+_WRAPPERS = (FP16_UnfusedOptimizer, FP16_Optimizer)
+"""What DeepSpeed puts around the user's optimizer in bf16."""
 
 
 class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
@@ -74,7 +72,7 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
             return
         wanted = [index for index, group in enumerate(self._optimizer.param_groups) if group["arm"] in arms]
         with (
-            narrowed(self._wrapper, wanted, lists=_PER_GROUP_LISTS[type(self._wrapper)]),
+            narrowed(self._wrapper, wanted, lists=INTERNALS[type(self._wrapper).__name__].group_lists(offloaded=False)),
             narrowed(self._optimizer, wanted, lists=["param_groups"]),
         ):
             yield
@@ -90,11 +88,11 @@ def _check_supported(engine: DeepSpeedEngine) -> None:
         ValueError: Naming the feature and what to do.
     """
     optimizer = engine.optimizer
-    if type(optimizer) not in _PER_GROUP_LISTS and not isinstance(optimizer, torch.optim.Optimizer):
+    check_internals(engine, "DeepSpeedEngine")
+    if type(optimizer) in _WRAPPERS:
+        check_internals(optimizer, type(optimizer).__name__)
+    elif not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"DeepSpeed without ZeRO, with {type(optimizer).__name__}: not supported by slsam_ds")
-    for wrapper, names in _PER_GROUP_LISTS.items():
-        if type(optimizer) is wrapper and not all(isinstance(getattr(optimizer, name, None), list) for name in names):
-            raise ValueError(f"{wrapper.__name__} does not have the lists {', '.join(names)} that slsam_ds knows")
     features = {
         "fp16 without ZeRO": engine.fp16_enabled(),  # 0.19.8 unscales gradients there that it has never scaled
         "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None,

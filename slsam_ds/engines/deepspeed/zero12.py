@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed.zero import ZeroEngine
 from slsam_ds.engines.placement import Replicated
-from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import Piece, Shard
 
 
@@ -24,49 +22,9 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     zero_class = DeepSpeedZeroOptimizer
 
-    # deepspeed/runtime/zero/stage_1_and_2.py, 0.19.8: everything that DeepSpeedZeroOptimizer keeps per parameter group.
-    per_group_lists: Sequence[str] = (
-        "bit16_groups",
-        "bit16_groups_flat",
-        "first_offset",
-        "groups_padding",
-        "parallel_partitioned_bit16_groups",
-        "params_in_partition",
-        "params_not_in_partition",
-        "partition_count",
-        "partition_size",
-        "real_dp_process_group",
-        "round_robin_bit16_groups",
-        "round_robin_bit16_indices",
-        "round_robin_bit16_meta",
-        "round_robin_bit16_offsets",
-        "round_robin_bit16_padding",
-        "single_partition_of_fp32_groups",
-    )
-    per_group_dicts: Sequence[str] = (
-        "all_grad_tensors",
-        "averaged_gradients",
-        "first_param_index_in_partition",
-        "grad_partition_insertion_offset",
-        "grad_start_offset",
-        "is_grad_computed",
-        "is_partition_reduced",
-        "param_to_partition_ids",
-        "remaining_grads_in_partition",
-        "total_grads_in_partition",
-    )
-
-    private = ("_coalesce_grad_reduction", "_hp_optimizer_states_linked", "nccl_start_alignment_factor")
-
     may_skip_modules = True
 
     _linked: frozenset[int] = frozenset()
-
-    def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
-        self._offloaded = getattr(engine.optimizer, "cpu_offload", False)
-        if self._offloaded:
-            self.per_group_lists = (*self.per_group_lists, "param_buffer_of_bit16_for_cpu_offload_groups")
-        super().__init__(engine, layer_map)
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Every micro-batch is treated alike."""
@@ -92,6 +50,9 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
                 start_alignment_factor=self._zero.nccl_start_alignment_factor,
                 allgather_bucket_size=self._zero.allgather_bucket_size,
             )
+
+    def _is_offloaded(self) -> bool:
+        return bool(getattr(self._zero, "cpu_offload", False))
 
     def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
         return list(self._zero.bit16_groups)

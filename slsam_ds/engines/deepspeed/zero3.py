@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from slsam_ds.engines.deepspeed.internals import check_internals
 from slsam_ds.engines.deepspeed.step import boundary, overlaid
 from slsam_ds.engines.deepspeed.zero import ZeroEngine
 from slsam_ds.engines.placement import Sharded, as_many_as_fit
@@ -31,45 +32,13 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     zero_class = DeepSpeedZeroOptimizer_Stage3
 
-    # deepspeed/runtime/zero/stage3.py, 0.19.8: everything that DeepSpeedZeroOptimizer_Stage3 keeps per sub-group, but
-    # for what `_only` sees to.
-    per_group_lists: Sequence[str] = (
-        "fp16_groups",
-        "fp16_partitioned_groups",
-        "fp16_partitioned_groups_flat",
-        "fp16_partitioned_groups_flat_id",
-        "fp16_partitioned_groups_flat_numel",
-        "fp32_partitioned_groups_flat",
-        "groups_padding",
-        "next_swappable_fp32_partitioned_groups",
-        "sub_group_partition_counts",
-        "sub_group_process_groups",
-    )
-    per_group_dicts: Sequence[str] = ("averaged_gradients",)
-
-    private = (
-        "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
-        "_coalesce_grad_reduction",
-        "_get_fp32_grad_state_partition",
-        "grad_position",
-        "ipg_buckets",
-        "parameter_offload._DeepSpeedZeRoOffload__allgather_stream",
-        "parameter_offload._max_available_parameters_in_numel",
-        "parameter_offload._max_reuse_distance_in_numel",
-        "parameter_offload._prefetch_bucket_sz",
-        "parameter_offload.fast_sharding_for_leaf_module",
-        "parameter_offload.param_coordinator",
-        "sub_group_to_group_id",
-    )
-
     may_skip_modules = True
     sends_during_backward = True  # weights in every backward, gradients in the window's last
 
     def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
-        self._offloaded = getattr(engine.optimizer, "offload_optimizer", False)
-        if self._offloaded:
-            self.per_group_dicts = (*self.per_group_dicts, "subgroup_to_device")
         super().__init__(engine, layer_map)
+        check_internals(engine.module, "Module")
+        check_internals(layer_map[0].parameters[0][1], "Parameter")
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
         self._in_pass = False  # gradients of the active arms may have been reduced
@@ -127,6 +96,9 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered as they were
                 parameter.partition()
         self._traces.fetch_after_writes()
+
+    def _is_offloaded(self) -> bool:
+        return bool(getattr(self._zero, "offload_optimizer", False))
 
     def _find_members(self) -> Sequence[Sequence[nn.Parameter]]:
         return list(self._zero.fp16_groups)
