@@ -15,7 +15,7 @@ import slsam_ds
 from benchmarks.engine_costs import num_bytes
 from benchmarks.setup import Setup, Window
 from benchmarks.two_call_sam import TwoCallSAM
-from slsam_ds.pricing.cost import CostModel, Passes
+from slsam_ds.pricing.cost import CostModel, Workload
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -136,7 +136,7 @@ class Stock:
         return Step(loss=total)
 
     def price(self, costs: CostModel, window: Window, step: Step) -> float:
-        return _price_of_all(costs, Passes(ascent=0.0, reused=0.0))
+        return _price_of_all(costs, Workload(ascent=0.0, reused=0.0))
 
     def gradient_bytes(self) -> int:
         """Whole gradients until they are reduced, in ZeRO-2 and 3 a bucket at a time; then this rank's shards."""
@@ -174,7 +174,7 @@ class TwoCalls:
         return total
 
     def price(self, costs: CostModel, window: Window, step: Step) -> float:
-        return _price_of_all(costs, Passes(ascent=1.0, reused=0.0))
+        return _price_of_all(costs, Workload(ascent=1.0, reused=0.0))
 
     def gradient_bytes(self) -> int:
         return num_bytes(self.model.parameters())
@@ -238,5 +238,5 @@ def optimizer_bytes(training: Training) -> int:
     return num_bytes(held) + num_bytes(value for value in state if isinstance(value, Tensor))
 
 
-def _price_of_all(costs: CostModel, passes: Passes) -> float:
-    return costs.prices(passes).of(range(len(costs.weight_gradient)))
+def _price_of_all(costs: CostModel, workload: Workload) -> float:
+    return costs.prices(workload).of(range(len(costs.weight_gradient)))

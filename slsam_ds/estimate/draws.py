@@ -1,6 +1,5 @@
 """Which layers a step may draw, and what it takes on average: exactly, without drawing any."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from dataclasses import dataclass
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.pricing.budget import BudgetedExp3
 from slsam_ds.pricing.cost import PriceList
-from slsam_ds.selectors import make_selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,8 @@ class Draw:
         """As `PriceList.of`, on average."""
         return prices.base[self.lowest] + self.total(prices.share)
 
+
+_GAMMA = 0.1  # of `gamma="auto"`, whose value needs the length of the run
 
 Quantity = Callable[[Draw], float]
 """Something that depends on the lowest arm anyhow, and linearly on which others are included."""
@@ -109,10 +109,9 @@ def _uniform_above(arm: int, num_arms: int, k: int) -> Draw:
 
 
 def _budgeted(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) -> Draws:
-    if config.gamma == "auto":  # whose value needs the length of the run
-        config = dataclasses.replace(config, gamma=SLSAMConfig().gamma)
-    selector = make_selector(config, len(numels))
-    assert isinstance(selector, BudgetedExp3)
+    assert config.budget is not None
+    gamma = _GAMMA if config.gamma == "auto" else config.gamma
+    selector = BudgetedExp3(len(numels), config.budget, gamma, config.seed, share=config.share)
     selector.use_prices(prices)
     chances, above = selector.choice()
     draws = [

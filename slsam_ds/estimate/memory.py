@@ -9,7 +9,6 @@ from slsam_ds.estimate.traffic import kept_fsdp2, kept_zero3
 from slsam_ds.model.prefix import MAX_BYTES
 
 _MOMENTS = 2 * FP32  # Adam's two
-_PREVIOUS = 2  # `PreviousGradients` are bf16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +101,7 @@ def _optimizer(step: Step, sampled: float) -> tuple[float, float]:
     # ZeRO keeps masters also of float32 weights; FSDP2's shards are masters themselves.
     has_masters = setup.engine in ("zero1", "zero2", "zero3") or (setup.engine == "zero0" and setup.precision != "fp32")
     masters = trained * FP32 * part if has_masters else 0.0
-    previous = _PREVIOUS if step.config.ascent_source == "previous" and step.config.rho > 0 else 0
-    waiting = trained * (_MOMENTS + previous) * part
+    waiting = trained * (_MOMENTS + step.num_kept_bytes) * part
     if setup.offload_optimizer:  # with the gradients that DeepSpeed steps there
         return 0.0, masters + waiting + trained * FP32 * part
     if step.config.offload_state:

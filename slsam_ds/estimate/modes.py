@@ -1,8 +1,10 @@
 """AdamW, dense SAM and SL-SAM side by side: the same machine in three configurations."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted
@@ -58,9 +60,23 @@ def compare(counted: Counted, setup: Setup, config: SLSAMConfig) -> list[Mode]:
 
 
 def _take(name: str, step: Step) -> Mode:
-    counted, setup = step.counted, step.setup
-    prices = counted.costs.prices(step.passes)
-    draws = find_draws(step.config, counted.numels, prices)
+    counted, setup, share = step.counted, step.setup, step.ascent_share
+    expected = counted.costs.prices(step.workload.thinned(share))
+    draws = find_draws(step.config, counted.numels, expected)
+    # What is held is at its peak in a step that climbs. What is computed and sent is a mean over all steps.
+    kinds = [(share, step), (1 - share, step.without_ascent())]
+    kinds = [(weight, kind) for weight, kind in kinds if weight > 0]
+
+    def price(kind: Step, draw: Draw) -> float:
+        return draw.price(counted.costs.prices(kind.workload))
+
+    def spent(quantity: Callable[[Step, Draw], float], factor: float = 1.0) -> Spread:
+        spreads = [(weight, _spread(draws, partial(quantity, kind))) for weight, kind in kinds]
+        return Spread(
+            factor * math.fsum(weight * spread.mean for weight, spread in spreads),
+            factor * min(spread.lowest for _, spread in spreads),
+            factor * max(spread.highest for _, spread in spreads),
+        )
 
     def held(kind: str) -> Spread:
         return _spread(draws, lambda draw: getattr(memory(step, draw), kind))
@@ -68,11 +84,11 @@ def _take(name: str, step: Step) -> Mode:
     return Mode(
         name=name,
         num_active=draws.num_active,
-        price=_spread(draws, lambda draw: draw.price(prices)),
-        flops=_spread(draws, lambda draw: draw.price(prices) * counted.flops * setup.num_micro_batches),
+        price=spent(price),
+        flops=spent(price, counted.flops * setup.num_micro_batches),
         memory={kind: held(kind) for kind in MEMORY_KINDS},
-        reduced=_spread(draws, lambda draw: reduced(step, draw)),
-        gathered=_spread(draws, lambda draw: gathered(step, draw)),
+        reduced=spent(reduced),
+        gathered=spent(gathered),
     )
 
 

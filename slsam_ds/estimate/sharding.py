@@ -1,19 +1,23 @@
 """How a run is laid out: what the formulas for memory and traffic start from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.directions import DIRECTIONS
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.model.micro_batches import ascent_part
 from slsam_ds.pricing.cost import Workload
+from slsam_ds.schedules import make_schedule
 
 EngineName = Literal["zero0", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 FP32 = 4
 """Bytes of a number."""
+
+_MANY_STEPS = 10**6  # of a run whose length is not known: what a schedule rounds then does not show
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +63,30 @@ class Step:
     config: SLSAMConfig
 
     @property
-    def passes(self) -> Workload:
-        """In shares of the window."""
+    def ascent_share(self) -> float:
+        """Share of the run's steps that climb."""
+        return make_schedule(self.config.ascend_when, total_steps=_MANY_STEPS).share if self.config.rho > 0 else 0.0
+
+    def without_ascent(self) -> "Step":
+        """The step as it is where the schedule does not let it climb."""
+        return replace(self, config=replace(self.config, rho=0.0))
+
+    @property
+    def workload(self) -> Workload:
+        """In shares of the window, of a step that climbs."""
         reuses = self.config.prefix_reuse is not False
         return Workload.of(self.config, self.setup.num_micro_batches, reuses_prefix=reuses)
 
     @property
+    def num_kept_bytes(self) -> int:
+        """Bytes per trained weight that the ascent direction keeps beside the optimizer's moments."""
+        kept = DIRECTIONS[self.config.ascent_source].kept if self.config.rho > 0 else {}
+        return sum(dtype.itemsize for dtype in kept.values())
+
+    @property
     def num_ascents(self) -> int:
         """Micro-batches of the ascent."""
-        if self.passes.ascent == 0:
+        if self.workload.ascent == 0:
             return 0
         of_each = self.config.ascent_scope == "micro_batch"
         return ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=of_each)[0]
@@ -91,9 +110,9 @@ class Step:
 
     def reuses_prefix(self, draw: Draw) -> bool:
         """The descent starts above the blocks below the lowest arm, of micro-batches that the ascent has taken."""
-        return self.passes.reused > 0 and self.counted.depths[draw.lowest] >= 2 and self.counted.ends
+        return self.workload.reused > 0 and self.counted.depths[draw.lowest] >= 2 and self.counted.ends
 
     def forward(self, draw: Draw) -> float:
         """Weights that the forwards of a descent read, on average over its micro-batches."""
         below = self.counted.total - self.counted.outside - self.up(draw)
-        return self.counted.total - (self.passes.reused * below if self.reuses_prefix(draw) else 0.0)
+        return self.counted.total - (self.workload.reused * below if self.reuses_prefix(draw) else 0.0)

@@ -5,17 +5,16 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slsam_ds.report.history import Floats, RunHistory
 
 PRICE_ASSUMPTIONS = (
-    "The price is an estimate, counted, not measured. A layer costs one unit per weight for its forward, one for the "
-    "gradient of its activations, which the backward needs from the top down to the lowest active layer, and one for "
-    "the gradient of its weights if it is active. Steps with an ascent make two such passes over the whole window. "
-    "AdamW is 3 units for every layer, dense SAM 6. Attention scores, optimizer, communication and gradient "
-    "checkpointing are left out, and an embedding counts like a matrix multiplication. Where the descent may reuse "
-    "what the layers below the lowest active one computed, its forward starts there (prefix reuse)."
+    "The price of a step is the number of its floating-point operations (FLOPs), relative to a step of AdamW on the "
+    "same parameters; dense SAM costs 2. With `budget`, and with rewards per cost, FLOPs were counted in the first "
+    "step. Otherwise they are estimated from the numbers of weights: one unit per weight for the forward, one for the "
+    "gradient of the activations, which backward computes from the top down to the lowest active layer, and one for "
+    "the gradient of the weights of active layers. The estimate leaves out attention scores, gradient checkpointing "
+    "and the optimizer, and counts an embedding like a matrix multiplication."
 )
 
 DENSE_SAM_PRICE = 2.0
@@ -80,24 +79,6 @@ def active_shares(history: RunHistory) -> Floats:
     return shares
 
 
-def step_prices(history: RunHistory, *, prefix_reuse: bool) -> Floats:
-    """Estimated price of each step, AdamW = 1; see `PRICE_ASSUMPTIONS`. Shape (T,)."""
-    numels = history.numels.astype(np.float64)
-    total = numels.sum()
-    weights = history.active @ numels
-    from_layer_up = np.append(numels[::-1].cumsum()[::-1], 0.0)
-    reached = from_layer_up[np.where(history.active.any(axis=1), history.active.argmax(axis=1), len(numels))]
-    one_pass = total + reached + weights
-    descent = one_pass - (total - reached if prefix_reuse else 0.0)
-    prices: Floats = np.where(has_ascent(history), one_pass + descent, one_pass) / (3 * total)
-    return prices
-
-
-def has_ascent(history: RunHistory) -> NDArray[np.bool_]:
-    """Which steps passed over their window twice. A skipped step has no ascent loss, but had an ascent. Shape (T,)."""
-    return (history.rho > 0) & (history.skipped | ~np.isnan(history.ascent_loss))
-
-
 def run_facts(history: RunHistory) -> list[Fact]:
     """The run in a few lines; what the records say nothing about is left out."""
     num_skipped = int(history.skipped.sum())
@@ -109,7 +90,7 @@ def run_facts(history: RunHistory) -> list[Fact]:
             f"of {history.numels.sum():,} per step; "
             f"{history.active.sum(axis=1).mean():.3g} of {len(history.names)} layers",
         ),
-        _price_fact(history),
+        *_price_facts(history),
         *_perturbation_facts(history),
         *_time_facts(history),
     ]
@@ -130,10 +111,11 @@ def _loss_facts(history: RunHistory) -> list[Fact]:
     return [Fact("Training loss", f"{last:.4g}", f"in the last {of}, {first:.4g} in the first")]
 
 
-def _price_fact(history: RunHistory) -> Fact:
-    price, reused = (step_prices(history, prefix_reuse=reuse).mean() for reuse in (False, True))
-    reuse = f" ({reused:.2f} with prefix reuse)" if reused < price - 0.005 else ""
-    return Fact("Estimated price", f"{price:.2f}", f"of AdamW{reuse}, {price / DENSE_SAM_PRICE:.2f} of dense SAM")
+def _price_facts(history: RunHistory) -> list[Fact]:
+    price = mean(history.price)
+    if np.isnan(price):
+        return []
+    return [Fact("Price", f"{price:.2f}", f"of AdamW's FLOPs, {price / DENSE_SAM_PRICE:.2f} of dense SAM's")]
 
 
 def _perturbation_facts(history: RunHistory) -> list[Fact]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from slsam_ds.report.bins import StepBins
-from slsam_ds.report.facts import DENSE_SAM_PRICE, active_shares, layer_facts, loss_rises, step_prices
+from slsam_ds.report.facts import DENSE_SAM_PRICE, active_shares, layer_facts, loss_rises
 from slsam_ds.report.history import Floats, RunHistory
 
 _WIDTH, _HEIGHT, _WIDE = 5.5, 2.9, 11.0  # inches; small ones are for a phone as well
@@ -241,11 +241,7 @@ def _draw_active_share(figure: FigureBase, history: RunHistory, theme: Theme) ->
 
 def _draw_price(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
     axes = _curve_axes(figure, history)
-    full, reused = (step_prices(history, prefix_reuse=reuse) for reuse in (False, True))
-    _curve(axes, history, full, theme.blue, "two full passes", banded=False)
-    if not np.allclose(full, reused):
-        _curve(axes, history, reused, theme.orange, "with prefix reuse", banded=False)
-        _legend(axes)
+    _curve(axes, history, history.price, theme.blue, banded=False)
     for price, name in ((1.0, "AdamW"), (DENSE_SAM_PRICE, "dense SAM")):
         axes.axhline(price, color=theme.muted, linewidth=0.9, linestyle=_DASHES)
         place = {"xy": (1, price), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -306,7 +302,11 @@ PANELS: Sequence[Panel] = (
     Panel(
         "Active parameters", "Share of the weights that a step trains; the dashed line is the mean.", _draw_active_share
     ),
-    Panel("Estimated price of a step", "Forward and backward work relative to AdamW; assumptions below.", _draw_price),
+    Panel(
+        "Price of a step",
+        "FLOPs of forward and backward relative to a step of AdamW; how they are known, see below.",
+        _draw_price,
+    ),
     Panel("Seconds per step", "Wall clock of the first rank. Steps far above the others are cut off.", _draw_seconds),
 )
 

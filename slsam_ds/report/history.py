@@ -14,7 +14,8 @@ from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, iterate_steps
 
 Floats = NDArray[np.floating[Any]]
 
-_NUMBERS = ("loss", "ascent_loss", "rho", "perturbation_norm", "perturbation_projection", "seconds")
+_NUMBERS = ("loss", "ascent_loss", "rho", "perturbation_norm", "perturbation_projection", "price", "seconds")
+_NEWER = ("price",)  # records of 0.1.0 lack it
 
 
 class RecordsError(ValueError):
@@ -38,6 +39,7 @@ class RunHistory:
         rho: Radius asked for.
         perturbation_norm: Radius reached.
         perturbation_projection: Share of the perturbation that reached the weights.
+        price: FLOPs relative to a step of AdamW.
         seconds: Wall-clock time.
     """
 
@@ -53,6 +55,7 @@ class RunHistory:
     rho: Floats
     perturbation_norm: Floats
     perturbation_projection: Floats
+    price: Floats
     seconds: Floats
 
     def __len__(self) -> int:
@@ -153,7 +156,7 @@ class _Row:
             probabilities=probabilities,
             grad_norms=grad_norms,
             skipped=bool(record["skipped"]),
-            numbers=tuple(_number(record[name]) for name in _NUMBERS),
+            numbers=tuple(_number(record.get(name) if name in _NEWER else record[name]) for name in _NUMBERS),
         )
 
 

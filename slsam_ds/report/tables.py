@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slsam_ds.report.bins import StepBins
-from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, step_prices
+from slsam_ds.report.facts import active_shares, layer_facts, loss_rises
 from slsam_ds.report.history import RunHistory
 
 _NUM_SPANS = 10
@@ -67,7 +67,7 @@ def progress_table(history: RunHistory) -> Table:
         ("loss", _number, bins.means(history.loss_at_weights)),
         ("rise", _percent, bins.means(loss_rises(history))),
         ("active weights", _percent, bins.means(active_shares(history))),
-        ("price", lambda price: f"{price:.2f}", bins.means(step_prices(history, prefix_reuse=False))),
+        ("price", _number, bins.means(history.price)),
         ("perturbation", _number, bins.means(history.perturbation_projection)),
         ("seconds", _number, bins.means(history.seconds)),
         ("skipped", lambda count: f"{count:.0f}", bins.sums(history.skipped)),

@@ -55,7 +55,7 @@ def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str,
     step, draw = Step(counted, run, SLSAMConfig(**setup.slsam)), Draw.of(sample, len(counted.numels))
     held = memory(step, draw)
     return {
-        "flops": draw.price(counted.costs.prices(step.passes)) * counted.flops * setup.accumulation,
+        "flops": draw.price(counted.costs.prices(step.workload)) * counted.flops * setup.accumulation,
         "activations": held.activations,
         "gradients": held.gradients,
         "optimizer": held.optimizer,

@@ -19,7 +19,7 @@ from slsam_ds.engines.local import LocalEngine
 from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import find_draws
-from slsam_ds.estimate.modes import compare
+from slsam_ds.estimate.modes import Mode, compare
 from slsam_ds.estimate.sharding import Setup
 from slsam_ds.model.layers import map_layers
 from slsam_ds.pricing.cost import PriceList
@@ -140,6 +140,33 @@ def test_what_sl_sam_takes_of_what_dense_sam_takes() -> None:
         assert sparse.memory["total"].highest < dense.memory["total"].mean
         parts = ("weights", "kept", "gradients", "optimizer", "activations")
         assert sparse.memory["total"].mean == pytest.approx(sum(sparse.memory[part].mean for part in parts))
+
+
+def test_a_schedule_pays_for_the_ascents_that_it_takes() -> None:
+    counted, setup = counted_llama(), Setup(engine="zero2", world_size=4)
+
+    def sparse(**knobs: Any) -> Mode:
+        return compare(counted, setup, SLSAMConfig(selector="uniform", active_layers=2, **knobs))[-1]
+
+    never, always, some = sparse(rho=0.0), sparse(), sparse(ascend_when={"every": 4})
+    for read in (lambda mode: mode.price, lambda mode: mode.reduced, lambda mode: mode.gathered):
+        assert read(some).mean == pytest.approx(0.25 * read(always).mean + 0.75 * read(never).mean)
+        assert (read(some).lowest, read(some).highest) == (read(never).lowest, read(always).highest)
+    assert some.memory == always.memory  # at its peak, which is in a step that climbs
+    assert sparse(ascend_when={"last": 0.25}).price.mean == pytest.approx(some.price.mean)
+
+
+def test_a_direction_costs_what_it_runs_and_keeps() -> None:
+    counted, setup = counted_llama(), Setup(engine="zero2", world_size=4)
+    single, previous, momentum = (
+        compare(counted, setup, SLSAMConfig(selector="uniform", active_layers=2, **knobs))[-1]
+        for knobs in ({"rho": 0.0}, {"ascent_source": "previous"}, {"ascent_source": "momentum"})
+    )
+    assert single.price == previous.price == momentum.price
+    assert previous.gathered.mean == momentum.gathered.mean > single.gathered.mean  # perturbed weights travel
+    assert momentum.memory["optimizer"] == single.memory["optimizer"]
+    per_rank = 2 * counted.trained / 4  # in bf16
+    assert previous.memory["optimizer"].mean == pytest.approx(momentum.memory["optimizer"].mean + per_rank)
 
 
 def test_more_ranks_hold_less_where_it_is_sharded() -> None:

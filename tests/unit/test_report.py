@@ -15,7 +15,7 @@ from slsam_ds.cli.summary import summarize
 from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, read_steps
 from slsam_ds.report.bins import StepBins
 from slsam_ds.report.command import PAGE_FILE, PICTURE_FILE, main
-from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, run_facts, step_prices
+from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, run_facts
 from slsam_ds.report.history import RecordsError, RunHistory, read_history
 from slsam_ds.report.tables import layer_table, progress_table
 
@@ -41,6 +41,7 @@ def make_step(step: int, active: Sequence[int] = (1, 3), *, num_layers: int = 4,
         "perturbation_norm": 0.06,
         "perturbation_projection": 0.99,
         "skipped": False,
+        "price": 1.2,
         "seconds": 1.5,
     } | changes
 
@@ -81,21 +82,27 @@ def test_a_running_run_is_read_as_far_as_it_has_come(tmp_path: Path) -> None:
     assert len(read_history(run)) == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "price", "with_reuse"),
-    [
-        ({"active": [0, 1, 2, 3]}, 2.0, 2.0),  # dense SAM
-        ({"active": [0, 1, 2, 3], "rho": 0.0, "ascent_loss": None}, 1.0, 1.0),  # the base optimizer
-        ({"active": [3]}, 2 * (100 + 40 + 40) / 300, (180 + 40 + 40 + 40) / 300),
-        ({"active": [1]}, 2 * (100 + 90 + 20) / 300, (210 + 90 + 90 + 20) / 300),
-        ({"active": [1], "rho": 0.0, "ascent_loss": None}, (100 + 90 + 20) / 300, (100 + 90 + 20) / 300),
-        ({"active": [1], **SKIPPED}, 2 * (100 + 90 + 20) / 300, (210 + 90 + 90 + 20) / 300),
-    ],
-)
-def test_price_of_a_step(changes: dict[str, Any], price: float, with_reuse: float) -> None:
-    history = history_of(make_step(1, **changes))
-    assert step_prices(history, prefix_reuse=False) == pytest.approx([price])
-    assert step_prices(history, prefix_reuse=True) == pytest.approx([with_reuse])
+def test_the_price_is_what_the_run_recorded() -> None:
+    history = history_of(make_step(1, price=0.9), make_step(2, price=1.3), make_step(3, price=None))
+    np.testing.assert_array_equal(history.price, [0.9, 1.3, np.nan])
+    facts = {fact.label: f"{fact.value} {fact.note}" for fact in run_facts(history)}
+    assert facts["Price"] == "1.10 of AdamW's FLOPs, 0.55 of dense SAM's"
+
+
+def test_records_without_a_price_have_none() -> None:
+    old = {key: value for key, value in make_step(1).items() if key != "price"}
+    history = history_of(old)
+    assert np.isnan(history.price).all()
+    assert "Price" not in {fact.label for fact in run_facts(history)}
+    table = progress_table(history)
+    assert table.rows[0][table.header.index("price")] == ""
+
+
+def test_a_step_that_did_not_climb_shows_its_loss_and_no_rise() -> None:
+    climbed = make_step(1)
+    history = history_of(climbed, make_step(2, rho=0.0, ascent_loss=None, perturbed=[], perturbation_projection=None))
+    assert history.loss_at_weights.tolist() == [2.0, 2.1]
+    np.testing.assert_allclose(loss_rises(history), [0.05, np.nan], rtol=1e-9)
 
 
 def test_what_a_run_adds_up_to() -> None:
@@ -208,7 +215,7 @@ def test_the_page_tells_what_the_table_tells(report: tuple[Path, Path]) -> None:
     for cell in (cell for row in layer_table(history).rows[1:] for cell in row):
         assert f">{cell}</" in page
     assert "Skipped" in page
-    assert "AdamW is 3 units for every layer, dense SAM 6" in page
+    assert "dense SAM costs 2" in page
 
 
 def wide_run() -> list[dict[str, Any]]:
