@@ -1,15 +1,18 @@
-"""SL-SAM in one process, on whole tensors, for forced samples: the judge of every engine.
+"""SL-SAM in one process, on whole tensors, for forced choices: the judge of every engine.
 
 Shares no code with the package.
 
-A step: g and h are means over all micro-batches of all ranks' windows; one norm over the whole sample; AdamW whose step
-counter, per layer, counts the layer's own updates only.
+A step perturbs the arms P and updates the arms U. g and h are means over all micro-batches of all ranks' windows; there
+is one norm over all of P; AdamW has a step counter per layer, which counts the layer's own updates only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
+Batches = Sequence[Mapping[str, torch.Tensor]]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -22,13 +25,16 @@ class Reference:
     eps: float = 1e-4
     weight_decay: float = 0.1
     clip: float = 0.0
-    single_pass: bool = False  # climb along what each layer last descended along, kept in bf16, over their joint norm
+    direction: str = "current"  # or "previous" (what a layer last descended along, in bf16) or "momentum"
+    descend_along: str = "perturbed"  # or "renormalised"
     previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
 
-    def gradient(self, sample: Sequence[int], batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[dict, float]:
+    def names(self, arms: Sequence[int]) -> list[str]:
+        return [name for arm in arms for name in self.arms[arm]]
+
+    def gradient(self, names: Sequence[str], batches: Batches) -> tuple[Tensors, float]:
         parameters = dict(self.model.named_parameters())
-        names = [name for arm in sample for name in self.arms[arm]]
         total = {name: torch.zeros_like(parameters[name]) for name in names}
         mean_loss = 0.0
         for batch in batches:
@@ -39,13 +45,20 @@ class Reference:
             mean_loss += loss.item() / len(batches)
         return total, mean_loss
 
-    def remembered(self, sample: Sequence[int]) -> tuple[dict, float]:
-        names = [name for arm in sample for name in self.arms[arm] if name in self.previous]
-        norm = sum(self.previous[name][1] for name in names) ** 0.5
-        return {name: self.previous[name][0] for name in names}, norm
+    def climb(self, perturbed: Sequence[int], batches: Batches) -> tuple[Tensors, float, float]:
+        """Direction, its norm, and the loss at x."""
+        names = self.names(perturbed)
+        if self.direction == "previous":
+            known = [name for name in names if name in self.previous]
+            return {n: self.previous[n][0] for n in known}, sum(self.previous[n][1] for n in known) ** 0.5, 0.0
+        if self.direction == "momentum":
+            moments = {name: self.moments[name][0] for name in names if name in self.moments}
+            return moments, norm_of(moments), 0.0
+        ascent, loss = self.gradient(names, batches)
+        return ascent, norm_of(ascent), loss
 
     @torch.no_grad()
-    def add(self, direction: Mapping[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+    def add(self, direction: Tensors, scale: float) -> Tensors:
         parameters = dict(self.model.named_parameters())
         before = {name: parameters[name].clone() for name in direction}
         for name, tensor in direction.items():
@@ -54,24 +67,24 @@ class Reference:
 
     def step(
         self,
-        sample: Sequence[int],
-        batches: Sequence[Mapping[str, torch.Tensor]],
+        perturbed: Sequence[int],
+        batches: Batches,
         lr_scale: Callable[[int], float] = lambda arm: 1.0,
-        parts: Sequence[Sequence[Mapping[str, torch.Tensor]]] | None = None,  # each climbs by itself; None: all as one
-        climbed: Sequence[Sequence[Mapping[str, torch.Tensor]]] | None = None,  # what of each part to climb on
+        parts: Sequence[Batches] | None = None,  # each climbs by itself; None: all as one
+        climbed: Sequence[Batches] | None = None,  # what of each part to climb on
+        updated: Sequence[int] | None = None,  # None: the perturbed
+        ascends: bool = True,
     ) -> dict:
-        descent: dict[str, torch.Tensor] = {}
+        updated = perturbed if updated is None else updated
+        descent: Tensors = {}
         ascent_loss = loss = 0.0
         for number, part in enumerate(parts or [batches]):
             share = len(part) / len(batches)
-            if self.single_pass:
-                ascent, norm = self.remembered(sample)
-                part_ascent_loss = 0.0
-            else:
-                ascent, part_ascent_loss = self.gradient(sample, climbed[number] if climbed else part)
-                norm = torch.sqrt(sum(g.double().square().sum() for g in ascent.values())).item()
+            ascent, norm, part_ascent_loss = {}, 0.0, 0.0
+            if ascends:
+                ascent, norm, part_ascent_loss = self.climb(perturbed, climbed[number] if climbed else part)
             before = self.add(ascent, self.rho / norm if norm > 0 else 0.0)
-            part_descent, part_loss = self.gradient(sample, part)
+            part_descent, part_loss = self.gradient(self.names(updated), part)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if name in before:
@@ -80,14 +93,16 @@ class Reference:
             ascent_loss, loss = ascent_loss + share * part_ascent_loss, loss + share * part_loss
         for name, grad in descent.items():
             self.previous[name] = (grad.to(torch.bfloat16).float(), grad.double().square().sum().item())
-        norms = {
-            arm: torch.sqrt(sum(descent[n].double().square().sum() for n in self.arms[arm])).item() for arm in sample
-        }
-        total = sum(n * n for n in norms.values()) ** 0.5
-        shrink = min(1.0, self.clip / (total + 1e-6)) if self.clip else 1.0
-        for arm in sample:
+        norms = {arm: norm_of({name: descent[name] for name in self.arms[arm]}) for arm in updated}
+        factor = 1.0
+        if self.descend_along == "renormalised" and ascends:
+            at_x, _ = self.gradient(self.names(updated), batches)
+            factor = norm_of(at_x) / norm_of(descent)
+        if self.clip:
+            factor *= min(1.0, self.clip / (factor * norm_of(descent) + 1e-6))
+        for arm in updated:
             for name in self.arms[arm]:
-                self.adamw(name, descent[name] * shrink, self.lr * lr_scale(arm))
+                self.adamw(name, descent[name] * factor, self.lr * lr_scale(arm))
         return {"loss": loss, "ascent_loss": ascent_loss, "grad_norms": norms}
 
     @torch.no_grad()
@@ -99,3 +114,7 @@ class Reference:
         self.moments[name] = (m, v, count)
         parameter *= 1 - lr * self.weight_decay
         parameter -= lr * (m / (1 - b1**count)) / ((v / (1 - b2**count)).sqrt() + self.eps)
+
+
+def norm_of(tensors: Tensors) -> float:
+    return sum(tensor.double().square().sum().item() for tensor in tensors.values()) ** 0.5

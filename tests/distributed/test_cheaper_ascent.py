@@ -44,12 +44,14 @@ def climb_on(batches: Sequence[Batch], accumulation: int, fraction: float) -> li
 def follow_reference(setup: Setup, world_size: int = 2) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     torch.set_num_threads(1)
     model = setup.build_model()
-    single_pass = setup.slsam.get("ascent_source") == "previous"
-    reference = Reference(model, arms_of_llama(model), rho=0.05, single_pass=single_pass, **ADAMW)
+    direction = setup.slsam.get("ascent_source", "current")
+    reference = Reference(model, arms_of_llama(model), rho=0.05, direction=direction, **ADAMW)
     results = []
     for step, sample in enumerate(SAMPLES, start=1):
         batches = [batch for rank in range(world_size) for batch in window(step, rank, setup.accumulation)]
-        climbed = None if single_pass else [climb_on(batches, setup.accumulation, setup.slsam["ascent_fraction"])]
+        climbed = (
+            None if direction == "previous" else [climb_on(batches, setup.accumulation, setup.slsam["ascent_fraction"])]
+        )
         results.append(reference.step(list(sample), batches, climbed=climbed))
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, results
 

@@ -1,0 +1,147 @@
+"""Who is perturbed, who is updated, where to climb, when, and what the update descends along: against the reference.
+
+Starting ranks takes longer than training on them, so each engine trains every case in the same processes.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slsam_ds import StepResult
+from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error
+from tests.models import arms_of_llama, window
+from tests.ranks import run_on_ranks
+from tests.reference import Reference
+
+ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
+WORLD_SIZE = 2
+TOLERANCE = 1e-6  # as in test_reference.py
+
+Arms = tuple[int, ...]
+ALL: Arms = (0, 1, 2, 3, 4, 5)
+APART: Sequence[tuple[Arms, Arms]] = (
+    ((4,), ALL),  # one above the others: nothing below it may be left out of the descent
+    (ALL, (4,)),
+    ((1, 2), (1, 2, 3)),  # P inside U
+    ((1, 2, 3), (2,)),  # U inside P
+    ((4, 5), (2, 3)),  # P above U
+    ((2,), (4,)),  # P below U
+    ((3, 5), (2, 4)),  # disjoint
+    ((3,), (3,)),
+    ((5,), (0,)),
+    ((0,), (5,)),
+)
+"""Perturbed and updated arms, step by step."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A few steps of training.
+
+    Attributes:
+        slsam: Knobs.
+        choices: Perturbed and updated arms of each step.
+        accumulation: Micro-batches per window.
+        clip: Largest gradient norm; 0: any.
+    """
+
+    slsam: Mapping[str, Any] = field(default_factory=dict)
+    choices: Sequence[tuple[Arms, Arms]] = APART
+    accumulation: int = 1
+    clip: float = 0.0
+
+    def setup(self, engine: str) -> Setup:
+        return Setup(engine=engine, accumulation=self.accumulation, clip=self.clip, slsam=self.slsam)
+
+    def ascends(self, step: int) -> bool:
+        every = self.slsam.get("ascend_when", {"every": 1})["every"]
+        return step % every == 1 % every
+
+
+CASES: Mapping[str, Case] = {
+    "apart": Case(),
+    "apart, in a longer window": Case(accumulation=3),
+    "apart, every block run": Case(slsam={"prefix_reuse": False}, accumulation=3),
+    "previous": Case(slsam={"ascent_source": "previous"}),
+    "momentum": Case(slsam={"ascent_source": "momentum", "offload_state": True}, accumulation=2),
+    "renormalised": Case(slsam={"descend_along": "renormalised"}),
+    "renormalised and clipped": Case(slsam={"descend_along": "renormalised", "rho": 0.2}, clip=0.5, accumulation=3),
+    "every second step": Case(slsam={"ascend_when": {"every": 2}}),
+    "always": Case(slsam={"other_parameters": "always"}, choices=[((0, 2), (1,)), ((3,), (0, 1)), ((0,), (3,))]),
+}
+
+
+@functools.cache
+def expected(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The same training in one process, without the package."""
+    case = CASES[name]
+    torch.set_num_threads(1)
+    model = case.setup("local").build_model()
+    reference = Reference(
+        model,
+        arms_of_llama(model),
+        rho=case.slsam.get("rho", 0.05),
+        clip=case.clip,
+        direction=case.slsam.get("ascent_source", "current"),
+        descend_along=case.slsam.get("descend_along", "perturbed"),
+        **ADAMW,
+    )
+    results = []
+    for step, choice in enumerate(case.choices, start=1):
+        perturbed, updated = (arms_there(arms, case) for arms in choice)
+        batches = [batch for rank in range(WORLD_SIZE) for batch in window(step, rank, case.accumulation)]
+        results.append(reference.step(perturbed, batches, updated=updated, ascends=case.ascends(step)))
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, results
+
+
+def arms_there(arms: Arms, case: Case) -> list[int]:
+    """The reference's arms: embeddings and head are two of them, and always take part where they are no arms here."""
+    return [0, *(arm + 1 for arm in arms), 5] if "other_parameters" in case.slsam else list(arms)
+
+
+def train(engine: str, names: Sequence[str]) -> dict[str, tuple[dict[str, Tensor], list[StepResult]]]:
+    found = {}
+    for name in names:
+        case = CASES[name]
+        training = Training(case.setup(engine))
+        results = []
+        for step, (perturbed, updated) in enumerate(case.choices, start=1):
+            before = training.live_weights()
+            results.append(training.step(training.window(step), perturbed=perturbed, updated=updated))
+            after = training.live_weights()
+            assert all(parameter.grad is None for parameter in training.model.parameters())
+            for arm in training.slsam.layers:
+                for parameter, _ in arm.parameters if arm.index not in updated else ():
+                    assert torch.equal(before[parameter], after[parameter]), (name, step, parameter)
+        found[name] = training.weights(), results
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_choice_follows_the_reference(engine: str) -> None:
+    per_rank = run_on_ranks(WORLD_SIZE, train, engine, list(CASES))
+    for found in per_rank:
+        for name, (weights, results) in found.items():
+            case, (wanted, reported) = CASES[name], expected(name)
+            assert max_error(weights, wanted) <= TOLERANCE, name
+            assert max_error(weights, per_rank[0][name][0]) == 0.0, name
+            for step, (result, reference) in enumerate(zip(results, reported, strict=True), start=1):
+                perturbed, updated = case.choices[step - 1]
+                climbs = case.ascends(step)
+                assert result.active == updated
+                assert result.perturbed == (perturbed if climbs else ())
+                assert result.rho == (case.slsam.get("rho", 0.05) if climbs else 0.0)
+                assert result.loss == pytest.approx(reference["loss"], abs=1e-5), (name, step)
+                offset = 1 if "other_parameters" in case.slsam else 0
+                there = {arm: reference["grad_norms"][arm + offset] for arm in updated}
+                assert result.grad_norms == pytest.approx(there, rel=1e-4)
+                if climbs and "ascent_source" not in case.slsam:
+                    assert result.ascent_loss == pytest.approx(reference["ascent_loss"], abs=1e-5)
+                    assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
+                else:
+                    assert result.ascent_loss is None
