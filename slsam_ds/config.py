@@ -160,6 +160,17 @@ class SLSAMConfig:
             _require(self, "layers", self.layers is None, "slsam.budget needs layers found in the model; use null")
 
     @classmethod
+    def of(
+        cls, knobs: "SLSAMConfig | Mapping[str, Any] | None", block: Mapping[str, Any] | None = None
+    ) -> "SLSAMConfig":
+        """The knobs that a caller gives: these, else a block's, else the defaults.
+
+        Raises:
+            ValueError: As `from_dict`.
+        """
+        return knobs if isinstance(knobs, SLSAMConfig) else cls.from_dict(knobs if knobs is not None else block or {})
+
+    @classmethod
     def from_dict(cls, block: Mapping[str, Any]) -> Self:
         """Build from a JSON-like mapping (lists become tuples). Its key `preset` names one of `PRESETS`.
 

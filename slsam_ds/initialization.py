@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.model.layers import map_layers
 from slsam_ds.model.micro_batches import LossFunction
 from slsam_ds.plan import StepResult
 from slsam_ds.records.metrics import step_metrics
@@ -164,11 +164,16 @@ def initialize(
     if config is None:
         raise ValueError("slsam_ds.initialize needs a DeepSpeed configuration: config=PATH or a dict")
     ds_config, block = read_config(config)
-    if not isinstance(slsam, SLSAMConfig):
-        slsam = SLSAMConfig.from_dict(slsam if slsam is not None else block or {})
-    layer_map = map_layers(model, slsam, optimizer if isinstance(optimizer, torch.optim.Optimizer) else None)
+    knobs = SLSAMConfig.of(slsam, block)
+    lr_scheduler = kwargs.get("lr_scheduler")
+    built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+    layer_map = split_by_layer(model, built, knobs, lr_scheduler if hasattr(lr_scheduler, "step") else None)
     engine, zero, loader, scheduler = build_engine(
         model, ds_config, layer_map, optimizer=optimizer, model_parameters=model_parameters, **kwargs
     )
-    wrapped = SLSAMEngine(engine, SLSAM(engine, None, slsam, layer_map=layer_map, total_steps=total_steps))
-    return wrapped, zero, loader, scheduler
+    return (
+        SLSAMEngine(engine, assemble(engine, None, knobs, layer_map, total_steps=total_steps)),
+        zero,
+        loader,
+        scheduler,
+    )

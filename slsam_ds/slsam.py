@@ -52,7 +52,7 @@ class SLSAM:
         model: A plain module (one device, or replicated over the ranks of a process group), one that went through
             `fully_shard`, or a DeepSpeedEngine that `slsam_ds.initialize` or the Trainer integration built.
         optimizer: The module's torch optimizer; its groups are split by layer. None with a DeepSpeedEngine.
-        config: The knobs; None: the defaults.
+        config: The knobs, or a dict of them; None: the defaults.
         layer_map: The arms, where they were found before the model was wrapped.
         total_steps: Length of the run; `gamma="auto"` and some values of `ascend_when` need it.
         max_grad_norm: Clip the gradient of the updated layers to this global norm before the update; None: do not.
@@ -72,13 +72,13 @@ class SLSAM:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
-        config: SLSAMConfig | None = None,
+        config: SLSAMConfig | Mapping[str, Any] | None = None,
         *,
         layer_map: LayerMap | None = None,
         total_steps: int | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
-        self.config = config = config or SLSAMConfig()
+        self.config = config = SLSAMConfig.of(config)
         self.model = model
         settle(model)
         self.layers = layers = layer_map if layer_map is not None else map_layers(model, config, optimizer)

@@ -21,11 +21,8 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
     Raises:
         ValueError: A layout or setting that is not supported.
     """
-    if "deepspeed" in sys.modules:  # a DeepSpeedEngine cannot exist unless deepspeed was imported
-        from deepspeed.runtime.engine import DeepSpeedEngine
-
-        if isinstance(model, DeepSpeedEngine):
-            return _select_deepspeed_engine(model, layer_map)
+    if is_deepspeed_engine(model):
+        return _select_deepspeed_engine(model, layer_map)
     if optimizer is None:
         raise ValueError("a module needs its optimizer: SLSAM(model, optimizer, config)")
     from torch.distributed.fsdp import FSDPModule  # half a second that `import slsam_ds` need not take
@@ -37,6 +34,15 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
     from slsam_ds.engines.local import LocalEngine
 
     return LocalEngine(model, optimizer, layer_map)
+
+
+def is_deepspeed_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed steps the model."""
+    if "deepspeed" not in sys.modules:  # then there can be no DeepSpeedEngine, and importing it takes seconds
+        return False
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return isinstance(model, DeepSpeedEngine)
 
 
 def _select_deepspeed_engine(model: Any, layer_map: LayerMap) -> Engine:

@@ -9,12 +9,9 @@ from accelerate.utils import DistributedType, DynamoBackend, broadcast
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
-from slsam_ds.engines.deepspeed.config import check_config
-from slsam_ds.model.layers import map_layers
-from slsam_ds.model.param_groups import regroup
-from slsam_ds.slsam import SLSAM
+from slsam_ds.engines.deepspeed.config import take_block
 
 
 def prepare(
@@ -49,41 +46,29 @@ def prepare(
         ValueError: Bad knobs, or an engine that is not supported.
     """
     _check_supported(accelerator)
-    block = _take_block(accelerator)
-    config = slsam if isinstance(slsam, SLSAMConfig) else SLSAMConfig.from_dict(slsam if slsam is not None else block)
-    layer_map = map_layers(model, config, optimizer)
-    regroup(optimizer, layer_map, next((other for other in others if isinstance(other, LRScheduler)), None))
-    sharded = accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED
-    if sharded:
+    config = SLSAMConfig.of(slsam, _block_of(accelerator))
+    scheduler = next((other for other in others if isinstance(other, LRScheduler)), None)
+    layer_map = split_by_layer(model, optimizer, config, scheduler)
+    if accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED:
         model, *prepared = accelerator.prepare(model, optimizer, *others)
     else:
         model = accelerator.prepare_model(model, evaluation_mode=True)  # all of it but the wrapper
         for tensor in (*model.parameters(), *model.buffers()):  # the wrapper would have done it
             broadcast(tensor.detach())
         prepared = [accelerator.prepare(other) for other in (optimizer, *others)]
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accept_other_ranks(model)
-        stepper = SLSAM(model, None, config, layer_map=layer_map, total_steps=total_steps, max_grad_norm=max_grad_norm)
-    else:  # FSDP2 has put other tensors into the module and the groups
-        inner = getattr(prepared[0], "optimizer", prepared[0])
-        stepper = SLSAM(
-            model,
-            inner,
-            config,
-            layer_map=map_layers(model, config),
-            total_steps=total_steps,
-            max_grad_norm=max_grad_norm,
-        )
-        accelerator.register_save_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
-        accelerator.register_load_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
+    stepper = assemble(model, prepared[0], config, layer_map, total_steps=total_steps, max_grad_norm=max_grad_norm)
+    # Nothing to do with DeepSpeed, which saves the state that there is.
+    accelerator.register_save_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
+    accelerator.register_load_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
     accelerator.register_for_checkpointing(stepper)
     return stepper, model, *prepared
 
 
-def _take_block(accelerator: Accelerator) -> dict[str, Any]:
-    """The `slsam` block, taken out of the plugin's JSON: DeepSpeed does not know it."""
-    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    return plugin.deepspeed_config.pop("slsam", {}) if plugin is not None else {}
+def _block_of(accelerator: Accelerator) -> dict[str, Any] | None:
+    """The `slsam` block, taken out of the plugin's JSON."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    return take_block(accelerator.state.deepspeed_plugin.deepspeed_config)
 
 
 def _check_supported(accelerator: Accelerator) -> None:
@@ -95,7 +80,6 @@ def _check_supported(accelerator: Accelerator) -> None:
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError("dynamo_backend: a graph of the whole model fits one sample of layers; leave it out")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        check_config(accelerator.state.deepspeed_plugin.deepspeed_config)
         return
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={accelerator.mixed_precision}: not supported; use bf16 or no")

@@ -12,10 +12,11 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
 
+from slsam_ds.assembly import assemble
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
-from slsam_ds.engines.deepspeed.config import check_config
+from slsam_ds.engines.deepspeed.config import take_block
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import last_complete_checkpoint
@@ -68,12 +69,11 @@ class SLSAMMixin(_TrainerMethods):
             )
         block = None
         if self.is_deepspeed_enabled:
-            block = _take_block(self.args.hf_deepspeed_config)
-            check_config(self.args.hf_deepspeed_config.config)
+            block = _block_of(self.args.hf_deepspeed_config)
         _check_supported(self)
         self._compile_settings = take_over_compilation(self)
         self._compiled = contextlib.ExitStack()
-        self.slsam_config = slsam if isinstance(slsam, SLSAMConfig) else SLSAMConfig.from_dict(slsam or block or {})
+        self.slsam_config = SLSAMConfig.of(slsam, block)
         self.slsam: SLSAM | None = None
         self._mapped: tuple[torch.nn.Module, LayerMap] | None = None
         self._step_writer: StepWriter | None = None
@@ -221,21 +221,17 @@ class SLSAMMixin(_TrainerMethods):
             # transformers 5 makes the embeddings' output require a gradient, which only reentrant checkpointing needs:
             # backward would run through every block, whatever is sampled.
             self.model.disable_input_require_grads()
+        # Without DeepSpeed the trainer clips and steps as well, and finds no gradients: SL-SAM has done both.
+        self.slsam = assemble(
+            self.model_wrapped if self.is_deepspeed_enabled else self.model,
+            self.optimizer,
+            self.slsam_config,
+            self.layer_map,
+            total_steps=total_steps,
+            max_grad_norm=None if self.is_deepspeed_enabled else self.args.max_grad_norm or None,
+        )
         if self.is_deepspeed_enabled:
-            self.slsam = SLSAM(
-                self.model_wrapped, None, self.slsam_config, layer_map=self.layer_map, total_steps=total_steps
-            )
             self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
-        else:
-            # The trainer clips and steps as well, and finds no gradients: SL-SAM has done both.
-            self.slsam = SLSAM(
-                self.model,
-                getattr(self.optimizer, "optimizer", self.optimizer),
-                self.slsam_config,
-                layer_map=map_layers(self.model, self.slsam_config),  # FSDP has put other tensors in place
-                total_steps=total_steps,
-                max_grad_norm=self.args.max_grad_norm or None,
-            )
         if self._stop_requested:
             self.slsam.request_stop()
         if self._resumed_from is not None:
@@ -339,11 +335,12 @@ def _generates(trainer: Any) -> bool:
     return own_steps and hasattr(trainer.args, "temperature")
 
 
-def _take_block(hf_deepspeed_config: Any) -> dict[str, Any] | None:
+def _block_of(hf_deepspeed_config: Any) -> dict[str, Any] | None:
     """The `slsam` block, taken out of the JSON, where accelerate would try to resolve its "auto" values.
 
     It stays beside the JSON, so that a second trainer on the same arguments finds it.
     """
-    if "slsam" in hf_deepspeed_config.config:
-        hf_deepspeed_config.slsam_block = hf_deepspeed_config.config.pop("slsam")
+    block = take_block(hf_deepspeed_config.config)
+    if block is not None:
+        hf_deepspeed_config.slsam_block = block
     return getattr(hf_deepspeed_config, "slsam_block", None)

@@ -10,11 +10,10 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.deepspeed.config import check_config
 from slsam_ds.engines.deepspeed.operator_locks import warn_of_abandoned_locks
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.param_groups import regroup, split_param_groups
+from slsam_ds.model.param_groups import split_param_groups
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +42,9 @@ def build_engine(
         model: The module.
         config: DeepSpeed's configuration without the `slsam` block; "auto" values are resolved.
         layer_map: The arms.
-        optimizer: A torch optimizer (regrouped in place), or a function from parameter groups to one.
+        optimizer: A torch optimizer whose groups are split by arm, or a function from parameter groups to one.
         model_parameters: What an optimizer from the JSON or from a function trains, as in `deepspeed.initialize`.
-        lr_scheduler: A scheduler (its per-group lists are split along), or a function from the optimizer to one.
+        lr_scheduler: A scheduler, or a function from the optimizer to one.
         **kwargs: Passed on to `deepspeed.initialize`.
 
     Returns:
@@ -55,9 +54,7 @@ def build_engine(
     check_config(config)
     if isinstance(model, PipelineModule):
         raise ValueError("PipelineModule: pipeline parallelism is not supported; pass a module that runs as a whole")
-    if isinstance(optimizer, torch.optim.Optimizer):
-        regroup(optimizer, layer_map, lr_scheduler if _is_scheduler(lr_scheduler) else None)
-    else:
+    if not isinstance(optimizer, torch.optim.Optimizer):
         trained = list(model_parameters) if model_parameters is not None else _trained_parameters(layer_map)
         model_parameters = split_param_groups(trained, layer_map)
         if optimizer is None and "optimizer" not in config:
@@ -75,7 +72,6 @@ def build_engine(
         config=config,
         **kwargs,
     )
-    accept_other_ranks(engine)
     return engine, *others
 
 
@@ -87,10 +83,6 @@ def _offloads_optimizer(config: Mapping[str, Any]) -> bool:
 def _trained_parameters(layer_map: LayerMap) -> list[nn.Parameter]:
     in_arms = [parameter for layer in layer_map for _, parameter in layer.parameters]
     return in_arms + [parameter for _, parameter in layer_map.always]
-
-
-def _is_scheduler(lr_scheduler: Any) -> bool:
-    return hasattr(lr_scheduler, "step") and hasattr(lr_scheduler, "state_dict")
 
 
 def _resolve_auto(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

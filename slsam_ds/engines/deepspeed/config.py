@@ -53,6 +53,23 @@ def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
     return values, values.pop("slsam", None)
 
 
+def take_block(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the `slsam` block out of a configuration that DeepSpeed will read, and check the rest.
+
+    Args:
+        config: Changed in place: DeepSpeed does not know the block.
+
+    Returns:
+        The block; None where there is none.
+
+    Raises:
+        ValueError: See `check_config`.
+    """
+    block: dict[str, Any] | None = config.pop("slsam", None)
+    check_config(config)
+    return block
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse, before anything is built, what the engines do not support.
 
