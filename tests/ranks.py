@@ -13,9 +13,7 @@ from typing import Any
 
 # Importing DeepSpeed and transformers takes seconds: a fork server does it once and every rank starts from there.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "slsam_ds.engines.deepspeed.zero12", "tests.models"]
-)
+_CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankFailedError(AssertionError):
