@@ -18,6 +18,7 @@ MODULES = (
 
 # Before DeepSpeed is imported, which then looks for an accelerator: forked ranks are to compute on the CPU.
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # is read on import, too
 for name in MODULES:
     import_module(name)
 # Its collectives on the CPU, which the first process group of a process would load.

@@ -12,8 +12,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 # Importing DeepSpeed and transformers takes seconds: a fork server does it once and every rank starts from there.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preloaded"])
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankFailedError(AssertionError):
@@ -39,7 +39,7 @@ def run_on_ranks(
         RankFailedError: With the traceback of the rank that failed first, or the ranks that hung.
     """
     # CUDA cannot be used in what was forked from a process that has looked at it.
-    context = _CONTEXT if device == "cpu" else multiprocessing.get_context("spawn")
+    context = FORK_SERVER if device == "cpu" else multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):

@@ -205,7 +205,7 @@ def test_whole_gradients_do_not_pile_up(accumulation: int) -> None:
 
 def keep_less(setup: Setup) -> tuple[dict[str, Tensor], list[int]]:
     """Ranks that may keep hidden states of two micro-batches, and of none or one."""
-    from slsam_ds import prefix
+    from slsam_ds.model import prefix
 
     training = Training(setup)
     room = 2 - training.rank
