@@ -1,7 +1,7 @@
 """`python -m tests.touched [BASE]`: the test files nearest to what has changed since BASE (HEAD, where not given).
 
 Near is what imports a changed module, or what imports an importer, and so on until some test does; and what is named
-after the module or its folder. Where nothing has changed, or so much is near that it would take minutes, the unit tests.
+after the module or its folder. The unit tests, where nothing has changed or so much is near that it would take minutes.
 """
 
 import ast
