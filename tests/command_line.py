@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.forked import ForkedScript
 from tests.models import tiny_llama
-from tests.ranks import free_port
+from tests.ranks import free_port, free_shared_memory
 from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -110,12 +110,6 @@ def signal_all(process: subprocess.Popen[str] | ForkedScript, number: int) -> No
         process.send_signal(number)
     else:
         os.killpg(process.pid, number)
-
-
-def free_shared_memory(port: str) -> None:
-    """What DeepSpeed's collectives left behind of a run that met at this port: it never does so itself."""
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        path.unlink()
 
 
 def make_environment(folder: Path) -> dict[str, str]:

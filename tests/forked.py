@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.ranks import FORK_SERVER, free_port
+from tests.ranks import FORK_SERVER, free_port, free_shared_memory
 
 
 class ForkedScript:
@@ -35,7 +35,7 @@ class ForkedScript:
     ) -> None:
         self.args = ["forked", str(script), *flags]
         self._printed = output / "stdout", output / "stderr"
-        port = str(free_port())
+        self._port = port = str(free_port())
         self._ranks = []
         for rank in range(num_ranks):
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(num_ranks)}
@@ -81,6 +81,7 @@ class ForkedScript:
         for process in self._ranks:
             process.kill()
             process.join()
+        free_shared_memory(self._port)
 
 
 def _run(
