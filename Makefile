@@ -59,7 +59,7 @@ constraints:  ## renew constraints.txt: the newest versions, once everything has
 	rm -rf $(NEWEST)
 	$(WITH_NEWEST) lint test-full
 	echo "# Everything passed with these versions on $$(date +%F). \`make constraints\` renews them." > constraints.txt
-	$(NEWEST)/bin/python -m pip list --format freeze --exclude-editable --exclude pip --exclude setuptools \
+	$(NEWEST)/bin/python -m pip list --format freeze --exclude-editable --exclude pip \
 		| sed 's/+.*//' >> constraints.txt
 
 bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
