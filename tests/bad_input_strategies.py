@@ -18,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from torch import nn
 
-from slsam_ds.cli.arguments import build_parser
+from slsam_ds.cli.parser import build_parser
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
 from slsam_ds.slsam import SLSAM
@@ -324,7 +324,7 @@ def _command(draw: st.DrawFn, flags: list[str], usual: list[list[str]]) -> Comma
 
 @functools.cache
 def _flags_of_training() -> list[str]:
-    parser = build_parser(all_flags=True)
+    parser = build_parser()
     return sorted(option for action in parser._actions for option in action.option_strings)
 
 

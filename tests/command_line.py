@@ -7,16 +7,21 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.forked import ForkedScript
 from tests.models import tiny_llama
-from tests.ranks import free_port
+from tests.ranks import free_port, free_shared_memory
 from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch" / "train.py"
 NUM_STEPS = 6
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Variables of a run whose sums must be equal, to the last bit, to those of a run by another launcher."""
 
 
 def make_folder(folder: Path) -> Path:
@@ -31,23 +36,49 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def launch(launcher: str, folder: Path, *flags: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """Run `launch/train.py` in `folder` until it ends: on two ranks, but for accelerate and plain python."""
-    return launch_script(launcher, folder, ROOT / "launch" / "train.py", *flags, timeout=timeout)
+def launch(launcher: str, folder: Path, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `launch/train.py` in `folder` until it ends; see `launch_script`."""
+    return launch_script(launcher, folder, SCRIPT, *flags, **options)
 
 
 def launch_script(
-    launcher: str, folder: Path, script: str | Path, *flags: str, timeout: float = 150
+    launcher: str,
+    folder: Path,
+    script: str | Path,
+    *flags: str,
+    timeout: float = 150,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run any script likewise."""
-    with started(launcher, folder, script, *flags) as process:
+    """Run any script in `folder` until it ends; see `started`."""
+    with started(launcher, folder, script, *flags, variables=variables) as process:
         stdout, stderr = process.communicate(timeout=timeout)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return subprocess.CompletedProcess(process.args, process.returncode or 0, stdout, stderr)
 
 
 @contextlib.contextmanager
-def started(launcher: str, folder: Path, script: str | Path, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """Within, a run of the script is under way; what of it is still there at the end is killed."""
+def started(
+    launcher: str, folder: Path, script: str | Path, *flags: str, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str] | ForkedScript]:
+    """Within, a run of the script is under way; what of it is still there at the end is killed.
+
+    Args:
+        launcher: "deepspeed", "torchrun", "accelerate" and "python" start cold, as people start them: on two ranks, but
+            for the last two. "forked" and "forked alone" start two ranks and one without any, in a tenth of the time.
+        folder: Where it runs.
+        script: What runs.
+        *flags: Its arguments.
+        variables: Added to its environment.
+    """
+    environment = make_environment(folder) | dict(variables or {})
+    if launcher.startswith("forked"):
+        num_ranks = 1 if launcher == "forked alone" else 2
+        with tempfile.TemporaryDirectory() as output:
+            forked = ForkedScript(folder / script, flags, folder, environment, num_ranks, output=Path(output))
+            try:
+                yield forked
+            finally:
+                forked.kill()
+        return
     port = str(free_port())
     commands = {
         "deepspeed": ["deepspeed.launcher.runner", "--master_port", port, "--num_accelerators", "2"],
@@ -58,7 +89,7 @@ def started(launcher: str, folder: Path, script: str | Path, *flags: str) -> Ite
     process = subprocess.Popen(
         [*command, str(script), *flags],
         cwd=folder,
-        env=make_environment(folder),
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -73,10 +104,12 @@ def started(launcher: str, folder: Path, script: str | Path, *flags: str) -> Ite
         free_shared_memory(port)
 
 
-def free_shared_memory(port: str) -> None:
-    """What DeepSpeed's collectives left behind of a run that met at this port: it never does so itself."""
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        path.unlink()
+def signal_all(process: subprocess.Popen[str] | ForkedScript, number: int) -> None:
+    """Send a signal to the launcher and to its ranks: the deepspeed launcher alone would end, and tell nobody."""
+    if isinstance(process, ForkedScript):
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)
 
 
 def make_environment(folder: Path) -> dict[str, str]:

@@ -9,13 +9,12 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 # Importing DeepSpeed and transformers takes seconds: a fork server does it once and every rank starts from there.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "deepspeed", "transformers", "slsam_ds.engines.deepspeed.zero12", "tests.models"]
-)
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankFailedError(AssertionError):
@@ -41,13 +40,14 @@ def run_on_ranks(
         RankFailedError: With the traceback of the rank that failed first, or the ranks that hung.
     """
     # CUDA cannot be used in what was forked from a process that has looked at it.
-    context = _CONTEXT if device == "cpu" else multiprocessing.get_context("spawn")
+    context = FORK_SERVER if device == "cpu" else multiprocessing.get_context("spawn")
+    port = str(free_port())  # nobody meets there, but DeepSpeed's shared memory is named after it
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process: Any = context.Process(
-                target=_enter, args=(sender, rank, world_size, folder, device, function, args), daemon=True
+                target=_enter, args=(sender, rank, world_size, folder, port, device, function, args), daemon=True
             )
             process.start()
             sender.close()
@@ -59,6 +59,7 @@ def run_on_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+            free_shared_memory(port)
 
 
 def free_port() -> int:
@@ -66,6 +67,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def free_shared_memory(port: str) -> None:
+    """What DeepSpeed's collectives left behind of a run that met at this port: it never does so itself."""
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        path.unlink()
 
 
 def _collect(pipes: list[Any], timeout: float) -> list[Any]:
@@ -94,6 +101,7 @@ def _enter(
     rank: int,
     world_size: int,
     folder: str,
+    port: str,
     device: str,
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -102,7 +110,7 @@ def _enter(
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), DS_ACCELERATOR=device)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if device == "cpu":
         torch.set_num_threads(1)
     else:

@@ -1,4 +1,4 @@
-"""The command line's flags: ours, and every one of `transformers.TrainingArguments`."""
+"""The command line's flags that are ours, and its help; `slsam_ds.cli.parser` adds all of transformers' own."""
 
 import argparse
 import difflib
@@ -7,11 +7,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from slsam_ds.cli.usage import UsageError
 from slsam_ds.config import PRESETS
-from slsam_ds.integrations.console import runs_on_cpu
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/run",
@@ -170,46 +169,48 @@ class SLSAMArguments:
     )
 
 
-@dataclass
-class TrainingFlags(TrainingArguments):
-    """`TrainingArguments`, in a group of their own."""
+TRAINING_TITLE = "training (the usual ones of transformers.TrainingArguments; all: --help_all)"
+"""Of the group of all other flags."""
 
-    _argument_group_name: ClassVar[str] = "training (the usual ones of transformers.TrainingArguments; all: --help_all)"
-
-
-_USUAL_TRAINING_FLAGS = {
-    "deepspeed": ("JSON", "DeepSpeed configuration, of any ZeRO stage. Without: every rank holds the whole model."),
-    "fsdp": ("[True]", "In place of --deepspeed: shard the model by FSDP2."),
-    "output_dir": ("DIR", "Model, checkpoints, slsam_layers.json and slsam_steps.jsonl."),
-    "num_train_epochs": ("N", "Passes over the data."),
-    "max_steps": ("N", "Optimizer steps; where positive, instead of epochs (demo: 40)."),
-    "per_device_train_batch_size": ("N", "Samples per rank and micro-batch (demo: 2)."),
-    "gradient_accumulation_steps": ("N", "Micro-batches per optimizer step."),
-    "learning_rate": ("LR", "Peak rate of AdamW (demo: 5e-5)."),
-    "lr_scheduler_type": ("NAME", "linear, cosine, constant_with_warmup, ... (demo: cosine)."),
-    "warmup_steps": ("N", "Steps, or share of the run if below 1 (demo: 4)."),
-    "weight_decay": ("W", "Of the layers that are active."),
-    "max_grad_norm": ("NORM", "Gradient clipping, over the active layers."),
-    "bf16": ("BOOL", "bfloat16 weights with float32 masters; --bf16 False: float32."),
-    "activation_checkpointing": ("BOOL", "Recompute activations to save memory."),
-    "save_strategy": ("WHEN", "Checkpoints: no, steps or epoch (demo: no)."),
-    "save_steps": ("N", "Steps between checkpoints."),
-    "resume_from_checkpoint": ("DIR", "A checkpoint folder; true: the last one in the output folder."),
-    "ddp_timeout": ("SECONDS", "How long ranks wait for one another before they give up."),
-    "report_to": ("NAME", "wandb, tensorboard, ..."),
-    "seed": ("N", "Data order, dropout, LoRA initialisation; the layers have slsam.seed."),
-    "log_level": ("LEVEL", "info, warning, ...: let the libraries speak; silent where not given."),
+USUAL_TRAINING_FLAGS: dict[str, tuple[str, str, Any]] = {
+    "deepspeed": (
+        "JSON",
+        "DeepSpeed configuration, of any ZeRO stage. Without: every rank holds the whole model.",
+        None,
+    ),
+    "fsdp": ("[True]", "In place of --deepspeed: shard the model by FSDP2.", None),
+    "output_dir": ("DIR", "Model, checkpoints, slsam_layers.json and slsam_steps.jsonl.", DEFAULTS["output_dir"]),
+    "num_train_epochs": ("N", "Passes over the data.", 3.0),
+    "max_steps": ("N", "Optimizer steps; where positive, instead of epochs (demo: 40).", None),
+    "per_device_train_batch_size": ("N", "Samples per rank and micro-batch (demo: 2).", None),
+    "gradient_accumulation_steps": ("N", "Micro-batches per optimizer step.", 1),
+    "learning_rate": ("LR", "Peak rate of AdamW (demo: 5e-5).", None),
+    "lr_scheduler_type": ("NAME", "linear, cosine, constant_with_warmup, ... (demo: cosine).", None),
+    "warmup_steps": ("N", "Steps, or share of the run if below 1 (demo: 4).", None),
+    "weight_decay": ("W", "Of the layers that are active.", None),
+    "max_grad_norm": ("NORM", "Gradient clipping, over the active layers.", 1.0),
+    "bf16": ("BOOL", "bfloat16 weights with float32 masters; --bf16 False: float32.", DEFAULTS["bf16"]),
+    "activation_checkpointing": ("BOOL", "Recompute activations to save memory.", None),
+    "save_strategy": ("WHEN", "Checkpoints: no, steps or epoch (demo: no).", None),
+    "save_steps": ("N", "Steps between checkpoints.", 500),
+    "resume_from_checkpoint": ("DIR", "A checkpoint folder; true: the last one in the output folder.", None),
+    "ddp_timeout": ("SECONDS", "How long ranks wait for one another before they give up.", 1800),
+    "report_to": ("NAME", "wandb, tensorboard, ...", "none"),
+    "seed": ("N", "Data order, dropout, LoRA initialisation; the layers have slsam.seed.", 42),
+    "log_level": ("LEVEL", "info, warning, ...: let the libraries speak; silent where not given.", "passive"),
 }
+"""Of the training flags, those that `--help` shows: name to metavar, help, and the default where the help does not say
+it. Written down here because to ask `TrainingArguments` takes seconds; a test compares."""
 
 
-def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
-    """The parser of the command line; it raises `UsageError` where argparse would print and exit.
+def new_parser(*more: Any) -> HfArgumentParser:
+    """A parser of our flags.
 
     Args:
-        all_flags: Show every training flag in the help, not only the usual ones.
+        *more: Dataclasses of further flags.
     """
     parser = Parser(
-        [ModelArguments, DataArguments, SLSAMArguments, TrainingFlags],
+        [ModelArguments, DataArguments, SLSAMArguments, *more],
         prog="launch/train.py",
         usage="deepspeed [--num_gpus N | --num_accelerators N] launch/train.py --deepspeed JSON [flags]",
         description="Fine-tune a causal language model with SL-SAM. With nothing but --deepspeed ds_configs/zero2.json "
@@ -219,9 +220,15 @@ def build_parser(*, all_flags: bool = False) -> HfArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--help_all", action="help", help="Show every training flag.")
-    parser.set_defaults(use_cpu=runs_on_cpu(), **DEFAULTS)
-    if not all_flags:
-        _shorten_help(parser)
+    return parser
+
+
+def build_short_parser() -> HfArgumentParser:
+    """A parser for its help alone: our flags, and the usual ones of the others."""
+    parser = new_parser()
+    group = parser.add_argument_group(TRAINING_TITLE)
+    for name, (metavar, text, default) in USUAL_TRAINING_FLAGS.items():
+        group.add_argument(f"--{name}", metavar=metavar, help=text, default=default)
     return parser
 
 
@@ -262,13 +269,3 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         text = action.help or ""
         tells = "efault" in text or "demo:" in text or action.default in (None, False, [], argparse.SUPPRESS)
         return text if tells else super()._get_help_string(action)
-
-
-def _shorten_help(parser: argparse.ArgumentParser) -> None:
-    """Keep, of the training flags, the usual ones in the help."""
-    ours = {name for group in (ModelArguments, DataArguments, SLSAMArguments) for name in group.__dataclass_fields__}
-    for action in parser._actions:
-        if action.dest in _USUAL_TRAINING_FLAGS and not action.option_strings[0].startswith("--no_"):
-            action.metavar, action.help = _USUAL_TRAINING_FLAGS[action.dest]
-        elif action.dest not in ours and action.dest != "help":
-            action.help = argparse.SUPPRESS

@@ -1,6 +1,7 @@
 """Entry of `launch/train.py`: prepares the process, then runs the stages of a fine-tuning.
 
-Imports the libraries that do the work only once they have been told how this process is launched and how much to say.
+Imports the libraries that do the work only once they have been told how this process is launched and how much to say,
+and, as they take seconds to import, only once there is work.
 """
 
 import logging
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from slsam_ds.cli.arguments import build_short_parser
 from slsam_ds.cli.usage import leave_ranks, run, together
 from slsam_ds.engines.deepspeed.operator_locks import warn_of_abandoned_locks
 from slsam_ds.integrations.console import runs_on_cpu
@@ -22,6 +24,9 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         SystemExit: Code 2 where something the user gave cannot be used: on every rank, before any training.
     """
+    if "--help" in argv or "-h" in argv:
+        build_short_parser().print_help()
+        return
     complete_environment()
     if not any(argument.startswith(("--log_level", "--log-level")) for argument in argv):
         quieten()

@@ -13,9 +13,7 @@ import torch
 from slsam_ds.cli.arguments import ModelArguments
 from slsam_ds.cli.command_line import quieten
 from slsam_ds.cli.estimate_arguments import DTYPES, parse_flags, read_setup
-from slsam_ds.cli.models import add_lora, choose_max_length
 from slsam_ds.cli.usage import EXIT_CODE, UsageError, refusals
-from slsam_ds.cli.weightless import WeightlessEngine, build_weightless, forward_of
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.modes import Mode, compare
@@ -34,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 where the input cannot be used, after one sentence on stderr.
     """
-    quieten()
     try:
         given = parse_flags(sys.argv[1:] if argv is None else argv)
+        quieten()
         setup, config, section = read_setup(given)
         counted, title = _count(given, setup, config, section)
         with refusals(ValueError):
@@ -52,6 +50,10 @@ def _count(
     given: argparse.Namespace, setup: Setup, config: SLSAMConfig, section: Mapping[str, Any]
 ) -> tuple[Counted, str]:
     """What a micro-batch takes, and the lines that say what was counted."""
+    # Here, because they import transformers' models, for which --help need not wait.
+    from slsam_ds.cli.models import add_lora, choose_max_length
+    from slsam_ds.cli.weightless import WeightlessEngine, build_weightless, forward_of
+
     model = build_weightless(given.model, DTYPES[setup.precision])
     length = choose_max_length(given.sequence_length, model, flag="--sequence_length")
     name = type(model).__name__

@@ -1,8 +1,8 @@
 """Several samples to a row of `max_length`, none of which sees another: full rows instead of padding.
 
 Position numbers restart with every sample, from which transformers makes an attention mask that ends at its beginning.
-It does so for most models, but neither for all (OPT, BLOOM, Falcon and Mamba look back into the sample before, as of
-transformers 5.23) nor with a key-value cache; the model is therefore tried before the first step.
+It does so for most models, but neither for all (as of transformers 5.24, OPT, BLOOM and Mamba look back into the sample
+before; Falcon did up to 5.23) nor with a key-value cache. The model is therefore tried before the first step.
 """
 
 from collections.abc import Mapping, Sequence

@@ -13,13 +13,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
-from slsam_ds.cli.arguments import (
-    DEMO_DEFAULTS,
-    DataArguments,
-    ModelArguments,
-    build_parser,
-    describe_unknown,
-)
+from slsam_ds.cli.arguments import DEMO_DEFAULTS, DataArguments, ModelArguments, describe_unknown
+from slsam_ds.cli.parser import build_parser
 from slsam_ds.cli.usage import UsageError, join_ranks, path_of, refusals
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.config import check_config, read_config
@@ -58,7 +53,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     Raises:
         UsageError: An unknown flag, a bad value or combination, or a JSON that cannot be used.
     """
-    parser = build_parser(all_flags="--help_all" in argv)
+    parser = build_parser()
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UsageError(describe_unknown(parser, unknown[0]))

@@ -4,7 +4,6 @@ import os
 import sys
 
 import torch
-from accelerate import PartialState
 
 
 def one_line(error: BaseException) -> str:
@@ -16,12 +15,16 @@ def one_line(error: BaseException) -> str:
 
 def say(text: str = "") -> None:
     """Print on the first rank only."""
+    from accelerate import PartialState
+
     if PartialState(cpu=runs_on_cpu()).is_main_process:
         print(text, flush=True)
 
 
 def warn(text: str) -> None:
     """Print a warning of ours, on the first rank only. Not through `logging`, whose level the run turns down."""
+    from accelerate import PartialState
+
     if PartialState(cpu=runs_on_cpu()).is_main_process:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 

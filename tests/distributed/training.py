@@ -1,7 +1,7 @@
 """A few steps of training on any engine, as its user would set it up; runs on every rank of a test."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -193,7 +193,23 @@ def follow_samples(
 def follow_reference(
     setup: Setup, world_size: int, samples: Sequence[Sequence[int]], scales: Sequence[Mapping[int, float]] | None = None
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The same training in one process, without the package."""
+    """The same training in one process, without the package.
+
+    Tests of one training on several engines share what is returned: do not change it.
+    """
+    without_engine = {"engine": "local", "deepspeed": {}, "fsdp": {}, "replicas": 1}
+    key = (type(setup), repr(replace(setup, **without_engine)), world_size, repr(samples), repr(scales))
+    if key not in _FOLLOWED:
+        _FOLLOWED[key] = _follow_reference(setup, world_size, samples, scales)
+    return _FOLLOWED[key]
+
+
+_FOLLOWED: dict[Any, tuple[dict[str, Tensor], list[dict[str, Any]]]] = {}
+
+
+def _follow_reference(
+    setup: Setup, world_size: int, samples: Sequence[Sequence[int]], scales: Sequence[Mapping[int, float]] | None
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     torch.set_num_threads(1)
     model = setup.build_model()
     reference = Reference(model, arms_of_llama(model), rho=setup.slsam.get("rho", 0.05), clip=setup.clip, **ADAMW)

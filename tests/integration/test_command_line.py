@@ -112,7 +112,7 @@ def test_resumed_run_is_the_same_run(finished: subprocess.CompletedProcess[str],
         gradient_accumulation_steps=2,
         resume_from_checkpoint=f"out/checkpoint-{NUM_STEPS // 2}",
     )
-    resumed = launch("deepspeed", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
+    resumed = launch("forked", folder, *flags, "--slsam", "active_layers=2", "rho=0.02")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     after = _steps(folder / "out")
     assert without_times(after) == without_times(before)
@@ -137,7 +137,7 @@ FSDP2 = ["--fsdp", "--fsdp_config", str(ROOT / "ds_configs" / "fsdp2.json")]
 def test_it_trains_without_deepspeed(engine: list[str], folder: Path) -> None:
     output = f"out_without_{len(engine)}"
     flags = make_flags(folder, output, max_steps=2, deepspeed=None)
-    run = launch("torchrun", folder, *flags, *engine)
+    run = launch("forked", folder, *flags, *engine)
     assert run.returncode == 0, run.stdout + run.stderr
     assert [step["skipped"] for step in _steps(folder / output)] == [False, False]
     _weights(folder / output)

@@ -39,7 +39,7 @@ def convert(name: str) -> str:
     return source
 
 
-def run(folder: Path, source: str, *flags: str) -> subprocess.CompletedProcess[str]:
+def run(launcher: str, folder: Path, source: str, *flags: str) -> subprocess.CompletedProcess[str]:
     (folder / "script.py").write_text(source, encoding="utf-8")
     config = {
         "train_micro_batch_size_per_gpu": 4,
@@ -48,13 +48,13 @@ def run(folder: Path, source: str, *flags: str) -> subprocess.CompletedProcess[s
         "slsam": {"active_layers": 2, "rho": 0.02},
     }
     (folder / "ds.json").write_text(json.dumps(config), encoding="utf-8")
-    return launch_script("deepspeed", folder, "script.py", *flags)
+    return launch_script(launcher, folder, "script.py", *flags)
 
 
 @pytest.mark.parametrize("converted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_deepspeed_script_trains(converted: bool, tmp_path: Path) -> None:
     source = convert("deepspeed_script.py") if converted else (STOCK / "deepspeed_script.py").read_text()
-    done = run(tmp_path, source, "--deepspeed", "--deepspeed_config", "ds.json")
+    done = run("deepspeed", tmp_path, source, "--deepspeed", "--deepspeed_config", "ds.json")
     assert done.returncode == 0, done.stdout + done.stderr
     (first, last) = re.findall(r"steps 12, loss ([\d.]+) -> ([\d.]+)", done.stdout)[0]
     assert float(last) < 0.9 * float(first)
@@ -62,7 +62,7 @@ def test_a_deepspeed_script_trains(converted: bool, tmp_path: Path) -> None:
 
 
 def test_a_trainer_script_trains(tmp_path: Path) -> None:
-    done = run(tmp_path, convert("trainer_script.py"), "ds.json")
+    done = run("forked", tmp_path, convert("trainer_script.py"), "ds.json")
     assert done.returncode == 0, done.stdout + done.stderr
     steps = read_steps(tmp_path / "output")
     assert len(steps) == 12

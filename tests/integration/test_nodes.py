@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from deepspeed.launcher.runner import fetch_hostfile
 from safetensors.torch import load_file
 
 from slsam_ds.records.files import read_steps
-from tests.command_line import NUM_STEPS, ROOT, make_environment, make_flags, make_folder
+from tests.command_line import NUM_STEPS, ONE_THREAD, ROOT, SCRIPT, launch, make_environment, make_flags, make_folder
 from tests.nodes import Node, nodes_started
 from tests.ranks import free_port
 from tests.step_records import without_times
 
-SCRIPT = str(ROOT / "launch" / "train.py")
 KNOBS = ("--slsam", "active_layers=2", "rho=0.02")
 TIMEOUT = 240
 """Seconds for a run; more than ten times what it takes on two free cores."""
@@ -30,30 +30,34 @@ def _deepspeed(folder: Path) -> list[list[str]]:
     (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     options = ["--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port, "--hostfile", str(folder / "hostfile")]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *options]
-    return [[*runner, "--node_rank", str(rank), SCRIPT] for rank in range(2)]
+    return [[*runner, "--node_rank", str(rank), str(SCRIPT)] for rank in range(2)]
 
 
 def _torchrun(folder: Path) -> list[list[str]]:
     """The same `torchrun` line on every node."""
     meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", folder.name]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meeting]
-    return [[*command, SCRIPT]] * 2
+    return [[*command, str(SCRIPT)]] * 2
 
 
 def _torchrun_by_rank(folder: Path) -> list[list[str]]:
     """`torchrun` with the nodes numbered by hand."""
     master = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *master]
-    return [[*command, "--node_rank", str(rank), SCRIPT] for rank in range(2)]
+    return [[*command, "--node_rank", str(rank), str(SCRIPT)] for rank in range(2)]
 
 
 @pytest.fixture(autouse=True)
 def _give_back_shared_memory() -> Iterator[None]:
-    """What DeepSpeed keeps of ranks that were killed."""
+    """What DeepSpeed keeps of ranks that were killed. What is in use belongs to a test that runs beside this one."""
     kept = set(Path("/dev/shm").glob("deepspeed_*"))
     yield
-    for path in set(Path("/dev/shm").glob("deepspeed_*")) - kept:
-        path.unlink()
+    left = set(Path("/dev/shm").glob("deepspeed_*")) - kept
+    for process in psutil.process_iter() if left else ():
+        with contextlib.suppress(psutil.Error):
+            left -= {Path(mapped.path) for mapped in process.memory_maps()}
+    for path in left:
+        path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    # As many threads wherever a rank runs, so that sums are equal to the last bit.
-    return make_environment(folder) | {"OMP_NUM_THREADS": "1"}
+    return make_environment(folder) | ONE_THREAD
 
 
 def _run(commands: Sequence[Sequence[str]], folders: Sequence[Path], folder: Path, *flags: str) -> list[Node]:
@@ -79,10 +82,9 @@ def _run(commands: Sequence[Sequence[str]], folders: Sequence[Path], folder: Pat
 @pytest.fixture(scope="module")
 def on_one_node(folder: Path) -> Path:
     """The output of the same training by two ranks of one node."""
-    options = ["--num_accelerators", "2", "--master_port", str(free_port())]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *options, SCRIPT]
-    _run([command], [folder / "one"], folder, *make_flags(folder, "out"), *KNOBS)
-    return folder / "one" / "out"
+    run = launch("forked", folder, *make_flags(folder, "one"), *KNOBS, variables=ONE_THREAD)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder / "one"
 
 
 def _records(output: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """A run that is told to stop saves what it has, and goes on as if nothing had happened."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from slsam_ds.records.files import read_steps
-from tests.command_line import ROOT, launch, make_flags, make_folder, started
+from tests.command_line import ONE_THREAD, SCRIPT, launch, make_flags, make_folder, signal_all, started
 from tests.distributed.training import slow
 from tests.step_records import without_times
 
-SCRIPT = ROOT / "launch" / "train.py"
 NUM_STEPS = 60
 
 
@@ -28,21 +26,22 @@ def wait_for_steps(path: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", [slow("torchrun"), slow("deepspeed"), "python"])
+@pytest.mark.parametrize("launcher", [slow("torchrun"), slow("deepspeed"), "forked alone"])
 def test_a_stopped_run_goes_on_where_it_was(launcher: str, folder: Path) -> None:
     flags = make_flags(folder, f"stopped_{launcher}", max_steps=NUM_STEPS)
-    with started(launcher, folder, SCRIPT, *flags) as process:
+    with started(launcher, folder, SCRIPT, *flags, variables=ONE_THREAD) as process:
         wait_for_steps(folder / f"stopped_{launcher}" / "slsam_steps.jsonl", 3)
-        os.killpg(process.pid, signal.SIGTERM)  # the deepspeed launcher alone would end, and tell nobody
+        signal_all(process, signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=120)
     done = len(read_steps(folder / f"stopped_{launcher}"))
     assert 3 <= done < NUM_STEPS
     assert f"Stopped by a signal after step {done}" in stdout, stderr
-    if launcher == "python":
+    if launcher.startswith("forked"):  # launchers have exit codes of their own
         assert process.returncode == 75
-    resumed = launch(launcher, folder, *flags, "--resume_from_checkpoint", "true")
+    resumed = launch(launcher, folder, *flags, "--resume_from_checkpoint", "true", variables=ONE_THREAD)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    whole = launch(launcher, folder, *make_flags(folder, f"whole_{launcher}", max_steps=NUM_STEPS))
+    flags = make_flags(folder, f"whole_{launcher}", max_steps=NUM_STEPS)
+    whole = launch(launcher, folder, *flags, variables=ONE_THREAD)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     assert without_times(read_steps(folder / f"stopped_{launcher}")) == without_times(
         read_steps(folder / f"whole_{launcher}")

@@ -82,7 +82,7 @@ def test_imports_run_in_no_circle() -> None:
     TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("heavy", ["deepspeed", "transformers", "datasets"])
-def test_importing_the_package_does_not_load(heavy: str) -> None:
-    check = f"import slsam_ds, sys; sys.exit({heavy!r} in sys.modules)"
+def test_importing_the_package_loads_no_framework() -> None:
+    heavy = {"deepspeed", "transformers", "datasets"}
+    check = f"import slsam_ds, sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

@@ -1,13 +1,17 @@
 """The flags and the DeepSpeed JSON: defaults of the demo, and one sentence for everything that cannot be."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from slsam_ds.cli.arguments import ModelArguments, build_parser
+from slsam_ds.cli.arguments import USUAL_TRAINING_FLAGS, ModelArguments, build_short_parser
 from slsam_ds.cli.models import choose_max_length, load_model
+from slsam_ds.cli.parser import build_parser
 from slsam_ds.cli.settings import read_settings
 from slsam_ds.cli.usage import UsageError, together
 from slsam_ds.state.files import write_state
@@ -204,13 +208,48 @@ def test_checkpoint_is_resumed_only_where_steps_are_left(tmp_path: Path) -> None
 
 
 def test_help_is_short_and_ours_comes_first() -> None:
-    text = build_parser().format_help()
+    text = build_short_parser().format_help()
     assert len(text.splitlines()) < 100
     assert (
         text.index("--model_name_or_path") < text.index("--train_file") < text.index("--slsam") < text.index("--bf16")
     )
     assert "--hub_token" not in text
-    assert "--hub_token" in build_parser(all_flags=True).format_help()
+    assert "--hub_token" in build_parser().format_help()
+
+
+def test_short_help_tells_the_flags_and_defaults_that_there_are() -> None:
+    """It is written down apart from `TrainingArguments`, which would take seconds to import."""
+    parser = build_parser()
+    texts = {option: action.help for action in parser._actions for option in action.option_strings}
+    for name, (_, text, default) in USUAL_TRAINING_FLAGS.items():
+        assert f"--{name}" in texts
+        actual = parser.get_default(name)
+        if default is not None:
+            assert actual == default, name
+        else:  # nothing worth telling, or the text tells it
+            assert not actual or "demo:" in text or "efault" in text, name
+
+
+@pytest.mark.parametrize("command", ["launch/train.py", "slsam_ds.estimate", "slsam_ds.report"])
+def test_help_comes_without_the_libraries_that_train(command: str) -> None:
+    """They would take it from two seconds to ten."""
+    heavy = ["deepspeed", "peft", "datasets", "transformers.modeling_utils", "transformers.training_args"]
+    module = "run_path" if command.endswith(".py") else "run_module"
+    script = f"""
+import runpy, sys
+sys.argv = [{command!r}, "--help"]
+try:
+    runpy.{module}({command!r}, run_name="__main__")
+except SystemExit as left:
+    assert not left.code
+assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--help" in done.stdout
 
 
 # Models

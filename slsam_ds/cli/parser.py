@@ -1,0 +1,23 @@
+"""The parser of all flags: ours, and those of `transformers.TrainingArguments`, whose import takes five seconds."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from slsam_ds.cli.arguments import DEFAULTS, TRAINING_TITLE, new_parser
+from slsam_ds.integrations.console import runs_on_cpu
+
+
+@dataclass
+class TrainingFlags(TrainingArguments):
+    """`TrainingArguments`, in a group of their own."""
+
+    _argument_group_name: ClassVar[str] = TRAINING_TITLE
+
+
+def build_parser() -> HfArgumentParser:
+    """The parser of the command line; it raises `UsageError` where argparse would print and exit."""
+    parser = new_parser(TrainingFlags)
+    parser.set_defaults(use_cpu=runs_on_cpu(), **DEFAULTS)
+    return parser
