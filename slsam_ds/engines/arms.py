@@ -1,12 +1,12 @@
 """Which arms gradients flow to: switched by `requires_grad`, the same way in every engine."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 
-class SwitchesArms:
+class SwitchesArms(ABC):
     """The begin of a step and of its passes, and its end: see `Engine`."""
 
     _all_arms: frozenset[int]

@@ -5,7 +5,7 @@ steps the shards. What is left to do here: reduce once per window, let nothing g
 and what does not change stay for the second pass, and tell which ranks hold the same shard.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.protocol import MAX_KEPT_BYTES, Piece, Shard
+from slsam_ds.model.shards import local_elements
+from slsam_ds.protocol import MAX_KEPT_BYTES, Piece
 
 
 class FSDP2Engine(Sharded, TorchOptimizerEngine):
@@ -68,25 +69,19 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         # each module's while backward goes on below it.
         self._root.set_requires_gradient_sync(last)
 
-    def reduce(self) -> list[Shard]:
-        return [Shard(self._piece(arm, parameter), _local(grad)) for arm, parameter, grad in self._gradients()]
-
-    def pieces(self, arms: Collection[int]) -> list[Piece]:
-        return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
-
     def discard(self) -> None:
         _drop_unreduced_gradients(self._inner.values())
         super().discard()
-
-    def live_weights(self, arms: Collection[int]) -> list[Tensor]:
-        return [_local(parameter.detach()) for arm in arms for parameter in self._parameters[arm]]
 
     def publish(self, arms: Collection[int]) -> None:
         for group in {self._inner[id(parameter)].group for arm in arms for parameter in self._parameters[arm]}:
             group.reshard()
 
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        """Backward has done so."""
+
     def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
-        weight = _local(parameter.detach())
+        weight = local_elements(parameter.detach())
         gathered_as = self._inner[id(parameter)].read_dtype
         read_dtype = gathered_as if gathered_as != torch.float32 else self._read_dtype(parameter)
         return Piece(arm, weight, weight, parameter, _owner(parameter), read_dtype=read_dtype)
@@ -144,12 +139,6 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         A module that stayed gathered would go on with the old weights, and with the old `requires_grad`.
         """
         self._root.reset_iter_state()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's elements, in place. 1-D; FSDP2 keeps shards contiguous."""
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local().view(-1)
 
 
 def _owner(parameter: Tensor) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
-from slsam_ds.protocol import Piece, Shard
+from slsam_ds.protocol import Piece
 
 
 class LocalEngine(TorchOptimizerEngine, Replicated):
@@ -19,17 +19,6 @@ class LocalEngine(TorchOptimizerEngine, Replicated):
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Every micro-batch is treated alike."""
-
-    def reduce(self) -> list[Shard]:
-        active = list(self._gradients())
-        self._average([gradient for _, _, gradient in active])
-        return [Shard(self._piece(arm, parameter), gradient.view(-1)) for arm, parameter, gradient in active]
-
-    def pieces(self, arms: Collection[int]) -> list[Piece]:
-        return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
-
-    def live_weights(self, arms: Collection[int]) -> list[Tensor]:
-        return [parameter for arm in arms for parameter in self._parameters[arm]]
 
     def publish(self, arms: Collection[int]) -> None:
         """Every rank perturbed its own whole copy."""
@@ -44,7 +33,6 @@ class LocalEngine(TorchOptimizerEngine, Replicated):
         return Piece(arm, weight, master, stepped, owner=0, offset=offset, read_dtype=read_dtype)
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
-        """Mean over ranks, in place; the gradients of all that is active."""
         self.ranks.average(gradients)
 
     def _stepped_as(self, parameter: nn.Parameter) -> tuple[Tensor, int]:

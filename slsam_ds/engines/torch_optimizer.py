@@ -1,6 +1,7 @@
 """What engines have in common whose parameters a torch optimizer steps directly."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
 from slsam_ds.model.shards import local_elements
-from slsam_ds.protocol import ALWAYS
+from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 
 class TorchOptimizerEngine(SwitchesArms):
@@ -61,6 +62,25 @@ class TorchOptimizerEngine(SwitchesArms):
                 self._optimizer.step()
         self.discard()
         return not skip
+
+    def reduce(self) -> list[Shard]:
+        active = list(self._gradients())
+        self._average([gradient for _, _, gradient in active])
+        return [Shard(self._piece(arm, parameter), local_elements(gradient)) for arm, parameter, gradient in active]
+
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
+
+    def live_weights(self, arms: Collection[int]) -> list[Tensor]:
+        return [local_elements(parameter.detach()) for parameter in self._parameters_of(arms)]
+
+    @abstractmethod
+    def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
+        """This rank's share of a parameter."""
+
+    @abstractmethod
+    def _average(self, gradients: Sequence[Tensor]) -> None:
+        """Average the gradients of all that is active over ranks, in place."""
 
     def scale_gradients(self, factor: float) -> None:
         gradients = [local_elements(gradient) for _, _, gradient in self._gradients()]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, narrowed, overlaid
+from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_of
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
@@ -136,15 +137,13 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     def _unsupported_features(self) -> dict[str, bool]:
         """DeepSpeed features that are not supported, by what people call them, and whether they are on."""
-        engine, zero = self._engine, self._zero
+        zero = self._zero
         return {
             "torch_autocast with a gradient scaler": zero.torch_autocast_gradscaler is not None,
             "zero_optimization.zenflow": bool(zero.zenflow),
-            "mixture-of-experts parameter groups": engine.has_moe_layers,
             "the Muon optimizer": "muon" in type(zero.optimizer).__name__.lower(),
-            "tensor or sequence parallelism": engine.mp_world_size > 1 or zero.sequence_parallel_size > 1,
-            "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
-            "DeepCompile": engine.is_deepcompile_enabled(),
+            **unsupported_of(self._engine),
+            "sequence parallelism": zero.sequence_parallel_size > 1,
         }
 
     def _check_supported(self) -> None:
@@ -162,18 +161,13 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
             )
         check_internals(self._engine, "DeepSpeedEngine")
         check_internals(zero, name, offloaded=self._offloaded)
-        for feature, present in self._unsupported_features().items():
-            if present:
-                raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds yet; switch it off")
+        refuse(self._unsupported_features(), remedy="switch it off")
 
     def _groups_by_arm(self, layer_map: LayerMap) -> dict[int, list[int]]:
+        check_split(self._zero.optimizer.param_groups)
         groups: dict[int, list[int]] = {}
         for group in range(len(self._members)):
             param_group = self._zero.optimizer.param_groups[self._param_group(group)]
-            if "arm" not in param_group:
-                raise ValueError(
-                    "the optimizer's parameter groups are not split by layer: build the engine with slsam_ds.initialize"
-                )
             groups.setdefault(param_group["arm"], []).append(group)
         expected = {layer.index: {id(parameter) for _, parameter in layer.parameters} for layer in layer_map}
         if layer_map.always:

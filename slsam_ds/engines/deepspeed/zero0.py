@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed
+from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_of
 from slsam_ds.engines.local import LocalEngine
 from slsam_ds.model.layers import LayerMap
 
@@ -38,10 +39,7 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
         _check_supported(engine)
         wrapper: Any = engine.optimizer
         inner = getattr(wrapper, "optimizer", wrapper)
-        if any("arm" not in group for group in inner.param_groups):
-            raise ValueError(
-                "the optimizer's parameter groups are not split by layer: build the engine with slsam_ds.initialize"
-            )
+        check_split(inner.param_groups)
         super().__init__(engine.module, inner, layer_map)
         self.device = torch.device(engine.device)
         self._wrapper = wrapper if wrapper is not inner else None
@@ -97,14 +95,9 @@ def _check_supported(engine: DeepSpeedEngine) -> None:
         "fp16 without ZeRO": engine.fp16_enabled(),  # 0.19.8 unscales gradients there that it has never scaled
         "torch_autocast with a gradient scaler": engine.torch_autocast_z0_gradscaler is not None,
         "optimizers that communicate by themselves (1-bit)": not engine.enable_backward_allreduce,
-        "mixture-of-experts parameter groups": engine.has_moe_layers,
-        "tensor or sequence parallelism": engine.mp_world_size > 1 or engine.sequence_parallel_size > 1,
-        "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
-        "DeepCompile": engine.is_deepcompile_enabled(),
+        **unsupported_of(engine),
     }
-    for feature, present in features.items():
-        if present:
-            raise ValueError(f"DeepSpeed's {feature}: not supported by slsam_ds; switch it off, or use ZeRO stage 1")
+    refuse(features, remedy="switch it off, or use ZeRO stage 1")
 
 
 def _find_masters(wrapper: Any) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
