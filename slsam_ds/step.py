@@ -3,18 +3,20 @@
 A step perturbs some arms (P) and updates some (U). SL-SAM perturbs and updates the same sample; dense SAM perturbs and
 updates all arms; rho = 0 leaves the ascent out (AdamW with all arms, LISA with a uniform sample).
 
-On one device, with one micro-batch, plain SGD and P = U, `take_step` comes to this:
+On one device, for two weights that are both perturbed and updated by plain gradient descent, a step is this:
 
 ```python
-g = grad(loss(x), x[P])                     # 3 ascend
-epsilon = rho * g / g.norm()
-h = grad(loss(x + epsilon), x[U])           # 4 descend
-x[U] -= learning_rate * h                   # 5 restore and update
+x = torch.tensor([3.0, 4.0], requires_grad=True)
+loss = lambda x: (x * x).sum() / 2
+(g,) = torch.autograd.grad(loss(x), x)                      # 3 ascend: the gradient at x, [3, 4]
+epsilon = 0.5 * g / g.norm()                                # rho is 0.5: [0.3, 0.4]
+(h,) = torch.autograd.grad(loss(x + epsilon), x)            # 4 descend: the gradient at x + ε, [3.3, 4.4]
+x = x - 0.1 * h                                             # 5 restore and update, from x: [2.67, 3.56]
 ```
 
 `SLSAM.step_with` does the rest: 1 select, 2 freeze (by the plan) and 6 reward. What `take_step` adds is what sharding,
-accumulation and bad numbers ask for: gradients are reduced once per pass, the norm is taken over all shards, weights
-come back bit for bit, and nothing is updated where a number is not finite.
+accumulation and bad numbers ask for: gradients are reduced once per pass, the norm is taken over all shards and ranks,
+weights come back bit for bit, and nothing is updated where a number is not finite.
 """
 
 import contextlib
@@ -68,13 +70,13 @@ def take_step(
     """
     step = _Step(engine, plan, Passes(engine, plan, window, begin_pass, prefix), direction)
     with _left_clean(engine):
-        engine.begin_step(plan.ascended, plan.updated)
+        engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
         for part in step.passes.parts():
             dropout = RandomState.capture(engine.device)
-            ascent = step.ascend(part)  # g at x, of the perturbed arms
+            ascent = step.ascend(part)  # 3 ascend: g at x, of the perturbed arms
             dropout.replay()  # both passes draw the same masks
-            with step.perturbed(ascent, part):  # x + ε; on the way out x again, bit for bit
-                step.descend(part)  # h, of the updated arms
+            with step.perturbed(ascent, part):  # x + ε; on the way out x again, bit for bit: 5 restore
+                step.descend(part)  # 4 descend: h at x + ε, of the updated arms
         descent = step.reduce(plan.updated, during="descent")
         numbers = step.read()  # the host waits for the device: once in a step
         bad = _bad_numbers(plan, numbers)
@@ -83,7 +85,7 @@ def take_step(
             engine.scale_gradients(_descent_factor(plan, combination, numbers))
         else:  # every rank read the same numbers, so all come here
             engine.discard()
-        updated = engine.update(
+        updated = engine.update(  # 5 update
             plan.updated,
             num_micro_batches=len(window),
             learning_rate_scale=plan.learning_rate_scale,

@@ -1,6 +1,7 @@
 """The step hands its work to the device without waiting for it, but once."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import slsam_ds.slsam
+import slsam_ds.step
 from slsam_ds import SLSAM, SLSAMConfig
 from tests.models import tiny_llama, window
 
@@ -93,3 +95,17 @@ def test_the_host_waits_once_per_step(settings: dict[str, Any], reads: HostReads
 def test_a_bad_step_waits_no_more_often(reads: HostReads) -> None:
     assert trained().step(window(1, 0, 2), partial(reads.loss, factor=torch.nan)).skipped
     assert reads.count == 1
+
+
+def test_the_example_in_the_docstring() -> None:
+    assert slsam_ds.step.__doc__ is not None
+    (example,) = re.findall(r"```python\n(.*?)```", slsam_ds.step.__doc__, re.DOTALL)
+    variables: dict[str, Any] = {"torch": torch}
+    exec(example, variables)
+    assert variables["x"].tolist() == pytest.approx([2.67, 3.56])
+    weights = nn.Parameter(torch.tensor([[3.0, 4.0]]))
+    model = nn.Sequential(*(nn.Linear(2, 1, bias=False) for _ in range(2)))  # blocks, of which the first is trained
+    model[0].weight = weights
+    slsam = SLSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), SLSAMConfig(rho=0.5, update_scale="none"))
+    slsam.step([None], loss_fn=lambda model, _: (model[0].weight ** 2).sum() / 2, active=[0])
+    assert weights[0].tolist() == pytest.approx([2.67, 3.56])
