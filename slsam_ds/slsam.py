@@ -99,7 +99,7 @@ class SLSAM:
         self._direction = DIRECTIONS[config.ascent_source](engine)
         self._combination = make_combination(config.descend_along)
         self._prefixes = PrefixReuse(config, layers, may_skip_modules=engine.may_skip_modules)
-        self._pricing = Pricing(config, layers, self.policy, ascent_share=schedule.share)
+        self._pricing = Pricing(config, layers, self.policy.use_prices, ascent_share=schedule.share)
         self._planner = Planner(
             config,
             layers,

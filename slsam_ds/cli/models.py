@@ -8,7 +8,7 @@ from slsam_ds.cli.arguments import ModelArguments
 from slsam_ds.cli.demo import load_demo_model
 from slsam_ds.cli.usage import UsageError, path_of, refusals
 from slsam_ds.integrations.console import warn
-from slsam_ds.model.shards import whole_shape
+from slsam_ds.shards import whole_shape
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from slsam_ds.directions.direction import Direction
 from slsam_ds.gradient import Gradient
-from slsam_ds.model.shards import local_elements
 from slsam_ds.protocol import Engine, Shard
+from slsam_ds.shards import local_elements
 from slsam_ds.tally import local_sq_norms
 
 

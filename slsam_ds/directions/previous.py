@@ -9,8 +9,8 @@ from torch import Tensor
 
 from slsam_ds.directions.direction import Direction
 from slsam_ds.gradient import Gradient
-from slsam_ds.model.shards import local_elements
 from slsam_ds.protocol import Engine, Piece, Shard
+from slsam_ds.shards import local_elements
 from slsam_ds.tally import upload
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.shards import local_elements
 from slsam_ds.protocol import MAX_KEPT_BYTES, Piece
+from slsam_ds.shards import local_elements
 
 
 class FSDP2Engine(Sharded, TorchOptimizerEngine):

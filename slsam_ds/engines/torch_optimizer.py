@@ -11,8 +11,8 @@ from slsam_ds.engines.autocast import AutocastWatch
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
-from slsam_ds.model.shards import local_elements
 from slsam_ds.protocol import ALWAYS, Piece, Shard
+from slsam_ds.shards import local_elements
 
 
 class TorchOptimizerEngine(SwitchesArms):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from slsam_ds.model.shards import whole_shape
+from slsam_ds.shards import whole_shape
 
 
 def used_before(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, bool]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from slsam_ds.config import OtherParameters, SLSAMConfig
 from slsam_ds.model.forward_order import used_before
-from slsam_ds.model.shards import whole_shape
+from slsam_ds.shards import whole_shape
 
 NamedParameter = tuple[str, nn.Parameter]
 Arms = tuple[list[tuple[str, int, list[NamedParameter]]], list[NamedParameter]]  # name, depth; and what is in none

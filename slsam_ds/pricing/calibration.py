@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.shards import whole_shape
 from slsam_ds.pricing.cost import CostModel
 from slsam_ds.protocol import ALWAYS, Engine
 from slsam_ds.rng import RandomState
+from slsam_ds.shards import whole_shape
 
 # Products with a weight, whose weight gradient costs as much again; those inside attention are not among them.
 _WEIGHT_PRODUCTS = ("aten.mm", "aten.addmm", "aten.convolution", "aten._convolution")

@@ -1,13 +1,12 @@
 """What the steps of a run cost, and what the choice of layers and the rewards may know of it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.policy import Policy
-from slsam_ds.pricing.cost import CostModel, Workload
+from slsam_ds.pricing.cost import CostModel, PriceList, Workload
 
 
 class Pricing:
@@ -16,12 +15,14 @@ class Pricing:
     Args:
         config: The knobs.
         layers: The arms.
-        policy: Told what samples cost as soon as it is known.
-        ascent_share: Share of the steps that ascend: prices that the policy goes by are means over all steps.
+        on_prices: Told what samples cost, on average over all steps, when it is known.
+        ascent_share: Share of the steps that ascend.
     """
 
-    def __init__(self, config: SLSAMConfig, layers: LayerMap, policy: Policy, *, ascent_share: float) -> None:
-        self._policy, self._ascent_share = policy, ascent_share
+    def __init__(
+        self, config: SLSAMConfig, layers: LayerMap, on_prices: Callable[[PriceList], object], *, ascent_share: float
+    ) -> None:
+        self._on_prices, self._ascent_share = on_prices, ascent_share
         self._chooses_by_price = config.budget is not None or config.reward == "grad_norm_per_cost"
         self._by_weights = CostModel.by_weights(layers)
         self._counted: CostModel | None = None
@@ -45,7 +46,7 @@ class Pricing:
             workload: Of a step that ascends.
         """
         self._counted, self._workload = counted, workload
-        self._policy.use_prices(counted.prices(workload.thinned(self._ascent_share)))
+        self._on_prices(counted.prices(workload.thinned(self._ascent_share)))
 
     def price(self, ascended: Collection[int], updated: Collection[int], workload: Workload) -> float:
         """The price of a step, a step of AdamW on the same parameters being 1.
