@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from slsam_ds.combinations import make_combination
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
-from slsam_ds.engines import select_engine, settle
+from slsam_ds.engines import release_gathered, select_engine
 from slsam_ds.engines.agreement import checksum
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.layers import LayerMap, map_layers
@@ -80,7 +80,7 @@ class SLSAM:
     ) -> None:
         self.config = config = SLSAMConfig.of(config)
         self.model = model
-        settle(model)
+        release_gathered(model)
         self.layers = layers = layer_map if layer_map is not None else map_layers(model, config, optimizer)
         if optimizer is not None:
             regroup(optimizer, layers)

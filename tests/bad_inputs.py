@@ -25,9 +25,9 @@ from slsam_ds.cli.arguments import DataArguments
 from slsam_ds.cli.command_line import quieten
 from slsam_ds.cli.estimate_arguments import parse_flags, read_setup
 from slsam_ds.cli.finetune import read_samples
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows
 from slsam_ds.cli.settings import read_settings
-from slsam_ds.cli.usage import UsageError
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
 from slsam_ds.model.layers import map_layers

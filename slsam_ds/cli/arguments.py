@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import HfArgumentParser
 
-from slsam_ds.cli.usage import UsageError
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.config import PRESETS
 
 DEFAULTS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from slsam_ds.cli.arguments import build_short_parser
-from slsam_ds.cli.usage import leave_ranks, run, together
+from slsam_ds.cli.refusal import leave_ranks, run, together
 from slsam_ds.engines.deepspeed.operator_locks import warn_of_abandoned_locks
 from slsam_ds.integrations.console import runs_on_cpu
 

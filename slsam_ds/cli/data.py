@@ -7,7 +7,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from slsam_ds.cli.arguments import DataArguments
-from slsam_ds.cli.usage import UsageError, refusals
+from slsam_ds.cli.refusal import UsageError, refusals
 
 IGNORED = -100
 """The label that cross-entropy leaves out."""

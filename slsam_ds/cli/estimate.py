@@ -13,11 +13,11 @@ import torch
 from slsam_ds.cli.arguments import ModelArguments
 from slsam_ds.cli.command_line import quieten
 from slsam_ds.cli.estimate_arguments import DTYPES, parse_flags, read_setup
-from slsam_ds.cli.usage import EXIT_CODE, UsageError, refusals
+from slsam_ds.cli.refusal import EXIT_CODE, UsageError, refusals
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.modes import Mode, compare
-from slsam_ds.estimate.sharding import Setup
+from slsam_ds.estimate.sharding import RunSetup
 from slsam_ds.estimate.tables import layer_table, mode_table
 from slsam_ds.model.layers import map_layers
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _count(
-    given: argparse.Namespace, setup: Setup, config: SLSAMConfig, section: Mapping[str, Any]
+    given: argparse.Namespace, setup: RunSetup, config: SLSAMConfig, section: Mapping[str, Any]
 ) -> tuple[Counted, str]:
     """What a micro-batch takes, and the lines that say what was counted."""
     # Here, because they import transformers' models, for which --help need not wait.
@@ -115,7 +115,7 @@ def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMC
     )
 
 
-def _as_json(counted: Counted, setup: Setup, modes: Sequence[Mode]) -> str:
+def _as_json(counted: Counted, setup: RunSetup, modes: Sequence[Mode]) -> str:
     layers = [
         {"index": index, "name": name, "numel": numel}
         for index, (name, numel) in enumerate(zip(counted.names, counted.numels, strict=True))

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 
 from slsam_ds.cli.arguments import Formatter, Parser, describe_unknown
-from slsam_ds.cli.usage import UsageError, refusals
+from slsam_ds.cli.refusal import UsageError, refusals
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.estimate.sharding import Setup
+from slsam_ds.estimate.sharding import RunSetup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -126,7 +126,7 @@ class _WithExamples(Formatter):
         return text if text == _EPILOG else super()._fill_text(text, width, indent)
 
 
-def read_setup(given: Any) -> tuple[Setup, SLSAMConfig, Mapping[str, Any]]:
+def read_setup(given: Any) -> tuple[RunSetup, SLSAMConfig, Mapping[str, Any]]:
     """The run as flags and DeepSpeed's configuration describe it, the knobs, and DeepSpeed's section on ZeRO.
 
     Raises:
@@ -150,7 +150,7 @@ def read_setup(given: Any) -> tuple[Setup, SLSAMConfig, Mapping[str, Any]]:
     with refusals(ValueError, TypeError, prefix=f"--deepspeed {given.deepspeed}: a size that is no number: "):
         given.micro_batch_size = given.micro_batch_size or _number(deepspeed, "train_micro_batch_size_per_gpu")
         limits = (_number(section, name, 10**9) for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters"))
-        setup = Setup(
+        setup = RunSetup(
             engine="fsdp2" if given.fsdp else f"zero{stage}",  # type: ignore[arg-type]
             world_size=given.world_size,
             num_micro_batches=given.gradient_accumulation_steps or _number(deepspeed, "gradient_accumulation_steps"),
@@ -163,7 +163,7 @@ def read_setup(given: Any) -> tuple[Setup, SLSAMConfig, Mapping[str, Any]]:
     return setup, config, section
 
 
-def _check(setup: Setup, config: SLSAMConfig) -> None:
+def _check(setup: RunSetup, config: SLSAMConfig) -> None:
     """Refuse what no engine does."""
     if setup.precision == "fp16" and setup.engine in ("zero0", "fsdp2"):
         raise UsageError("fp16: needs ZeRO stage 1, 2 or 3; or use bf16 or fp32")

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import load_dataset
 
-from slsam_ds.cli.usage import UsageError
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.integrations.console import one_line
 
 Numbered = tuple[str, dict[str, Any]]

@@ -14,11 +14,11 @@ from slsam_ds.cli.data import IGNORED, Columns, Encoder, choose_columns
 from slsam_ds.cli.models import choose_max_length, load_model
 from slsam_ds.cli.packing import PackedCollator, PackingCheck
 from slsam_ds.cli.preemption import EXIT_CODE, stopping_on_signal
+from slsam_ds.cli.refusal import refusals, together
 from slsam_ds.cli.rows import Rows, read_files, read_named
 from slsam_ds.cli.samples import StreamedSamples, pack_all, tokenize
 from slsam_ds.cli.settings import Settings
 from slsam_ds.cli.summary import summarize
-from slsam_ds.cli.usage import refusals, together
 from slsam_ds.integrations.console import say
 from slsam_ds.integrations.huggingface import SLSAMTrainer
 from slsam_ds.records.files import LAYERS_FILE, read_steps

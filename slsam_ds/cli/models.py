@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from slsam_ds.cli.arguments import ModelArguments
 from slsam_ds.cli.demo import load_demo_model
-from slsam_ds.cli.usage import UsageError, path_of, refusals
+from slsam_ds.cli.refusal import UsageError, path_of, refusals
 from slsam_ds.integrations.console import warn
 from slsam_ds.shards import whole_shape
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from slsam_ds.cli.data import IGNORED
-from slsam_ds.cli.usage import UsageError
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.integrations.console import one_line
 
 PACK_BATCH = 1000

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from slsam_ds.cli.files import Numbered, check_file, read_rows
-from slsam_ds.cli.usage import UsageError, path_of, refusals
+from slsam_ds.cli.refusal import UsageError, path_of, refusals
 from slsam_ds.integrations.console import one_line
 
 _NUM_PEEKED = 100  # rows of a file that tell its columns

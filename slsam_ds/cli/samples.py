@@ -12,8 +12,8 @@ from datasets.fingerprint import Hasher
 
 from slsam_ds.cli.data import IGNORED, Encoder
 from slsam_ds.cli.packing import PACK_BATCH, pack
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows, Shard
-from slsam_ds.cli.usage import UsageError
 from slsam_ds.integrations.console import warn
 
 # Said, not inferred: a batch of dropped samples alone would give a column of no type.

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from slsam_ds.cli.arguments import DEMO_DEFAULTS, DataArguments, ModelArguments, describe_unknown
 from slsam_ds.cli.parser import build_parser
-from slsam_ds.cli.usage import UsageError, join_ranks, path_of, refusals
+from slsam_ds.cli.refusal import UsageError, join_ranks, path_of, refusals
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.config import check_config, read_config
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint

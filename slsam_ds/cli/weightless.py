@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from slsam_ds.cli.usage import UsageError, path_of, refusals
+from slsam_ds.cli.refusal import UsageError, path_of, refusals
 from slsam_ds.engines.local import LocalEngine
 from slsam_ds.model.forward_order import example_inputs
 from slsam_ds.model.layers import LayerMap

@@ -65,7 +65,7 @@ def _select_deepspeed_engine(model: Any, layer_map: LayerMap) -> Engine:
             raise ValueError(f"DeepSpeed ZeRO stage {stage}: not supported; use 0, 1, 2 or 3")
 
 
-def settle(model: nn.Module) -> None:
+def release_gathered(model: nn.Module) -> None:
     """Make `model.parameters()` name the parameters that the optimizer holds, so that layers can be found.
 
     A forward without backward (an evaluation) leaves FSDP2's root gathered, with other tensors in their place.

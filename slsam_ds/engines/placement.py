@@ -18,7 +18,7 @@ class Replicated:
     replicated = True
 
     ranks: ProcessGroupRanks
-    _apart = False
+    _gradients_stay_local = False
     """Within `local_gradients`: backward leaves its gradients on the parameters and that is all."""
 
     def _active_parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
@@ -37,7 +37,7 @@ class Replicated:
         for _, parameter in active:
             parameter.grad = None
         shards: list[Shard] = []
-        self._apart = True
+        self._gradients_stay_local = True
         try:
             yield shards
             for arm, parameter in active:
@@ -47,7 +47,7 @@ class Replicated:
                 gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
                 shards.append(Shard(piece, gradient.view(-1)))
         finally:
-            self._apart = False
+            self._gradients_stay_local = False
             for (_, parameter), windows_own in zip(active, gathered, strict=True):
                 parameter.grad = windows_own
 

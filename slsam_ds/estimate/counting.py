@@ -110,7 +110,7 @@ def count(
         names=tuple(layer.name for layer in layers),
         numels=layers.numels,
         depths=tuple(layer.depth for layer in layers),
-        in_blocks=tuple(not around for around in layers.around),
+        in_blocks=tuple(not around for around in layers.outside_blocks),
         ends=saved.ends,
         always=sum(parameter.numel() for _, parameter in layers.always),
         blocks=blocks,
@@ -140,7 +140,9 @@ class _ActivationCounter:
         assert layers.stack is not None
         self._engine, self._layers, self._compute_loss, self._on_meta = engine, layers, compute_loss, on_meta
         self._blocks = list(layers.stack.children())
-        self._before = [around and layer.depth == 0 for around, layer in zip(layers.around, layers, strict=True)]
+        self._before = [
+            around and layer.depth == 0 for around, layer in zip(layers.outside_blocks, layers, strict=True)
+        ]
         self._place = [0 if before else layer.depth + 1 for before, layer in zip(self._before, layers, strict=True)]
         self.largest_block = self.hidden = 0
         self.ends = not layers.always

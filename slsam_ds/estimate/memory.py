@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
-from slsam_ds.estimate.sharding import FP32, Setup, Step
+from slsam_ds.estimate.sharding import FP32, RunSetup, StepUse
 from slsam_ds.estimate.traffic import kept_fsdp2, kept_zero3
 from slsam_ds.model.prefix import MAX_BYTES
 
@@ -37,7 +37,7 @@ class Memory:
         return self.weights + self.kept + self.gradients + self.optimizer + self.activations
 
 
-def memory(step: Step, draw: Draw) -> Memory:
+def memory(step: StepUse, draw: Draw) -> Memory:
     """What a rank holds when its step has this draw."""
     setup, counted = step.setup, step.counted
     sampled, part = step.sampled(draw), 1 / setup.world_size
@@ -58,7 +58,7 @@ def memory(step: Step, draw: Draw) -> Memory:
     )
 
 
-def _gathered_at_once(setup: Setup, counted: Counted) -> float:
+def _gathered_at_once(setup: RunSetup, counted: Counted) -> float:
     """Bytes of whole weights beside the shards."""
     match setup.engine:
         case "zero3":
@@ -69,7 +69,7 @@ def _gathered_at_once(setup: Setup, counted: Counted) -> float:
             return 0.0
 
 
-def _kept(step: Step, draw: Draw) -> float:
+def _kept(step: StepUse, draw: Draw) -> float:
     """Bytes of what the ascent leaves for the descent."""
     setup, counted = step.setup, step.counted
     hidden = step.num_ascents * counted.hidden if step.reuses_prefix(draw) else 0
@@ -82,7 +82,7 @@ def _kept(step: Step, draw: Draw) -> float:
     return min(MAX_BYTES, hidden) + stays
 
 
-def _gradients(step: Step, sampled: float, width: int) -> float:
+def _gradients(step: StepUse, sampled: float, width: int) -> float:
     """Bytes: whole where the window's gradients wait for its end, else what they are reduced into."""
     setup, part = step.setup, 1 / step.setup.world_size
     if setup.whole_weights:
@@ -94,7 +94,7 @@ def _gradients(step: Step, sampled: float, width: int) -> float:
     return waiting + (0.0 if setup.offload_optimizer else step.counted.trained * width * part)
 
 
-def _optimizer(step: Step, sampled: float) -> tuple[float, float]:
+def _optimizer(step: StepUse, sampled: float) -> tuple[float, float]:
     """Bytes on the device and on the host."""
     setup, trained = step.setup, step.counted.trained
     part = 1.0 if setup.engine == "zero0" else 1 / setup.world_size

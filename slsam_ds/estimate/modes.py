@@ -10,7 +10,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw, Draws, find_draws
 from slsam_ds.estimate.memory import Memory, memory
-from slsam_ds.estimate.sharding import Setup, Step
+from slsam_ds.estimate.sharding import RunSetup, StepUse
 from slsam_ds.estimate.traffic import gathered, reduced
 
 MEMORY_KINDS = (*(field.name for field in dataclasses.fields(Memory)), "total")
@@ -48,7 +48,7 @@ class Mode:
     gathered: Spread
 
 
-def compare(counted: Counted, setup: Setup, config: SLSAMConfig) -> list[Mode]:
+def compare(counted: Counted, setup: RunSetup, config: SLSAMConfig) -> list[Mode]:
     """AdamW and dense SAM on the parameters that SL-SAM trains, and SL-SAM.
 
     Raises:
@@ -56,10 +56,10 @@ def compare(counted: Counted, setup: Setup, config: SLSAMConfig) -> list[Mode]:
     """
     everything = SLSAMConfig(selector="all", rho=config.rho or SLSAMConfig().rho, prefix_reuse=config.prefix_reuse)
     modes = {"AdamW": dataclasses.replace(everything, rho=0.0), "dense SAM": everything, "SL-SAM": config}
-    return [_take(name, Step(counted, setup, knobs)) for name, knobs in modes.items()]
+    return [_take(name, StepUse(counted, setup, knobs)) for name, knobs in modes.items()]
 
 
-def _take(name: str, step: Step) -> Mode:
+def _take(name: str, step: StepUse) -> Mode:
     counted, setup, share = step.counted, step.setup, step.ascent_share
     expected = counted.costs.prices(step.workload.thinned(share))
     draws = find_draws(step.config, counted.numels, expected)
@@ -67,10 +67,10 @@ def _take(name: str, step: Step) -> Mode:
     kinds = [(share, step), (1 - share, step.without_ascent())]
     kinds = [(weight, kind) for weight, kind in kinds if weight > 0]
 
-    def price(kind: Step, draw: Draw) -> float:
+    def price(kind: StepUse, draw: Draw) -> float:
         return draw.price(counted.costs.prices(kind.workload))
 
-    def spent(quantity: Callable[[Step, Draw], float], factor: float = 1.0) -> Spread:
+    def spent(quantity: Callable[[StepUse, Draw], float], factor: float = 1.0) -> Spread:
         spreads = [(weight, _spread(draws, partial(quantity, kind))) for weight, kind in kinds]
         return Spread(
             factor * math.fsum(weight * spread.mean for weight, spread in spreads),

@@ -21,7 +21,7 @@ _MANY_STEPS = 10**6  # of a run whose length is not known: what a schedule round
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class RunSetup:
     """The run.
 
     Attributes:
@@ -55,11 +55,11 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepUse:
     """A step as a configuration runs it in a setup: on the draws of which its quantities depend."""
 
     counted: Counted
-    setup: Setup
+    setup: RunSetup
     config: SLSAMConfig
 
     @property
@@ -67,7 +67,7 @@ class Step:
         """Share of the run's steps that climb."""
         return make_schedule(self.config.ascend_when, total_steps=_MANY_STEPS).share if self.config.rho > 0 else 0.0
 
-    def without_ascent(self) -> "Step":
+    def without_ascent(self) -> "StepUse":
         """The step as it is where the schedule does not let it climb."""
         return replace(self, config=replace(self.config, rho=0.0))
 

@@ -7,17 +7,17 @@ numbers per step for statistics and agreement are left out, and padding too. ZeR
 import math
 
 from slsam_ds.estimate.draws import Draw
-from slsam_ds.estimate.sharding import Step
+from slsam_ds.estimate.sharding import StepUse
 from slsam_ds.protocol import MAX_KEPT_BYTES
 
 
-def reduced(step: Step, draw: Draw) -> float:
+def reduced(step: StepUse, draw: Draw) -> float:
     """Bytes of gradients that a rank hands over in a step: once for each pass, whatever the window."""
     num_passes = 1 + (step.num_ascents > 0 and step.config.ascent_scope == "global")
     return num_passes * step.sampled(draw) * step.setup.width
 
 
-def gathered(step: Step, draw: Draw) -> float:
+def gathered(step: StepUse, draw: Draw) -> float:
     """Bytes of weights that a rank receives in a step."""
     match step.setup.engine:
         case "zero0":
@@ -31,12 +31,12 @@ def gathered(step: Step, draw: Draw) -> float:
     return weights * step.setup.width
 
 
-def _gathered_zero12(step: Step, draw: Draw) -> float:
+def _gathered_zero12(step: StepUse, draw: Draw) -> float:
     """The sample: after it was perturbed, and after it was stepped."""
     return (1 + step.publishes) * step.sampled(draw)
 
 
-def _gathered_zero3(step: Step, draw: Draw) -> float:
+def _gathered_zero3(step: StepUse, draw: Draw) -> float:
     """Once per micro-batch and pass, what is too far from its backward once more; what is kept, once per step."""
     kept, num_ascents, num_descents = kept_zero3(step, draw), step.num_ascents, step.setup.num_micro_batches
     again = max(0.0, step.up(draw) - step.setup.reuse_distance / 2 - kept)
@@ -45,7 +45,7 @@ def _gathered_zero3(step: Step, draw: Draw) -> float:
     return ascents + descents + kept
 
 
-def kept_zero3(step: Step, draw: Draw) -> float:
+def kept_zero3(step: StepUse, draw: Draw) -> float:
     """Weights that stay gathered from the ascent to the descent: what it reads and neither trains, within a limit."""
     if step.num_ascents == 0:
         return 0.0
@@ -53,7 +53,7 @@ def kept_zero3(step: Step, draw: Draw) -> float:
     return min(step.setup.reuse_distance / 2, unchanged)
 
 
-def _gathered_fsdp2(step: Step, draw: Draw) -> float:
+def _gathered_fsdp2(step: StepUse, draw: Draw) -> float:
     """Blocks for every forward and for every backward that reaches them, what is around them once for both.
 
     What is kept is gathered once per step.
@@ -65,12 +65,12 @@ def _gathered_fsdp2(step: Step, draw: Draw) -> float:
     return ascents + descents + blocks + around
 
 
-def kept_fsdp2(step: Step, draw: Draw) -> float:
+def kept_fsdp2(step: StepUse, draw: Draw) -> float:
     """Weights that stay gathered likewise, to the end of the step: of modules of which nothing is sampled."""
     return sum(_kept_fsdp2(step, draw))
 
 
-def _kept_fsdp2(step: Step, draw: Draw) -> tuple[float, float]:
+def _kept_fsdp2(step: StepUse, draw: Draw) -> tuple[float, float]:
     """Those of blocks, and of what is around them, within a limit; the blocks come first."""
     if step.num_ascents == 0:
         return 0.0, 0.0

@@ -76,7 +76,7 @@ class LayerMap:
         return tuple(layer.numel for layer in self.layers)
 
     @property
-    def around(self) -> tuple[bool, ...]:
+    def outside_blocks(self) -> tuple[bool, ...]:
         """By arm: whether it is around the blocks, not one of them. Only where there is a stack."""
         assert self.stack is not None
         inside = {id(parameter) for parameter in self.stack.parameters()}

@@ -58,7 +58,7 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     if not bool((deepest[:, 0] > 0)[:-3].all()):
         raise ValueError("the FLOPs of this model cannot be counted: leave slsam.budget and rewards per cost out")
     ends = not (layers.always or inputs_require_grad)
-    return places.solve(_Counted.read(deepest), _Counted.read(in_the_middle), middle, ends=ends)
+    return places.solve(_Flops.read(deepest), _Flops.read(in_the_middle), middle, ends=ends)
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def _is_weight_product(operator: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
+class _Flops:
     """What `_count` counted, by place. Pairs: all, and products with weights alone."""
 
     blocks: list[tuple[float, float]]
@@ -166,7 +166,7 @@ class _Counted:
     backward: float
 
     @classmethod
-    def read(cls, flops: Tensor) -> "_Counted":
+    def read(cls, flops: Tensor) -> "_Flops":
         *blocks, before, forward, everything = (tuple(row) for row in flops.tolist())
         after = tuple(forward[column] - before[column] - sum(block[column] for block in blocks) for column in (0, 1))
         return cls(blocks, before, after, forward[0], everything[0] - forward[0])
@@ -183,9 +183,9 @@ class _Places:
         assert layers.stack is not None
         self._layers = layers
         self._blocks = list(layers.stack.children())
-        self._around = layers.around
+        self._outside = layers.outside_blocks
 
-    def solve(self, deepest: _Counted, middle: _Counted, middle_arm: int, *, ends: bool) -> CostModel:
+    def solve(self, deepest: _Flops, middle: _Flops, middle_arm: int, *, ends: bool) -> CostModel:
         """The price list, from what was counted with the first and with a middle arm active.
 
         `ends`: backward ends at the lowest active arm.
@@ -211,12 +211,12 @@ class _Places:
         return [parameter for _, parameter in self._layers[arm].parameters]
 
     def _is_before(self, arm: int) -> bool:
-        return self._around[arm] and self._layers[arm].depth == 0
+        return self._outside[arm] and self._layers[arm].depth == 0
 
     def _is_after(self, arm: int) -> bool:
-        return self._around[arm] and self._layers[arm].depth > 0
+        return self._outside[arm] and self._layers[arm].depth > 0
 
-    def _above(self, arm: int, counted: _Counted, through: float, into: float) -> float:
+    def _above(self, arm: int, counted: _Flops, through: float, into: float) -> float:
         """What backward takes on its way down to this arm, but for weight gradients."""
         if self._is_after(arm):  # a final norm is found through the head
             return 0.0 if all(map(_matrix_numel, self._weights(arm))) else counted.after[0]
@@ -225,7 +225,7 @@ class _Places:
             return counted.after[0] + through * counted.blocks_from(0)
         return counted.after[0] + through * counted.blocks_from(depth + 1) + into * counted.blocks[depth][0]
 
-    def _weight_gradient(self, arm: int, counted: _Counted) -> float:
+    def _weight_gradient(self, arm: int, counted: _Flops) -> float:
         trained = sum(map(_matrix_numel, self._weights(arm)))
         if self._is_after(arm):
             return counted.after[1] if trained else 0.0
@@ -238,7 +238,7 @@ class _Places:
         return counted.blocks[depth][1] * trained / max(there, 1)
 
     def _through_a_block(
-        self, deepest: _Counted, middle: _Counted, middle_arm: int, weights: Sequence[float]
+        self, deepest: _Flops, middle: _Flops, middle_arm: int, weights: Sequence[float]
     ) -> tuple[float, float]:
         """Backward per FLOP of a block's forward, weight gradients left out: through it, and into the lowest one.
 

@@ -15,8 +15,7 @@ from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.estimate.memory import memory
-from slsam_ds.estimate.sharding import Setup as EstimateSetup
-from slsam_ds.estimate.sharding import Step
+from slsam_ds.estimate.sharding import RunSetup, StepUse
 from slsam_ds.estimate.traffic import gathered, reduced
 from slsam_ds.model.layers import map_layers
 from tests.distributed.training import Setup, Training, slow
@@ -46,13 +45,13 @@ def counted_of(setup: Setup) -> Counted:
 
 
 def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str, float]:
-    run = EstimateSetup(
+    run = RunSetup(
         engine=setup.engine,
         world_size=WORLD_SIZE,
         num_micro_batches=setup.accumulation,
         precision="bf16" if setup.dtype == torch.bfloat16 else "fp32",
     )
-    step, draw = Step(counted, run, SLSAMConfig(**setup.slsam)), Draw.of(sample, len(counted.numels))
+    step, draw = StepUse(counted, run, SLSAMConfig(**setup.slsam)), Draw.of(sample, len(counted.numels))
     held = memory(step, draw)
     return {
         "flops": draw.price(counted.costs.prices(step.workload)) * counted.flops * setup.accumulation,

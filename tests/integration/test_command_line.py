@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slsam_ds.cli.usage import leave_ranks
+from slsam_ds.cli.refusal import leave_ranks
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.models import NUM_BLOCKS, tiny_llama
 from tests.step_records import without_times

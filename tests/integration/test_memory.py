@@ -12,9 +12,9 @@ import datasets
 import pytest
 
 from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import read_files
 from slsam_ds.cli.samples import StreamedSamples, tokenize
-from slsam_ds.cli.usage import UsageError
 from tests.command_line import ROOT
 from tests.tokenizers import tiny_tokenizer
 

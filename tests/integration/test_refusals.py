@@ -15,8 +15,8 @@ import pytest
 
 from slsam_ds.cli.command_line import quieten
 from slsam_ds.cli.finetune import build_trainer
+from slsam_ds.cli.refusal import UsageError, together
 from slsam_ds.cli.settings import read_settings
-from slsam_ds.cli.usage import UsageError, together
 from tests.command_line import ROOT, launch, make_flags, make_folder
 from tests.ranks import run_on_ranks
 

@@ -8,9 +8,9 @@ from datasets import Dataset
 
 from slsam_ds.cli.arguments import DataArguments
 from slsam_ds.cli.data import IGNORED, Columns, Encoder, choose_columns
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows
 from slsam_ds.cli.samples import tokenize
-from slsam_ds.cli.usage import UsageError
 from tests.tokenizers import CHAT_TEMPLATE, MARKED_TEMPLATE, tiny_tokenizer
 
 PAIR = Columns(kind="pair", names=("prompt", "response"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slsam_ds.cli import demo
-from slsam_ds.cli.usage import UsageError
+from slsam_ds.cli.refusal import UsageError
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 

@@ -20,7 +20,7 @@ from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import find_draws
 from slsam_ds.estimate.modes import Mode, compare
-from slsam_ds.estimate.sharding import Setup
+from slsam_ds.estimate.sharding import RunSetup
 from slsam_ds.model.layers import map_layers
 from slsam_ds.pricing.cost import PriceList
 from slsam_ds.protocol import ALWAYS
@@ -130,7 +130,7 @@ def test_what_sl_sam_takes_of_what_dense_sam_takes() -> None:
     config = SLSAMConfig(selector="uniform", active_layers=2)
     share = 2 / len(counted.numels)
     for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2"):
-        adamw, dense, sparse = compare(counted, Setup(engine=engine, world_size=4), config)
+        adamw, dense, sparse = compare(counted, RunSetup(engine=engine, world_size=4), config)
         assert adamw.price.mean == pytest.approx(1)
         assert dense.price.mean == pytest.approx(2)
         assert sparse.price.lowest < sparse.price.mean < sparse.price.highest < 2
@@ -143,7 +143,7 @@ def test_what_sl_sam_takes_of_what_dense_sam_takes() -> None:
 
 
 def test_a_schedule_pays_for_the_ascents_that_it_takes() -> None:
-    counted, setup = counted_llama(), Setup(engine="zero2", world_size=4)
+    counted, setup = counted_llama(), RunSetup(engine="zero2", world_size=4)
 
     def sparse(**knobs: Any) -> Mode:
         return compare(counted, setup, SLSAMConfig(selector="uniform", active_layers=2, **knobs))[-1]
@@ -157,7 +157,7 @@ def test_a_schedule_pays_for_the_ascents_that_it_takes() -> None:
 
 
 def test_a_direction_costs_what_it_runs_and_keeps() -> None:
-    counted, setup = counted_llama(), Setup(engine="zero2", world_size=4)
+    counted, setup = counted_llama(), RunSetup(engine="zero2", world_size=4)
     single, previous, momentum = (
         compare(counted, setup, SLSAMConfig(selector="uniform", active_layers=2, **knobs))[-1]
         for knobs in ({"rho": 0.0}, {"ascent_source": "previous"}, {"ascent_source": "momentum"})
@@ -172,7 +172,7 @@ def test_a_direction_costs_what_it_runs_and_keeps() -> None:
 def test_more_ranks_hold_less_where_it_is_sharded() -> None:
     counted = counted_llama()
     for engine, kinds in {"zero1": {"optimizer"}, "zero3": {"optimizer", "gradients"}, "fsdp2": {"optimizer"}}.items():
-        one, eight = (compare(counted, Setup(engine=engine, world_size=n), SLSAMConfig())[1] for n in (1, 8))
+        one, eight = (compare(counted, RunSetup(engine=engine, world_size=n), SLSAMConfig())[1] for n in (1, 8))
         for kind in kinds:
             assert eight.memory[kind].mean == pytest.approx(one.memory[kind].mean / 8)
 

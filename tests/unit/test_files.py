@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows, read_files, read_named
 from slsam_ds.cli.samples import StreamedSamples, tokenize
-from slsam_ds.cli.usage import UsageError
 from tests.tokenizers import tiny_tokenizer
 
 TEXT = Columns(kind="text", names=("text",))

@@ -19,7 +19,7 @@ from transformers import (
 
 from slsam_ds.cli.data import IGNORED
 from slsam_ds.cli.packing import PackedCollator, PackingCheck, measure_leak, pack
-from slsam_ds.cli.usage import UsageError
+from slsam_ds.cli.refusal import UsageError
 from tests.models import VOCABULARY, tiny_llama
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -12,8 +12,8 @@ import torch
 from slsam_ds.cli.arguments import USUAL_TRAINING_FLAGS, ModelArguments, build_short_parser
 from slsam_ds.cli.models import choose_max_length, load_model
 from slsam_ds.cli.parser import build_parser
+from slsam_ds.cli.refusal import UsageError, together
 from slsam_ds.cli.settings import read_settings
-from slsam_ds.cli.usage import UsageError, together
 from slsam_ds.state.files import write_state
 from tests.models import tiny_llama
 from tests.tokenizers import tiny_tokenizer

@@ -9,9 +9,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from slsam_ds.cli.data import Columns, Encoder
+from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import read_files
 from slsam_ds.cli.samples import StreamedSamples
-from slsam_ds.cli.usage import UsageError
 from tests.tokenizers import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

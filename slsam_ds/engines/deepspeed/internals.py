@@ -166,7 +166,7 @@ INTERNALS: Mapping[str, Internals] = {
     ),
     "DeepSpeedZeroOptimizer_Stage3": Internals(
         source="deepspeed/runtime/zero/stage3.py",
-        lists=(  # all but what `ZeroStage3Engine._only` sees to
+        lists=(  # all but what `ZeroStage3Engine._narrowed_to` sees to
             "fp16_groups",
             "fp16_partitioned_groups",
             "fp16_partitioned_groups_flat",

@@ -36,7 +36,7 @@ class DeepSpeedStep(ABC):
         return not self._engine.optimizer.overflow
 
     @abstractmethod
-    def _only(self, arms: Collection[int]) -> contextlib.AbstractContextManager[None]:
+    def _narrowed_to(self, arms: Collection[int]) -> contextlib.AbstractContextManager[None]:
         """Within, the engine's optimizer and the one inside it consist of these arms' groups alone."""
 
     def _stepped(self, arms: Collection[int]) -> list[Tensor]:
@@ -67,7 +67,7 @@ class DeepSpeedStep(ABC):
                 return
             optimizer.overflow = False
             with (
-                self._only(arms),
+                self._narrowed_to(arms),
                 scaled_learning_rates(inner.param_groups, learning_rate_scale),
                 state_fetched(inner, self._stepped(arms), home=self.optimizer_state_home),
             ):

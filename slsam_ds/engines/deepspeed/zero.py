@@ -42,7 +42,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     may_skip_modules = False
 
-    _apart = False
+    _gradients_stay_local = False
     """Gradients are this rank's own business: see `Replicated`."""
 
     def __init__(self, engine: DeepSpeedEngine, layer_map: LayerMap) -> None:
@@ -82,7 +82,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     def backward(self, loss: Tensor) -> None:
         with _reduction_held(self._engine):
             self._run_backward(loss)
-        if self._reduces_every_micro_batch and not self._apart:
+        if self._reduces_every_micro_batch and not self._gradients_stay_local:
             self._flush()
 
     def reduce(self) -> list[Shard]:
@@ -202,11 +202,11 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     def _flush(self) -> None:
         """Let DeepSpeed average what the backward passes left on the parameters of the active arms."""
-        with self._only(self._active), self._engine.coalesce_grad_reduction():
+        with self._narrowed_to(self._active), self._engine.coalesce_grad_reduction():
             pass  # the reduction happens on the way out
 
     @contextlib.contextmanager
-    def _only(self, arms: Collection[int]) -> Iterator[None]:
+    def _narrowed_to(self, arms: Collection[int]) -> Iterator[None]:
         """Within, the ZeRO optimizer and its inner optimizer consist of these arms' groups alone, renumbered from 0."""
         zero, groups = self._zero, self._groups(arms)
         param_groups = sorted({self._param_group(group) for group in groups})

@@ -64,7 +64,7 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
         return flat, int(master.storage_offset()) - int(flat.storage_offset())
 
     @contextlib.contextmanager
-    def _only(self, arms: Collection[int]) -> Iterator[None]:
+    def _narrowed_to(self, arms: Collection[int]) -> Iterator[None]:
         if self._wrapper is None:  # a torch optimizer passes over what has no gradient
             yield
             return

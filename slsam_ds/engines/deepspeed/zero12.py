@@ -42,7 +42,7 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         return [self._zero.bit16_groups_flat[group] for group in self._groups(arms)]
 
     def publish(self, arms: Collection[int]) -> None:
-        with self._only(arms):
+        with self._narrowed_to(arms):
             all_gather_dp_groups(
                 groups_flat=self._zero.bit16_groups_flat,
                 partitioned_param_groups=self._zero.parallel_partitioned_bit16_groups,
@@ -94,11 +94,11 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
             offset = end
 
     @contextlib.contextmanager
-    def _only(self, arms: Collection[int]) -> Iterator[None]:
+    def _narrowed_to(self, arms: Collection[int]) -> Iterator[None]:
         linked = self._zero._hp_optimizer_states_linked
         try:
             self._zero._hp_optimizer_states_linked = True  # ours to do: see _after_step
-            with super()._only(arms):
+            with super()._narrowed_to(arms):
                 yield
         finally:
             self._zero._hp_optimizer_states_linked = linked

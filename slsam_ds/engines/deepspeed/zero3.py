@@ -76,7 +76,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
             if self._reduces_every_micro_batch or not self._is_last_micro_batch:
                 super().backward(loss)
             else:
-                with self._only(self._active), boundary(self._engine, True):
+                with self._narrowed_to(self._active), boundary(self._engine, True):
                     self._run_backward(loss)
 
     def discard(self) -> None:
@@ -190,11 +190,11 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         return gradient
 
     @contextlib.contextmanager
-    def _only(self, arms: Collection[int]) -> Iterator[None]:
+    def _narrowed_to(self, arms: Collection[int]) -> Iterator[None]:
         param_group_of = [self._param_group(group) for group in self._groups(arms)]
         shown = sorted(set(param_group_of))
         renumbered = {place: shown.index(param_group) for place, param_group in enumerate(param_group_of)}
-        with super()._only(arms), overlaid(self._zero, "sub_group_to_group_id", renumbered):
+        with super()._narrowed_to(arms), overlaid(self._zero, "sub_group_to_group_id", renumbered):
             yield
 
     def _stepped(self, arms: Collection[int]) -> list[Tensor]:
