@@ -128,7 +128,9 @@ _METHODS = {
     "reduce": "reduction",
     "publish": "publish perturbed weights",
     "update": "optimizer step",
-    "activate": "freezing and clearing",
+    "begin_ascent": "freezing and clearing",
+    "begin_descent": "freezing and clearing",
+    "end_step": "freezing and clearing",
     "discard": "freezing and clearing",
 }
 _OF_EACH_PASS = ("forward", "backward", "reduction", "statistics")
