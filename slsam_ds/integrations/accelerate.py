@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.integrations.support import block_of, check_accelerator
+from slsam_ds.model.param_groups import is_placeholder
 
 
 def prepare(
@@ -50,6 +51,8 @@ def prepare(
     with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     plugin = accelerator.state.deepspeed_plugin if with_deepspeed else None
     config = SLSAMConfig.of(slsam, block_of(plugin.hf_ds_config) if plugin else None)
+    if is_placeholder(optimizer) and not with_deepspeed:
+        raise ValueError(f"{type(optimizer).__name__}: needs the DeepSpeed plugin; pass a torch optimizer")
     scheduler = next((other for other in others if isinstance(other, LRScheduler)), None)
     layer_map = split_by_layer(model, optimizer, config, scheduler)
     if accelerator.is_fsdp2 or with_deepspeed:
