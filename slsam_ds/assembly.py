@@ -3,7 +3,8 @@
 Every way in (`slsam_ds.initialize`, Accelerate's `prepare`, the Trainer) takes these steps in this order:
 
 1. `SLSAMConfig.of`: the knobs, from the caller or from the `slsam` block of a DeepSpeed JSON (`take_block`).
-2. `split_by_layer`: find the layers, freeze what is never trained, and split the optimizer's groups by layer.
+2. `split_by_layer`: find the layers, freeze what is never trained, and split the optimizer's groups by layer. The
+   Trainer builds its optimizer later and then calls `regroup`, which is the second half.
 3. The framework's own: wrap or shard the model, build the engine.
 4. `assemble`: SL-SAM around the result.
 """
@@ -16,22 +17,22 @@ from torch import nn
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines import is_deepspeed_engine
 from slsam_ds.model.layers import LayerMap, map_layers
-from slsam_ds.model.param_groups import regroup
+from slsam_ds.model.param_groups import is_placeholder, regroup
 from slsam_ds.slsam import SLSAM
 
 
-def split_by_layer(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, config: SLSAMConfig, lr_scheduler: Any = None
-) -> LayerMap:
+def split_by_layer(model: nn.Module, optimizer: Any, config: SLSAMConfig, lr_scheduler: Any = None) -> LayerMap:
     """Find the layers of a model that is not wrapped yet, and split the groups of its optimizer by them.
 
     Args:
         model: The module.
-        optimizer: Its torch optimizer, changed in place; None: whoever builds one splits its groups.
+        optimizer: Its torch optimizer, or a placeholder for one that DeepSpeed will build; changed in place. None:
+            whoever builds one splits its groups.
         config: The knobs.
         lr_scheduler: A scheduler already built on the optimizer.
     """
-    layer_map = map_layers(model, config, optimizer)
+    # The parameters of a placeholder may be a generator: they are read once, when they are split.
+    layer_map = map_layers(model, config, None if is_placeholder(optimizer) else optimizer)
     if optimizer is not None:
         regroup(optimizer, layer_map, lr_scheduler)
     return layer_map

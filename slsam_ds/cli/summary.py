@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
-from slsam_ds.report.facts import layer_facts, run_facts
+from slsam_ds.report.facts import facts_as_text, layer_facts
 from slsam_ds.report.history import RunHistory
 
 _BAR = 24  # characters of the longest bar
@@ -36,7 +36,7 @@ def summarize(
         lines.append(f"Held-out loss ({held_out_title}): {before:.4f} before, {after:.4f} after ({change})")
     if steps and layers:
         history = RunHistory.from_records(layers, steps)
-        lines += [*map(str, run_facts(history)), f"Layers active, in how many of {len(steps)} steps:", *_chart(history)]
+        lines += [*facts_as_text(history), f"Layers active, in how many of {len(steps)} steps:", *_chart(history)]
     lines.append(f"Outputs: {Path(output_dir)} (model, {LAYERS_FILE}, {STEPS_FILE})")
     if steps:
         lines.append(f"Pictures of the run: python -m slsam_ds.report {Path(output_dir)}")

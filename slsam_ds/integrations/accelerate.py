@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DynamoBackend, broadcast
+from accelerate.utils import DistributedType, DummyOptim, broadcast
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.engines.deepspeed.config import take_block
+from slsam_ds.integrations.support import block_of, check_accelerator
+from slsam_ds.model.param_groups import is_placeholder
 
 
 def prepare(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | DummyOptim,
     *others: Any,
     slsam: SLSAMConfig | Mapping[str, Any] | None = None,
     total_steps: int | None = None,
@@ -32,7 +33,8 @@ def prepare(
     Args:
         accelerator: As it was launched.
         model: The module, not yet prepared.
-        optimizer: Built on the module's parameters; its groups are split by layer.
+        optimizer: Built on the module's parameters, or a `DummyOptim` of them where the DeepSpeed JSON brings the
+            optimizer; its groups are split by layer.
         *others: Data loaders, at most one scheduler, and whatever else `accelerator.prepare` takes.
         slsam: SL-SAM's knobs; None takes the `slsam` block of the DeepSpeed JSON, or the defaults.
         total_steps: Length of the run; `gamma="auto"` needs it.
@@ -45,11 +47,15 @@ def prepare(
     Raises:
         ValueError: Bad knobs, or an engine that is not supported.
     """
-    _check_supported(accelerator)
-    config = SLSAMConfig.of(slsam, _block_of(accelerator))
+    check_accelerator(accelerator)
+    with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    plugin = accelerator.state.deepspeed_plugin if with_deepspeed else None
+    config = SLSAMConfig.of(slsam, block_of(plugin.hf_ds_config) if plugin else None)
+    if is_placeholder(optimizer) and not with_deepspeed:
+        raise ValueError(f"{type(optimizer).__name__}: needs the DeepSpeed plugin; pass a torch optimizer")
     scheduler = next((other for other in others if isinstance(other, LRScheduler)), None)
     layer_map = split_by_layer(model, optimizer, config, scheduler)
-    if accelerator.is_fsdp2 or accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.is_fsdp2 or with_deepspeed:
         model, *prepared = accelerator.prepare(model, optimizer, *others)
     else:
         model = accelerator.prepare_model(model, evaluation_mode=True)  # all of it but the wrapper
@@ -62,26 +68,3 @@ def prepare(
     accelerator.register_load_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
     accelerator.register_for_checkpointing(stepper)
     return stepper, model, *prepared
-
-
-def _block_of(accelerator: Accelerator) -> dict[str, Any] | None:
-    """The `slsam` block, taken out of the plugin's JSON."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return None
-    return take_block(accelerator.state.deepspeed_plugin.deepspeed_config)
-
-
-def _check_supported(accelerator: Accelerator) -> None:
-    """Refuse, before anything is prepared, what cannot work.
-
-    Raises:
-        ValueError: Naming the setting and what to use.
-    """
-    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError("dynamo_backend: a graph of the whole model fits one sample of layers; leave it out")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision={accelerator.mixed_precision}: not supported; use bf16 or no")
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("FSDP version 1: not supported; use fsdp_version: 2")

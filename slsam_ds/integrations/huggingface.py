@@ -7,23 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from slsam_ds.assembly import assemble
+from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
-from slsam_ds.engines.deepspeed.config import take_block
-from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import last_complete_checkpoint
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
-from slsam_ds.model.layers import LayerMap, map_layers
-from slsam_ds.model.param_groups import regroup, split_param_groups
+from slsam_ds.integrations.support import block_of, check_trainer
+from slsam_ds.model.layers import LayerMap
+from slsam_ds.model.param_groups import regroup
 from slsam_ds.passes import ForwardBackward
 from slsam_ds.protocol import Engine
 from slsam_ds.records.files import StepWriter, write_layers
@@ -61,16 +59,8 @@ class SLSAMMixin(_TrainerMethods):
 
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        num_ranks = ProcessGroupRanks(None, self.args.device).world_size
-        if self.args.world_size != num_ranks:  # every rank would train on the same data
-            raise ValueError(
-                f"TrainingArguments sees {self.args.world_size} process where {num_ranks} train together: "
-                "on a machine without accelerator, give it use_cpu=True"
-            )
-        block = None
-        if self.is_deepspeed_enabled:
-            block = _block_of(self.args.hf_deepspeed_config)
-        _check_supported(self)
+        check_trainer(self, SLSAMMixin)
+        block = block_of(self.args.hf_deepspeed_config) if self.is_deepspeed_enabled else None
         self._compile_settings = take_over_compilation(self)
         self._compiled = contextlib.ExitStack()
         self.slsam_config = SLSAMConfig.of(slsam, block)
@@ -88,7 +78,7 @@ class SLSAMMixin(_TrainerMethods):
     def layer_map(self) -> LayerMap:
         """The model's arms; found once per model, because a step leaves only its own trainable."""
         if self._mapped is None or self._mapped[0] is not self.model:  # `model_init` makes another
-            self._mapped = (self.model, map_layers(self.model, self.slsam_config))
+            self._mapped = (self.model, split_by_layer(self.model, None, self.slsam_config))
         return self._mapped[1]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -124,10 +114,7 @@ class SLSAMMixin(_TrainerMethods):
         """The trainer's optimizer, its parameter groups split by layer."""
         layer_map = self.layer_map  # first: it freezes what the optimizer should not get to see
         optimizer = super().create_optimizer(*args, **kwargs)
-        if isinstance(optimizer, DummyOptim):  # the DeepSpeed JSON brings the optimizer
-            optimizer.params = split_param_groups([p for p in self.model.parameters() if p.requires_grad], layer_map)
-        else:
-            regroup(optimizer, layer_map)
+        regroup(optimizer, layer_map)
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -299,48 +286,3 @@ class _WindowBackward(DeepSpeedEngineWrapper):
 
     def backward(self, loss: Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
         self._slsam_engine.backward(loss)
-
-
-def _check_supported(trainer: Any) -> None:
-    """Refuse, at construction, what cannot work.
-
-    Raises:
-        ValueError: Naming the setting and what to use.
-    """
-    if _generates(trainer):
-        raise ValueError(
-            f"{type(trainer).__name__}: generates its data while it steps, which two passes over the same data cannot "
-            "follow; use a trainer of a fixed data set (SFT, DPO, KTO, reward)"
-        )
-    if trainer.args.n_gpu > 1:
-        raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
-    if trainer.is_deepspeed_enabled:
-        return
-    if trainer.args.fp16:
-        raise ValueError("fp16=True: needs DeepSpeed, which scales the loss; or use bf16=True")
-    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ValueError('FSDP version 1: not supported; use fsdp_config={"fsdp_version": 2, ...}')
-
-
-def _generates(trainer: Any) -> bool:
-    """Whether the trainer samples completions in its step: it prepares its inputs or steps in a way of its own, and
-    its arguments have the temperature to sample at. True of every online trainer of TRL 1.16, and of no other.
-    """
-    own_steps = any(
-        name in vars(base)
-        for base in type(trainer).__mro__
-        if issubclass(base, Trainer) and base not in (Trainer, Seq2SeqTrainer) and not issubclass(base, SLSAMMixin)
-        for name in ("_prepare_inputs", "training_step")
-    )
-    return own_steps and hasattr(trainer.args, "temperature")
-
-
-def _block_of(hf_deepspeed_config: Any) -> dict[str, Any] | None:
-    """The `slsam` block, taken out of the JSON, where accelerate would try to resolve its "auto" values.
-
-    It stays beside the JSON, so that a second trainer on the same arguments finds it.
-    """
-    block = take_block(hf_deepspeed_config.config)
-    if block is not None:
-        hf_deepspeed_config.slsam_block = block
-    return getattr(hf_deepspeed_config, "slsam_block", None)

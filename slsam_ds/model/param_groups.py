@@ -63,17 +63,28 @@ def _split_group(group: dict[str, Any], arm_of: Mapping[int, int]) -> list[dict[
     return pieces
 
 
-def regroup(optimizer: torch.optim.Optimizer, layer_map: LayerMap, lr_scheduler: Any = None) -> None:
+def is_placeholder(optimizer: Any) -> bool:
+    """Whether it stands for an optimizer that DeepSpeed will build, such as Accelerate's `DummyOptim`.
+
+    A placeholder has no groups, only `params`: the groups or parameters that DeepSpeed will be given.
+    """
+    return not hasattr(optimizer, "param_groups")
+
+
+def regroup(optimizer: Any, layer_map: LayerMap, lr_scheduler: Any = None) -> None:
     """Split the optimizer's groups so that none mixes arms; its state and hyperparameters stay.
 
     Args:
-        optimizer: Changed in place. Doing it twice changes nothing.
+        optimizer: A torch optimizer, or a placeholder. Changed in place. Doing it twice changes nothing.
         layer_map: The arms.
         lr_scheduler: A scheduler already built on the optimizer; its per-group lists are split alike.
 
     Raises:
         ValueError: A scheduler hangs on the optimizer but was not given, so that it would drive the wrong groups.
     """
+    if is_placeholder(optimizer):
+        optimizer.params = split_param_groups(optimizer.params, layer_map)
+        return
     old_groups = optimizer.param_groups
     if all("arm" in group for group in old_groups):
         return

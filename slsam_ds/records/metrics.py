@@ -17,6 +17,7 @@ def step_metrics(record: Mapping[str, Any], numels: Sequence[int]) -> dict[str, 
 
     Returns:
         ascent_rise: Loss at the perturbed point minus loss at the weights: what SAM lives on.
+        price: FLOPs of the step, a step of AdamW being 1.
         perturbation_norm, perturbation_projection: As measured; 1 for the projection where all of ε arrived.
         active_share: Share of the arms' parameters that were active, in [0, 1].
         selection_entropy: Of the inclusion probabilities, 1 where all arms are equally likely, 0 where one is certain.
@@ -28,13 +29,15 @@ def step_metrics(record: Mapping[str, Any], numels: Sequence[int]) -> dict[str, 
         "selection_entropy": _relative_entropy(record["probabilities"]),
         "skipped": float(record["skipped"]),
     }
+    if record.get("price") is not None:
+        metrics["price"] = record["price"]
     if not record["skipped"]:
         metrics["descent_seconds"] = record["descent_seconds"]
         if record["ascent_loss"] is not None:
             metrics["ascent_seconds"] = record["ascent_seconds"]
             metrics["ascent_rise"] = record["loss"] - record["ascent_loss"]
+        if record["perturbation_projection"] is not None:  # also perturbed along a direction that needs no ascent pass
             metrics["perturbation_norm"] = record["perturbation_norm"]
-        if record["perturbation_projection"] is not None:
             metrics["perturbation_projection"] = record["perturbation_projection"]
     return {PREFIX + name: value for name, value in metrics.items()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
-from slsam_ds.report.facts import PRICE_ASSUMPTIONS, run_facts
+from slsam_ds.report.facts import PRICE_ASSUMPTIONS, facts_as_text, run_facts
 from slsam_ds.report.history import RecordsError, RunHistory, read_history
 from slsam_ds.report.page import Picture, build_page
 from slsam_ds.report.tables import layer_table, progress_table
@@ -80,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
 
 def describe(history: RunHistory) -> str:
     """The run as text."""
-    facts = "\n".join(map(str, run_facts(history)))
+    facts = "\n".join(facts_as_text(history))
     return f"{layer_table(history)}\n\n{progress_table(history)}\n\n{facts}"
 
 

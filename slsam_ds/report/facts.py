@@ -17,6 +17,12 @@ PRICE_ASSUMPTIONS = (
     "and the optimizer, and counts an embedding like a matrix multiplication."
 )
 
+PRICE_BASIS = (
+    "FLOPs were counted if layers are chosen or rewarded by price (`budget`, `grad_norm_per_cost`); otherwise they are "
+    "estimated from the numbers of weights."
+)
+"""The same in one sentence, for a terminal."""
+
 DENSE_SAM_PRICE = 2.0
 """Relative to AdamW."""
 
@@ -79,6 +85,12 @@ def active_shares(history: RunHistory) -> Floats:
     return shares
 
 
+def facts_as_text(history: RunHistory) -> list[str]:
+    """The facts line by line, and below them what the price rests on."""
+    has_price = not np.isnan(history.price).all()
+    return [*map(str, run_facts(history)), *([f"  (Price: {PRICE_BASIS})"] if has_price else [])]
+
+
 def run_facts(history: RunHistory) -> list[Fact]:
     """The run in a few lines; what the records say nothing about is left out."""
     num_skipped = int(history.skipped.sum())
@@ -122,7 +134,12 @@ def _perturbation_facts(history: RunHistory) -> list[Fact]:
     facts = []
     projection, rise = mean(history.perturbation_projection), median(loss_rises(history))
     if not np.isnan(projection):
-        note = f"of rho = {history.rho[-1]:g} reached the weights (1: all of it)"
+        asked_for = history.rho[history.rho > 0]
+        radius = f" = {asked_for[-1]:g}" if asked_for.size else ""
+        note = f"of rho{radius} reached the weights (1: all of it)"
+        num_perturbed = int(history.perturbed.sum())
+        if num_perturbed < len(history) - history.skipped.sum():
+            note += f", in the {num_perturbed:,} of {len(history):,} steps that perturbed them"
         facts.append(Fact("Perturbation", f"{projection:.3f}", note))
     if not np.isnan(rise):
         facts.append(Fact("Rise of the loss", f"{100 * rise:+.2g}%", "at the perturbed weights, in the median step"))

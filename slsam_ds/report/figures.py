@@ -197,12 +197,15 @@ def _draw_grad_norms(figure: FigureBase, history: RunHistory, theme: Theme) -> N
 
 def _draw_loss(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
     axes = _curve_axes(figure, history)
-    if not np.isnan(history.ascent_loss).all():
-        _curve(axes, history, history.ascent_loss, theme.blue, "at the weights")
-        _curve(axes, history, history.loss, theme.orange, "at the perturbed weights")
-        _legend(axes)
-    else:
-        _curve(axes, history, history.loss, theme.blue, "at the weights")
+    at_weights = np.where(history.perturbed, history.ascent_loss, history.loss_at_weights)
+    at_perturbed = np.where(history.perturbed, history.loss, np.nan)
+    for losses, color, label in (
+        (at_weights, theme.blue, "at the weights"),
+        (at_perturbed, theme.orange, "at the perturbed weights"),
+    ):
+        if not np.isnan(losses).all():
+            _curve(axes, history, losses, color, label)
+            _legend(axes)
     _mark_skipped(axes, history, theme)
 
 
@@ -215,10 +218,11 @@ def _draw_rise(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
 
 def _draw_radius(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
     axes = _curve_axes(figure, history)
-    reached = np.where(history.skipped, np.nan, history.perturbation_norm)
+    reached = np.where(history.perturbed, history.perturbation_norm, np.nan)
+    asked_for = np.where(history.rho > 0, history.rho, np.nan)  # of a span of steps, the mean of those that ascend
     _curve(axes, history, reached, theme.blue, "change made")
-    _levels(axes, history, history.rho, theme, "rho")
-    _from_zero(axes, reached, history.rho)
+    _levels(axes, history, asked_for, theme, "rho")
+    _from_zero(axes, reached, asked_for)
     _legend(axes)
 
 
@@ -268,8 +272,8 @@ PANELS: Sequence[Panel] = (
     ),
     Panel(
         "Loss",
-        "Training loss of the step's window at the weights themselves (ascent pass), and where the perturbation "
-        "led (descent pass). The band holds 80% of the steps. A red mark is a skipped step.",
+        "Training loss of the step's window at the weights themselves, and where the perturbation led, in the steps "
+        "that measured it there. The band holds 80% of the steps. A red mark is a skipped step.",
         _draw_loss,
         wide=True,
     ),
@@ -384,13 +388,19 @@ def _curve_axes(figure: FigureBase, history: RunHistory) -> Axes:
 def _curve(
     axes: Axes, history: RunHistory, values: Floats, color: str, label: str = "", *, banded: bool = True
 ) -> None:
-    """Every step, where they are few; else the mean over spans, within a band that holds 80% of the steps."""
+    """Every step, where they are few; else the mean over spans, within a band that holds 80% of the steps.
+
+    Where nothing was measured, the line goes on to the next step that did: with `ascend_when` the steps that ascend
+    may all stand alone, and a line broken between them would not be seen.
+    """
     bins = StepBins(history.steps, _MAX_POINTS if len(history) > 2 * _MAX_POINTS else 2 * _MAX_POINTS)
-    marker = "o" if len(history) <= 40 else ""
-    axes.plot(bins.centers, bins.means(values), color=color, label=label, marker=marker, markersize=3.5)
+    means = bins.means(values)
+    known = ~np.isnan(means)
+    marker = "o" if known.sum() <= 40 else ""
+    axes.plot(bins.centers[known], means[known], color=color, label=label, marker=marker, markersize=3.5)
     if bins.width > 1 and banded:
         low, high = bins.quantiles(values, 0.1, 0.9)
-        axes.fill_between(bins.centers, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.fill_between(bins.centers[known], low[known], high[known], color=color, alpha=0.16, linewidth=0)
 
 
 def _levels(axes: Axes, history: RunHistory, values: Floats, theme: Theme, label: str) -> None:

@@ -62,6 +62,12 @@ class RunHistory:
         return len(self.steps)
 
     @property
+    def perturbed(self) -> NDArray[np.bool_]:
+        """Steps that moved the weights before the descent: by `ascend_when` not all do. Shape (T,)."""
+        perturbed: NDArray[np.bool_] = (self.rho > 0) & (self.perturbation_norm != 0) & ~self.skipped
+        return perturbed
+
+    @property
     def loss_at_weights(self) -> Floats:
         """The loss that compares to any other optimizer's: before the ascent where there was one. Shape (T,)."""
         return np.where(np.isnan(self.ascent_loss), self.loss, self.ascent_loss)

@@ -1,5 +1,6 @@
 """Loops with Accelerate, launched by `accelerate launch` on two ranks, follow the reference."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DummyOptim
 
 from slsam_ds.integrations.accelerate import prepare
 from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
 from tests.distributed.training import Setup, follow_reference, slow
-from tests.models import SAMPLES, tiny_llama
+from tests.models import SAMPLES, micro_batch, tiny_llama
 from tests.ranks import free_port, run_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -65,14 +67,37 @@ def test_a_loop_follows_the_reference_also_from_a_checkpoint(plugin: str, tmp_pa
     assert all(torch.equal(result["again"][name], weight) for name, weight in result["trained"].items())
 
 
-def refusal(backend: str | None) -> str:
+def refusal(backend: str | None, *, placeholder: bool = False) -> str:
     accelerator = Accelerator(cpu=True, dynamo_backend=backend)
     model = tiny_llama()
+    optimizer = DummyOptim(model.parameters()) if placeholder else torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match=r".") as raised:
-        prepare(accelerator, model, torch.optim.AdamW(model.parameters()), slsam={"rho": 0.1, "seed": -1.5})
+        prepare(accelerator, model, optimizer, slsam={"rho": 0.1} if placeholder else {"rho": 0.1, "seed": -1.5})
     return str(raised.value)
 
 
 def test_what_cannot_work_is_refused() -> None:
     assert "dynamo_backend" in run_on_ranks(1, refusal, "eager")[0]
     assert "seed" in run_on_ranks(1, refusal, None)[0]
+    assert "needs the DeepSpeed plugin" in run_on_ranks(1, functools.partial(refusal, placeholder=True), None)[0]
+
+
+def trained_by_the_json(folder: str) -> tuple[list[int], bool]:
+    """One step with the optimizer that DeepSpeed's JSON brings, as `DummyOptim` asks for it."""
+    section: dict[str, object] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
+    config = {**deepspeed_config(2), **section, "gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 2}
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    model = tiny_llama()
+    slsam, _, optimizer = prepare(accelerator, model, DummyOptim(model.parameters(), lr=1e-3))
+    before = [parameter.detach().clone() for _, parameter in slsam.layers[1].parameters]
+    result = slsam.step([micro_batch(1, 0, 0)], active=[1])
+    moved = any(not torch.equal(old, new) for old, (_, new) in zip(before, slsam.layers[1].parameters, strict=True))
+    arms = [group["arm"] for group in optimizer.param_groups]
+    return arms, moved and result.active == (1,) and slsam.config.rho == 0.02
+
+
+def test_the_optimizer_of_the_json_is_split_by_layer(tmp_path: Path) -> None:
+    arms, stepped = run_on_ranks(1, trained_by_the_json, str(tmp_path))[0]
+    assert arms == sorted(set(arms))
+    assert len(arms) > 1
+    assert stepped

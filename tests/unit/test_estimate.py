@@ -169,6 +169,25 @@ def test_a_direction_costs_what_it_runs_and_keeps() -> None:
     assert previous.memory["optimizer"].mean == pytest.approx(momentum.memory["optimizer"].mean + per_rank)
 
 
+def test_a_renormalised_descent_costs_no_more() -> None:
+    """It reads the norm of the ascent gradient, which the ascent has found of all that is updated."""
+    counted = counted_llama()
+    for engine in ("zero2", "zero3", "fsdp2"):
+        setup = RunSetup(engine=engine, world_size=4)
+        plain, renormalised = (
+            compare(counted, setup, SLSAMConfig(selector="uniform", active_layers=2, **knobs))[-1]
+            for knobs in ({}, {"descend_along": "renormalised"})
+        )
+        assert renormalised == plain
+
+
+def test_a_budget_is_met_over_a_schedule() -> None:
+    """A mean over all steps: those that ascend cost more, the others less."""
+    config = SLSAMConfig(budget=1.0, ascend_when={"every": 2})
+    sparse = compare(counted_llama(), RunSetup(engine="zero2", world_size=4), config)[-1]
+    assert sparse.price.mean == pytest.approx(1.0)
+
+
 def test_more_ranks_hold_less_where_it_is_sharded() -> None:
     counted = counted_llama()
     for engine, kinds in {"zero1": {"optimizer"}, "zero3": {"optimizer", "gradients"}, "fsdp2": {"optimizer"}}.items():

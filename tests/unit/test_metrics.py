@@ -15,6 +15,7 @@ RECORD: dict[str, Any] = {
     "perturbation_norm": 0.06,
     "perturbation_projection": 0.99,
     "skipped": False,
+    "price": 1.2,
     "ascent_seconds": 1.5,
     "descent_seconds": 2.5,
 }
@@ -27,6 +28,7 @@ def test_a_step_of_two_passes_has_them_all() -> None:
             "slsam/active_share": 0.4,
             "slsam/selection_entropy": 1.0,
             "slsam/skipped": 0.0,
+            "slsam/price": 1.2,
             "slsam/ascent_seconds": 1.5,
             "slsam/descent_seconds": 2.5,
             "slsam/ascent_rise": 0.25,
@@ -39,11 +41,20 @@ def test_a_step_of_two_passes_has_them_all() -> None:
 def test_what_was_not_measured_is_absent() -> None:
     one_pass = step_metrics({**RECORD, "ascent_loss": None, "perturbation_projection": None}, NUMELS)
     assert set(one_pass) == {
-        f"slsam/{name}" for name in ("active_share", "selection_entropy", "skipped", "descent_seconds")
+        f"slsam/{name}" for name in ("active_share", "selection_entropy", "skipped", "price", "descent_seconds")
     }
     skipped = step_metrics({**RECORD, "skipped": True, "loss": math.nan}, NUMELS)
-    assert set(skipped) == {f"slsam/{name}" for name in ("active_share", "selection_entropy", "skipped")}
+    assert set(skipped) == {f"slsam/{name}" for name in ("active_share", "selection_entropy", "skipped", "price")}
     assert skipped["slsam/skipped"] == 1.0
+    assert "slsam/price" not in step_metrics({**RECORD, "price": None}, NUMELS)
+    old = {key: value for key, value in RECORD.items() if key != "price"}
+    assert "slsam/price" not in step_metrics(old, NUMELS)
+
+
+def test_a_direction_without_a_pass_of_its_own_perturbs_too() -> None:
+    metrics = step_metrics({**RECORD, "ascent_loss": None}, NUMELS)
+    assert metrics["slsam/perturbation_norm"] == RECORD["perturbation_norm"]
+    assert "slsam/ascent_rise" not in metrics
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,43 @@ def test_a_step_that_did_not_climb_shows_its_loss_and_no_rise() -> None:
     np.testing.assert_allclose(loss_rises(history), [0.05, np.nan], rtol=1e-9)
 
 
+NOT_CLIMBED = {"rho": 0.0, "ascent_loss": None, "perturbation_norm": 0.0, "perturbation_projection": None}
+
+
+def test_a_schedule_that_ends_without_a_climb_tells_the_radius_of_those_that_did() -> None:
+    history = history_of(make_step(1), make_step(2, **NOT_CLIMBED), make_step(3, **SKIPPED))
+    assert history.perturbed.tolist() == [True, False, False]
+    facts = {fact.label: f"{fact.value} {fact.note}" for fact in run_facts(history)}
+    told = "0.990 of rho = 0.05 reached the weights (1: all of it), in the 1 of 3 steps that perturbed them"
+    assert facts["Perturbation"] == told
+    history = history_of(make_step(1), make_step(2, perturbation_norm=0.0))  # a direction that had nothing yet
+    assert history.perturbed.tolist() == [True, False]
+
+
+def lines_of(panel: str, history: RunHistory) -> dict[str, list[list[float]]]:
+    """What a panel's curves go through, by label."""
+    figures = pytest.importorskip("slsam_ds.report.figures", exc_type=ImportError)
+    figure = figures.Figure()
+    next(each for each in figures.PANELS if each.title == panel).draw(figure, history, figures.LIGHT)
+    return {line.get_label(): np.transpose(line.get_data()).tolist() for line in figure.axes[0].get_lines()}
+
+
+def test_losses_are_drawn_where_they_were_measured() -> None:
+    curves = lines_of("Loss", history_of(make_step(1), make_step(2, **NOT_CLIMBED), make_step(3)))
+    assert curves == {
+        "at the weights": [[1, 2.0], [2, 2.1], [3, 2.0]],
+        "at the perturbed weights": [[1, 2.1], [3, 2.1]],
+    }
+    momentum = history_of(*(make_step(step, ascent_loss=None) for step in (1, 2)))  # perturbed without an ascent pass
+    assert lines_of("Loss", momentum) == {"at the perturbed weights": [[1, 2.1], [2, 2.1]]}
+
+
+def test_steps_that_did_not_climb_leave_the_perturbation_as_it_was() -> None:
+    history = history_of(*(make_step(step, **({} if step % 4 == 1 else NOT_CLIMBED)) for step in range(1, 201)))
+    reached = lines_of("Size of the perturbation", history)["change made"]
+    assert reached == [[step, 0.06] for step in range(1, 201, 4)]  # a line, though none has a neighbour
+
+
 def test_what_a_run_adds_up_to() -> None:
     history = history_of(make_step(1), make_step(2, (3,), loss=1.0, ascent_loss=0.0), make_step(3, (0,), **SKIPPED))
     assert active_shares(history) == pytest.approx([0.6, 0.4, 0.1])
@@ -159,6 +196,10 @@ def test_the_summary_at_the_end_of_a_run_says_the_same() -> None:
     text = summarize(make_layers(), steps, held_out=(2.0, 1.0), held_out_title="8 samples", output_dir="out")
     for fact in run_facts(history_of(*steps)):
         assert str(fact) in text.splitlines()
+    assert "FLOPs were counted if" in text
+    unpriced = [{**step, "price": None} for step in steps]
+    text_of_unpriced = summarize(make_layers(), unpriced, held_out=None, held_out_title="", output_dir="out")
+    assert "FLOPs" not in text_of_unpriced
     assert "Held-out loss (8 samples): 2.0000 before, 1.0000 after (-50.0%)" in text
     assert "  model.layers.1 2 ████████████████████████" in text.splitlines()
 

@@ -1,0 +1,92 @@
+"""What the integrations ask before anything is built: whether it can work, and where its knobs are."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, DynamoBackend
+from transformers import Seq2SeqTrainer, Trainer
+
+from slsam_ds.engines.deepspeed.config import take_block
+from slsam_ds.engines.ranks import ProcessGroupRanks
+
+
+def check_trainer(trainer: Any, mixin: type) -> None:
+    """Refuse, at construction, a Trainer that cannot work.
+
+    Args:
+        trainer: Constructed, but for SL-SAM's part.
+        mixin: What makes it SL-SAM's: its own methods are not the trainer's.
+
+    Raises:
+        ValueError: Naming the setting and what to use.
+    """
+    num_ranks = ProcessGroupRanks(None, trainer.args.device).world_size
+    if trainer.args.world_size != num_ranks:  # every rank would train on the same data
+        raise ValueError(
+            f"TrainingArguments sees {trainer.args.world_size} process where {num_ranks} train together: "
+            "on a machine without accelerator, give it use_cpu=True"
+        )
+    if _generates(trainer, mixin):
+        raise ValueError(
+            f"{type(trainer).__name__}: generates its data while it steps, which two passes over the same data cannot "
+            "follow; use a trainer of a fixed data set (SFT, DPO, KTO, reward)"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
+    if trainer.is_deepspeed_enabled:
+        return
+    if trainer.args.fp16:
+        raise ValueError("fp16=True: needs DeepSpeed, which scales the loss; or use bf16=True")
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError('FSDP version 1: not supported; use fsdp_config={"fsdp_version": 2, ...}')
+
+
+def _generates(trainer: Any, mixin: type) -> bool:
+    """Whether the trainer samples completions in its step: it prepares its inputs or steps in a way of its own, and
+    its arguments have the temperature to sample at. True of every online trainer of TRL 1.16, and of no other.
+    """
+    own_steps = any(
+        name in vars(base)
+        for base in type(trainer).__mro__
+        if issubclass(base, Trainer) and base not in (Trainer, Seq2SeqTrainer) and not issubclass(base, mixin)
+        for name in ("_prepare_inputs", "training_step")
+    )
+    return own_steps and hasattr(trainer.args, "temperature")
+
+
+def check_accelerator(accelerator: Accelerator) -> None:
+    """Refuse, before anything is prepared, how an Accelerator was launched where that cannot work.
+
+    Raises:
+        ValueError: Naming the setting and what to use.
+    """
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ValueError("dynamo_backend: a graph of the whole model fits one sample of layers; leave it out")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision={accelerator.mixed_precision}: not supported; use bf16 or no")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP version 1: not supported; use fsdp_version: 2")
+
+
+def block_of(hf_deepspeed_config: Any) -> dict[str, Any] | None:
+    """The `slsam` block of a DeepSpeed JSON, taken out: Accelerate would try to resolve its "auto" values.
+
+    The block stays beside the JSON, so that a second trainer or `prepare` on the same JSON finds it.
+
+    Args:
+        hf_deepspeed_config: Accelerate's `HfDeepSpeedConfig`; None without DeepSpeed.
+
+    Returns:
+        The block; None where there is none.
+
+    Raises:
+        ValueError: The rest of the JSON is not supported.
+    """
+    if hf_deepspeed_config is None:
+        return None
+    block = take_block(hf_deepspeed_config.config)
+    if block is not None:
+        hf_deepspeed_config.slsam_block = block
+    return getattr(hf_deepspeed_config, "slsam_block", None)
