@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds import SLSAM, SLSAMConfig
-from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error, slow
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 
@@ -97,7 +97,7 @@ def train(setup: Setup, num_steps: int, reentrant: bool | None) -> tuple[list[tu
 
 
 @pytest.mark.parametrize("knobs", [{"budget": 1.0}, slow({"reward": "grad_norm_per_cost", "active_layers": 2})])
-@pytest.mark.parametrize("engine", ["fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", slow("zero3")])
+@pytest.mark.parametrize("engine", ["fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3])
 def test_every_engine_chooses_alike(engine: str, knobs: dict[str, Any]) -> None:
     model = {"num_blocks": 6}
     expected, weights = run_on_ranks(2, train, Setup(engine="local", slsam=knobs, model=model), 12, None)[0]

@@ -13,6 +13,7 @@ from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
+    ALSO_ZERO3,
     Setup,
     follow_samples,
     max_error,
@@ -108,7 +109,7 @@ def test_climbing_along_the_previous_gradient_takes_one_pass(engine: str, accumu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero2", ALSO_ZERO3])
 def test_the_previous_gradient_in_true_units_whatever_the_precision(engine: str, dtype: torch.dtype) -> None:
     setup = Setup(engine=engine, dtype=dtype, slsam={"ascent_source": "previous", "offload_state": True})
     _, results = run_on_ranks(2, follow_samples, setup)[0]

@@ -13,6 +13,7 @@ from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
+    ALSO_ZERO3,
     LOSS_SCALE_POWER,
     Setup,
     Training,
@@ -23,7 +24,7 @@ from tests.distributed.training import (
 )
 from tests.ranks import run_on_ranks
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
+ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3, *ALSO_OFFLOADED]
 
 
 def spoil(
@@ -82,7 +83,7 @@ def give_up(setup: Setup) -> tuple[str, int, float]:
     return str(raised.value), training.slsam.num_steps, max_error(training.live_weights(), before)
 
 
-@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["local", "fsdp2", "zero2", ALSO_ZERO3])
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_the_rank_named(engine: str) -> None:
     for message, num_steps, moved in run_on_ranks(2, give_up, Setup(engine=engine, slsam={"max_skipped_steps": 3})):
         assert message.startswith("step 6 was skipped: in the ascent pass, the loss of rank 1 is not finite")
@@ -217,7 +218,7 @@ def disagree(setup: Setup, what: str) -> str:
         ("step", "the step (rank 0: 2; rank 1: 8)"),
     ],
 )
-@pytest.mark.parametrize("engine", [slow("local"), slow("fsdp2"), "zero2", "zero3"])
+@pytest.mark.parametrize("engine", [slow("local"), slow("fsdp2"), "zero2", ALSO_ZERO3])
 def test_ranks_that_differ_stop_with_an_error_that_says_so(engine: str, what: str, named: str) -> None:
     setup = Setup(engine=engine, accumulation=2, slsam={"active_layers": 1})
     for message in run_on_ranks(2, disagree, setup, what):

@@ -8,6 +8,7 @@ from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
+    ALSO_ZERO3,
     Setup,
     Training,
     follow_reference,
@@ -85,7 +86,9 @@ def run_free(setup: Setup, num_steps: int) -> tuple[dict, list[StepResult]]:
     return training.weights(), results
 
 
-@pytest.mark.parametrize("engine", [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize(
+    "engine", [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3, *ALSO_OFFLOADED]
+)
 def test_bandit_scales_learning_rates_by_inverse_probability(engine: str) -> None:
     setup = Setup(engine=engine, slsam={"active_layers": 2, "seed": 3, "rho": 0.02})
     per_rank = run_on_ranks(2, run_free, setup, 10)
@@ -115,7 +118,9 @@ def test_ascent_on_a_part_of_the_data(engine: str, scope: str) -> None:
             assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
 
 
-@pytest.mark.parametrize("engine", [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize(
+    "engine", [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3, *ALSO_OFFLOADED]
+)
 def test_without_radius_and_with_all_layers_it_is_the_base_optimizer(engine: str) -> None:
     setup = Setup(engine=engine, slsam={"rho": 0.0, "selector": "all"}, accumulation=2)
     expected, _ = follow_reference(setup, 2, [range(6)] * 5)

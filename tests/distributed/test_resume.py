@@ -23,6 +23,7 @@ from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
+    ALSO_ZERO3,
     Setup,
     Training,
     max_error,
@@ -106,7 +107,7 @@ def test_the_bandit_goes_on_by_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [slow(1), slow(2), 3])
-@pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, "zero2", "zero3", slow("fsdp2"), *ALSO_OFFLOADED])
+@pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, "zero2", ALSO_ZERO3, slow("fsdp2"), *ALSO_OFFLOADED])
 def test_resume_takes_the_previous_gradients_along(engine: str, num_ranks: int, tmp_path: Path) -> None:
     setup = Setup(engine=engine, slsam={"ascent_source": "previous"})
     error, _, _ = resumed_by(num_ranks, setup, tmp_path)
@@ -166,7 +167,7 @@ def refuse(setups: Sequence[Setup], folder: str) -> list[str]:
     return sentences
 
 
-@pytest.mark.parametrize("engine", [ALSO_ZERO0, slow("zero2"), "zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", [ALSO_ZERO0, slow("zero2"), ALSO_ZERO3, "fsdp2"])
 def test_what_does_not_fit_is_refused_and_changes_nothing(engine: str, tmp_path: Path) -> None:
     setup = Setup(engine=engine)
     run_on_ranks(2, save_a_step, setup, str(tmp_path))

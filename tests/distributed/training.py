@@ -22,7 +22,7 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-ALSO_ZERO0, ALSO_ZERO1 = map(slow, ("zero0", "zero1"))
+ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3 = map(slow, ("zero0", "zero1", "zero3"))
 """Where what differs between engines does not matter: `make test-slow` repeats what `make test` shows for ZeRO-2."""
 ALSO_OFFLOADED = [slow("zero2_offload"), slow("zero3_offload")]
 
