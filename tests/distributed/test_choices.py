@@ -63,15 +63,16 @@ class Case:
         return step % every == 1 % every
 
 
+FEW = APART[:5]
 CASES: Mapping[str, Case] = {
     "apart": Case(),
     "apart, in a longer window": Case(accumulation=3),
-    "apart, every block run": Case(slsam={"prefix_reuse": False}, accumulation=3),
-    "previous": Case(slsam={"ascent_source": "previous"}),
-    "momentum": Case(slsam={"ascent_source": "momentum", "offload_state": True}, accumulation=2),
-    "renormalised": Case(slsam={"descend_along": "renormalised"}),
-    "renormalised and clipped": Case(slsam={"descend_along": "renormalised", "rho": 0.2}, clip=0.5, accumulation=3),
-    "every second step": Case(slsam={"ascend_when": {"every": 2}}),
+    "apart, every block run": Case(slsam={"prefix_reuse": False}, choices=FEW),
+    "previous": Case(slsam={"ascent_source": "previous"}, choices=FEW),
+    "momentum": Case(slsam={"ascent_source": "momentum", "offload_state": True}, choices=FEW, accumulation=2),
+    "renormalised": Case(slsam={"descend_along": "renormalised"}, choices=FEW[:2]),
+    "renormalised and clipped": Case(slsam={"descend_along": "renormalised", "rho": 0.2}, clip=0.5, choices=FEW),
+    "every second step": Case(slsam={"ascend_when": {"every": 2}}, choices=FEW[:4]),
     "always": Case(slsam={"other_parameters": "always"}, choices=[((0, 2), (1,)), ((3,), (0, 1)), ((0,), (3,))]),
 }
 
