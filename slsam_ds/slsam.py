@@ -109,7 +109,9 @@ class SLSAM:
             pricing=self._pricing,
             max_grad_norm=_checked_max_grad_norm(max_grad_norm, engine),
         )
-        self._checkpoint = TorchCheckpoint(engine, model, optimizer, self._direction.kept) if optimizer else None
+        self._checkpoint = (
+            TorchCheckpoint(engine, model, optimizer, self._direction.kept) if optimizer is not None else None
+        )
         self.progress = Progress.start(len(layers))
         self._stop_requested = False
         self._resumed = False  # the optimizer may hold state that loading made up
