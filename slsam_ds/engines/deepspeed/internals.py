@@ -31,6 +31,7 @@ class Internals:
     Attributes:
         source: Where it is defined.
         lists: Lists with one entry per group of parameters that the optimizer steps at once.
+        empty_at_first: Those of the lists that have no entries before the first step.
         dicts: Dicts whose keys are such groups; a group may be missing.
         offloaded_lists: More such lists, where the optimizer's state is on the host.
         offloaded_dicts: Likewise.
@@ -43,6 +44,7 @@ class Internals:
 
     source: str
     lists: Sequence[str] = ()
+    empty_at_first: Sequence[str] = ()
     dicts: Sequence[str] = ()
     offloaded_lists: Sequence[str] = ()
     offloaded_dicts: Sequence[str] = ()
@@ -225,6 +227,7 @@ INTERNALS: Mapping[str, Internals] = {
     "FP16_Optimizer": Internals(
         source="deepspeed/runtime/fp16/fused_optimizer.py",
         lists=("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "flatten_grad_norm_mask_list"),
+        empty_at_first=("flatten_grad_norm_mask_list",),
         names=("_update_scale", "has_executed_step", "optimizer", "refresh_fp32_params"),
     ),
     "Module": Internals(  # what ZeRO-3 notes on the model
@@ -277,7 +280,8 @@ def check_internals(holder: Any, name: str, *, offloaded: bool = False) -> None:
     for attribute in (*lists, *dicts):
         kind = list if attribute in lists else dict
         container = getattr(holder, attribute, None)
-        if not isinstance(container, kind) or (kind is list and len(container) != num_groups):
+        may_be_empty = kind is dict or (attribute in table.empty_at_first and not container)
+        if not isinstance(container, kind) or not (may_be_empty or len(container) == num_groups):
             raise ValueError(f"{name}.{attribute} is not the {kind.__name__} per group that slsam_ds knows")
     for path in (*table.names, *(table.offloaded_names if offloaded else ())):
         if table.exists(path):
