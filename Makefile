@@ -7,8 +7,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS:%=--constraint %)
-# Two processes: tests wait for the ranks that they start.
-PYTEST := pytest --numprocesses 2 --dist loadfile
+# Two processes: tests wait for the ranks that they start. Files in their order: those of many ranks come first, the
+# short ones last, so that both processes end together.
+PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What `make test-quick` compares with.
 BASE ?= HEAD
 # Another make, whose environment is fresh and has the newest versions.

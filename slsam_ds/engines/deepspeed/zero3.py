@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO stage 3: every rank holds a shard of each parameter, and modules gather theirs while they run.
 
 Perturbing and restoring happen on the shards, so nothing that was gathered may outlive a change of them; what is not
-sampled may, from the ascent to the descent. DeepSpeed learns in which order modules fetch their parameters; since
-backward ends at the lowest active layer, it learns that once for each depth.
+sampled may, from the ascent's first backward to the descent's last. DeepSpeed learns in which order modules fetch their
+parameters; since backward ends at the lowest active layer, it learns that once for each depth.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         check_internals(layer_map[0].parameters[0][1], "Parameter")
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
+        self._is_descent = False
         self._in_pass = False  # gradients of the active arms may have been reduced
         self._kept: list[Any] = []  # parameters that stay gathered when a backward has used them
         self._find_depths(engine.module, layer_map)
@@ -57,11 +58,12 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def begin_descent(self) -> None:
         super().begin_descent()
         self._begin_pass("descent after ascent" if self._ascended else "descent")
+        self._is_descent = True
 
     def end_step(self) -> None:
         super().end_step()
         self._drop_gathered()
-        self._in_pass, self._kept = False, []
+        self._in_pass, self._is_descent, self._kept = False, False, []
         self._traces.use(None)
 
     def begin_micro_batch(self, *, last: bool) -> None:
@@ -135,13 +137,13 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         """Partition whatever is still gathered: forward would read it instead of the shards.
 
         Small parameters stay gathered over the whole step (stage3_param_persistence_threshold), others from
-        the ascent to the descent (`_held`), and any may after a pass that raised.
+        the ascent's first backward to the descent's last (`_held`), and any may after a pass that raised.
         """
         self._zero.empty_partition_cache()
 
     def _begin_pass(self, kind: str) -> None:
         """Passes whose modules run in another order have learned another order of fetches."""
-        self._in_pass, self._kept = True, []
+        self._in_pass = True
         self._traces.use((kind, _lowest(self._active), _lowest({*self._ascended, *self._updated})))
         self._clear_reduced(self._active)  # else a parameter that takes no part would keep its last gradient
 
@@ -159,17 +161,18 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[None]:
-        """Within, which is a backward, DeepSpeed does not release what is to be kept.
+        """Within, which is a backward, DeepSpeed does not release what is to be kept. The step's last may release all.
 
         It releases nothing that a module uses (partitioned_param_coordinator.py, 0.19.8), and `_HOLDER` stands for such
         a module. Not longer: the user's own `GatheredParameters` fail on what is in use.
         """
-        for parameter in self._kept:
+        kept = [] if self._is_descent and self._is_last_micro_batch else self._kept
+        for parameter in kept:
             parameter.ds_active_sub_modules.add(_HOLDER)
         try:
             yield
         finally:
-            for parameter in self._kept:
+            for parameter in kept:
                 parameter.ds_active_sub_modules.discard(_HOLDER)
 
     def _clear_reduced(self, arms: Collection[int]) -> None:
