@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from slsam_ds.state.enums import enum_member
+
 _NO_DATA = "is neither a tensor nor plain data, and loading it may run code: resume from another checkpoint"
 _IN_INDEX = {  # besides dtypes; torch 2.13
     ("pathlib", "PosixPath"),
@@ -91,6 +93,8 @@ def _check_index(path: Path) -> None:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return enum_member
         if module == "torch" or (module, name) in _IN_INDEX:
             found = super().find_class(module, name)
             if (module, name) in _IN_INDEX or isinstance(found, torch.dtype):

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from hypothesis import given
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from slsam_ds.cli.settings import read_settings
 from slsam_ds.engines.deepspeed.checkpoint import _read
+from slsam_ds.engines.torch_checkpoint import _check_index
 from slsam_ds.slsam import SLSAM
 from tests.bad_input_strategies import SAVED_KNOBS, CommandExample, DataExample, saved_model
 from tests.bad_inputs import KINDS, BrokenError, attempt, trying
@@ -80,6 +83,35 @@ def test_nothing_in_a_checkpoint_of_deepspeed_is_run(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match=r"model\.pt: holds .* neither a tensor nor plain data"):
         _read("model.pt")
     assert not Path("ran").exists()
+
+
+class _Attribute:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+
+    def __init__(self, holder: Any, name: str) -> None:
+        self.holder, self.name = holder, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.holder, self.name)
+
+
+def test_members_of_enums_are_read_however_python_pickled_them(tmp_path: Path) -> None:
+    torch.save({"stage": _Attribute(ZeroStageEnum, "weights")}, tmp_path / "model.pt")
+    assert _read(str(tmp_path / "model.pt")) == {"stage": ZeroStageEnum.weights}
+    index = tmp_path / ".metadata"
+    index.write_bytes(pickle.dumps(_Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
+    _check_index(index)
+
+
+@pytest.mark.parametrize("name", ["__subclasses__", "mro", "missing"])
+def test_no_other_attribute_is_read(tmp_path: Path, name: str) -> None:
+    torch.save({"stage": _Attribute(ZeroStageEnum, name)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="neither a tensor nor plain data"):
+        _read(str(tmp_path / "model.pt"))
+    index = tmp_path / ".metadata"
+    index.write_bytes(pickle.dumps(_Attribute(_MEM_FORMAT_ENCODING, name)))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        _check_index(index)
 
 
 def test_nothing_in_a_checkpoint_of_torch_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

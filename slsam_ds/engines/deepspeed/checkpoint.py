@@ -29,8 +29,15 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
 from slsam_ds.engines.deepspeed.step import overlaid
+from slsam_ds.state.enums import enum_member
 
-_SAVED_BY_DEEPSPEED = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+_SAVED_BY_DEEPSPEED = [
+    DynamicLossScaler,
+    LossScaler,
+    ZeroStageEnum,
+    fragment_address,
+    (enum_member, "builtins.getattr"),
+]
 
 
 def setup_of(engine: DeepSpeedEngine) -> dict[str, Any]:
