@@ -104,6 +104,11 @@ class StepUse:
         """Weights of the blocks from the lowest arm up."""
         return sum(self.counted.blocks[0 if self.counted.always else self.counted.depths[draw.lowest] :])
 
+    def outside_below(self, draw: Draw) -> int:
+        """Weights outside of the blocks, below the lowest arm: embeddings, which no backward reads."""
+        below = zip(self.counted.numels[: draw.lowest], self.counted.in_blocks[: draw.lowest], strict=True)
+        return sum(numel for numel, in_block in below if not in_block)
+
     def up(self, draw: Draw) -> int:
         """Weights of the blocks that backward goes through."""
         return sum(self.counted.blocks[self.counted.depths[draw.lowest] if self.counted.ends else 0 :])

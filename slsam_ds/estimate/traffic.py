@@ -49,13 +49,7 @@ def kept_zero3(step: StepUse, draw: Draw) -> float:
     """Weights that stay gathered from one backward to the next: what it reads and nobody trains, within a limit."""
     if step.num_ascents == 0:
         return 0.0
-    counted = step.counted
-    below = sum(  # embeddings: no backward reads them
-        numel
-        for numel, inside in zip(counted.numels[: draw.lowest], counted.in_blocks[: draw.lowest], strict=True)
-        if not inside
-    )
-    unchanged = step.above(draw) + counted.outside - below - step.sampled(draw)
+    unchanged = step.above(draw) + step.counted.outside - step.outside_below(draw) - step.sampled(draw)
     return min(step.setup.reuse_distance / 2, unchanged)
 
 

@@ -23,6 +23,7 @@ from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
 
+_ASCENT = "ascent"
 _HOLDER = -1
 """Stands for a module where DeepSpeed notes by number which modules use a parameter."""
 
@@ -41,8 +42,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         check_internals(layer_map[0].parameters[0][1], "Parameter")
         self._traces = _FetchTraces(engine)
         self._is_last_micro_batch = False
-        self._is_descent = False
-        self._in_pass = False  # gradients of the active arms may have been reduced
+        self._pass: str | None = None  # which one; within, gradients of the active arms may have been reduced
         self._kept: list[Any] = []  # parameters that stay gathered when a backward has used them
         self._find_depths(engine.module, layer_map)
 
@@ -52,18 +52,17 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     def begin_ascent(self) -> None:
         super().begin_ascent()
-        self._begin_pass("ascent")
+        self._begin_pass(_ASCENT)
         self._kept = self._unchanged_within_reuse()
 
     def begin_descent(self) -> None:
         super().begin_descent()
         self._begin_pass("descent after ascent" if self._ascended else "descent")
-        self._is_descent = True
 
     def end_step(self) -> None:
         super().end_step()
         self._drop_gathered()
-        self._in_pass, self._is_descent, self._kept = False, False, []
+        self._pass, self._kept = None, []
         self._traces.use(None)
 
     def begin_micro_batch(self, *, last: bool) -> None:
@@ -84,7 +83,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def discard(self) -> None:
         super().discard()
         self._zero.zero_grad()  # also makes the next reduction overwrite the partitions instead of adding to them
-        if self._in_pass:
+        if self._pass is not None:
             self._clear_reduced(self._active)
         for bucket in self._zero.ipg_buckets.values():  # a backward that raised left gradients behind
             bucket.clear_params()
@@ -143,7 +142,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     def _begin_pass(self, kind: str) -> None:
         """Passes whose modules run in another order have learned another order of fetches."""
-        self._in_pass = True
+        self._pass = kind
         self._traces.use((kind, _lowest(self._active), _lowest({*self._ascended, *self._updated})))
         self._clear_reduced(self._active)  # else a parameter that takes no part would keep its last gradient
 
@@ -166,7 +165,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         It releases nothing that a module uses (partitioned_param_coordinator.py, 0.19.8), and `_HOLDER` stands for such
         a module. Not longer: the user's own `GatheredParameters` fail on what is in use.
         """
-        kept = [] if self._is_descent and self._is_last_micro_batch else self._kept
+        kept = self._kept if self._pass == _ASCENT or not self._is_last_micro_batch else []
         for parameter in kept:
             parameter.ds_active_sub_modules.add(_HOLDER)
         try:
