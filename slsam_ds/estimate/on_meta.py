@@ -39,15 +39,15 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """As on a GPU: FlashAttention, or with a mask the memory-efficient kernel, which has no groups of heads."""
-    if attn_mask is None:
+    """As on a GPU: FlashAttention; with a mask, or values of another size than the queries, as in multi-head latent
+    attention, the memory-efficient kernel, which has no groups of heads.
+    """
+    if attn_mask is None and value.shape[-1] == query.shape[-1]:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
     groups = query.shape[-3] // key.shape[-3]
     key, value = (tensor.repeat_interleave(groups, -3) if groups > 1 else tensor for tensor in (key, value))
-    bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-    if bias.dtype != query.dtype:
-        bias = bias.to(query.dtype)
+    bias = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2]).to(query.dtype)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 

@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from slsam_ds.shards import whole_shape
 
+_USUAL_IMAGE_SIZE = 224  # pixels; convolutional networks take any number
+
 
 def used_before(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, bool]:
     """Whether parameters are first used before the blocks, for all that a run of the model uses.
@@ -50,13 +52,20 @@ def _takes_known_inputs(module: nn.Module) -> bool:
 
 
 def example_inputs(model: nn.Module, batch_size: int = 1, length: int = 4) -> dict[str, Tensor]:
-    """What the model takes, on meta: tokens, or images of its own size."""
-    if model.main_input_name == "input_ids":
-        return {"input_ids": torch.empty(batch_size, length, dtype=torch.long, device="meta")}
-    config: Any = model.config
-    size = config.image_size
+    """What the model takes, on meta: tokens, or images, of its own size where it has one.
+
+    Raises:
+        ValueError: It takes something else.
+    """
+    name, config = str(model.main_input_name), model.config
+    if name == "input_ids":
+        return {name: torch.empty(batch_size, length, dtype=torch.long, device="meta")}
+    if name != "pixel_values":
+        raise ValueError(f"{type(model).__name__} takes {name}; known are input_ids and pixel_values")
+    size: Any = getattr(config, "image_size", _USUAL_IMAGE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size
-    return {str(model.main_input_name): torch.empty(batch_size, config.num_channels, height, width, device="meta")}
+    shape = batch_size, getattr(config, "num_channels", 3), height, width
+    return {name: torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")}
 
 
 def _weightless_copy(module: nn.Module, on_use: Callable[[int], object], copies: dict[int, nn.Module]) -> nn.Module:

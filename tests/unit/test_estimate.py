@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    ConvNextConfig,
+    DeepseekV3Config,
+    PreTrainedConfig,
+    ResNetConfig,
+    SwinConfig,
+    Wav2Vec2Config,
+)
 
 from slsam_ds.cli.estimate import main
 from slsam_ds.cli.weightless import WeightlessEngine
@@ -246,6 +256,65 @@ def test_the_command_adapts_by_lora(config_file: Path, capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["weights"]["trained"] < found["weights"]["total"] / 4
     assert len(found["layers"]) == 4
+
+
+VISION: dict[str, Any] = {"num_labels": 3}
+OTHER_SHAPES: dict[str, tuple[PreTrainedConfig, int]] = {
+    "ResNetForImageClassification": (
+        ResNetConfig(**VISION, embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 2, 1, 1]),
+        224,
+    ),
+    "SwinForImageClassification": (SwinConfig(**VISION, image_size=64, embed_dim=12, depths=[1, 1, 2, 1]), 64),
+    "ConvNextForImageClassification": (
+        ConvNextConfig(**VISION, image_size=64, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 2, 1]),
+        64,
+    ),
+    "DeepseekV3ForCausalLM": (
+        DeepseekV3Config(
+            vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=16, v_head_dim=12, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2,
+            first_k_dense_replace=1,
+        ),
+        16,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("architecture", OTHER_SHAPES)
+def test_models_of_other_shapes_are_estimated(
+    architecture: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pyramids of images, of a size of their own or not; heads whose values are smaller than their queries; experts."""
+    config, size = OTHER_SHAPES[architecture]
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    flags = ["--sequence_length", str(size)] if "CausalLM" in architecture else []
+    assert main(["--model", str(tmp_path), "--zero", "2", "--dtype", dtype, "--json", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    model = getattr(transformers, architecture)(config).eval()
+    assert found["weights"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+    inputs = torch.zeros(1, size, dtype=torch.long) if flags else torch.zeros(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs)
+    # Backward takes twice as much, but for the first layer, whose input needs no gradient.
+    assert 2.5 < found["modes"][0]["flops"]["mean"] / counter.get_total_flops() < 3.3
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "sentence"),
+    [
+        (Wav2Vec2Config(), "Wav2Vec2ForSequenceClassification", "takes input_values; known are input_ids and pixel_v"),
+    ],
+)
+def test_models_that_take_something_else_are_refused_in_a_true_sentence(
+    config: PreTrainedConfig, architecture: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path)]) == 2
+    assert f"error: --model {tmp_path}: {architecture} {sentence}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
