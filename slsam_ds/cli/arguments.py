@@ -107,6 +107,13 @@ class DataArguments:
             "help": "With --response_column: one-turn conversations (without a chat template: joined as they are); the "
             "loss is on the response. Default: prompt.",
         },
+    tools_column: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "COLUMN",
+            "help": "Beside messages: what the assistant may call, as the chat template takes it. Default: tools.",
+        },
+    )
     )
     response_column: str | None = field(default=None, metadata={"metavar": "COLUMN", "help": "Default: response."})
     text_column: str | None = field(
@@ -120,6 +127,14 @@ class DataArguments:
             "help": "Longer samples are cut; one with nothing left to learn is dropped. Default: 1024, or what the "
             "model allows (demo: 192).",
         },
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "NAME",
+            "help": "One of the tokenizer's chat templates, where it has several, or a Jinja file with another; it is "
+            "saved with the model. Default: the tokenizer's, of several the one named default.",
+        },
+    )
     )
 
     packing: bool = field(

@@ -58,6 +58,17 @@ def check_file(flag: str, path: Path) -> None:
         raise UsageError(f"{flag} {path}: the file is empty")
 
 
+def without_fillers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's, its structs without the keys that it fills in, empty, so that all in a column are alike."""
+    return {name: _without_empty_keys(value) for name, value in row.items()}
+
+
+def _without_empty_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_empty_keys(item) for key, item in value.items() if item is not None}
+    return [_without_empty_keys(item) for item in value] if isinstance(value, list) else value
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines, from 1, with the ends that they have."""
     with path.open("rb") as file:
@@ -125,7 +136,7 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
     try:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield f"row {number}", row
+            yield f"row {number}", without_fillers(row)
     except Exception as error:  # pyarrow and datasets each have their own types for a malformed file
         while error.__cause__ is not None:
             error = error.__cause__  # type: ignore[assignment]

@@ -10,7 +10,9 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedToke
 
 from slsam_ds.cli import demo
 from slsam_ds.cli.arguments import DataArguments
-from slsam_ds.cli.data import IGNORED, Columns, Encoder, choose_columns
+from slsam_ds.cli.chat import use_template
+from slsam_ds.cli.data import Columns, Encoder, choose_columns
+from slsam_ds.cli.labels import IGNORED
 from slsam_ds.cli.models import choose_max_length, load_model
 from slsam_ds.cli.packing import PackedCollator, PackingCheck
 from slsam_ds.cli.preemption import EXIT_CODE, stopping_on_signal
@@ -63,6 +65,7 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
         dtype = low_precision if args.deepspeed and (args.bf16 or args.fp16) else torch.float32
         model, tokenizer = load_model(settings.model, dtype)
         return model, tokenizer, choose_max_length(data.max_length, model)
+        use_template(tokenizer, data.chat_template)
 
     def encode() -> tuple[Dataset | StreamedSamples, Dataset | None]:
         encoder = training.encoder(tokenizer, length)

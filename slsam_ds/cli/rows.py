@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_d
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from slsam_ds.cli.files import Numbered, check_file, read_rows
+from slsam_ds.cli.files import Numbered, check_file, read_rows, without_fillers
 from slsam_ds.cli.refusal import UsageError, path_of, refusals
 from slsam_ds.integrations.console import one_line
 
@@ -146,7 +146,7 @@ class _TableShard:
     def read(self) -> Iterator[Numbered]:
         try:
             for number, row in enumerate(self.table, start=1):
-                yield f"{self.source}, sample {number}", row
+                yield f"{self.source}, sample {number}", without_fillers(row)
         except Exception as error:  # whatever the format's reader raises on a malformed file
             while error.__cause__ is not None:
                 error = error.__cause__  # type: ignore[assignment]

@@ -10,7 +10,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from slsam_ds.cli.data import IGNORED, Encoder
+from slsam_ds.cli.data import Encoder
+from slsam_ds.cli.labels import IGNORED
 from slsam_ds.cli.packing import PACK_BATCH, pack
 from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows, Shard

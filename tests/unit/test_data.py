@@ -7,7 +7,8 @@ import pytest
 from datasets import Dataset
 
 from slsam_ds.cli.arguments import DataArguments
-from slsam_ds.cli.data import IGNORED, Columns, Encoder, choose_columns
+from slsam_ds.cli.data import Columns, Encoder, choose_columns
+from slsam_ds.cli.labels import IGNORED
 from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows
 from slsam_ds.cli.samples import tokenize
