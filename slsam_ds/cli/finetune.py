@@ -14,9 +14,10 @@ from slsam_ds.cli.chat import use_template
 from slsam_ds.cli.data import Columns, Encoder, choose_columns
 from slsam_ds.cli.labels import IGNORED
 from slsam_ds.cli.models import choose_max_length, load_model
-from slsam_ds.cli.packing import PackedCollator, PackingCheck
+from slsam_ds.cli.packing import PackedCollator
 from slsam_ds.cli.preemption import EXIT_CODE, stopping_on_signal
-from slsam_ds.cli.refusal import refusals, together
+from slsam_ds.cli.probes import ModelCheck
+from slsam_ds.cli.refusal import UsageError, refusals, together
 from slsam_ds.cli.rows import Rows, read_files, read_named
 from slsam_ds.cli.samples import StreamedSamples, pack_all, tokenize
 from slsam_ds.cli.settings import Settings
@@ -91,8 +92,7 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 processing_class=tokenizer,
                 data_collator=PackedCollator(tokenizer.pad_token_id) if data.packing else padding,
             )
-            if data.packing:
-                trainer.add_callback(PackingCheck(trainer))
+            trainer.add_callback(ModelCheck(trainer, packed=data.packing))
             settings.slsam.num_active(len(trainer.layer_map))  # refuses more than there are
         if settings.checkpoint is not None:
             with refusals(ValueError, prefix="--resume_from_checkpoint "):

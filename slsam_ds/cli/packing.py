@@ -2,25 +2,19 @@
 
 Position numbers restart with every sample, from which transformers makes an attention mask that ends at its beginning.
 It does so for most models, but neither for all (as of transformers 5.24, OPT, BLOOM and Mamba look back into the sample
-before; Falcon did up to 5.23) nor with a key-value cache. The model is therefore tried before the first step.
+before; Falcon did up to 5.23) nor with a key-value cache. The model is therefore tried before the first step, in
+`slsam_ds.cli.probes`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
 
-from slsam_ds.cli.data import IGNORED
-from slsam_ds.cli.refusal import UsageError
-from slsam_ds.integrations.console import one_line
+from slsam_ds.cli.labels import IGNORED
 
 PACK_BATCH = 1000
 """Samples that are packed among each other."""
-
-_PROBE_LENGTH = 6  # tokens of each of the two samples
-_LEAK = 0.01  # of what the first sample changes in the second where nothing separates them; blocked attention is exact
 
 
 def pack(samples: Mapping[str, Sequence[list[int]]], max_length: int) -> dict[str, list[list[int]]]:
@@ -77,59 +71,3 @@ class PackedCollator:
             for name, padding in self._padding.items():
                 batch[name].append([*row[name], *[padding] * (length - len(row[name]))])
         return {name: torch.tensor(values) for name, values in batch.items()}
-
-
-class PackingCheck(TrainerCallback):
-    """Refuses, before the first step, a model whose samples see each other.
-
-    Args:
-        trainer: Its model is tried as the engine has prepared it, on all ranks.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises: UsageError: The model's samples see each other."""
-        model = self._trainer.model_wrapped
-        config = self._trainer.model.config
-        training = model.training
-        model.eval()  # no dropout
-        try:
-            leak = measure_leak(model, config.get_text_config().vocab_size, self._trainer.args.device)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"--packing: {config.model_type} cannot be packed ({one_line(error)})") from error
-        finally:
-            model.train(training)
-        if not leak <= _LEAK:
-            attention = config._attn_implementation
-            cache = "; --use_cache False may help" if config.use_cache else ""
-            raise UsageError(
-                f"--packing: samples in a row see each other in this model ({config.model_type} with {attention} "
-                f"attention{cache}): leave --packing out"
-            )
-
-
-@torch.no_grad()
-def measure_leak(model: Any, vocabulary: int, device: torch.device) -> float:
-    """How much a sample depends on the one before it in the row.
-
-    Args:
-        model: In eval mode.
-        vocabulary: Number of tokens.
-        device: Of the model's inputs.
-
-    Returns:
-        The change of its logits when the other one changes, as a share of what it is where both are one sample: 0 where
-        nothing leaks.
-    """
-    generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(0, vocabulary, (3, _PROBE_LENGTH), generator=generator)
-    ids = torch.stack([torch.cat([first, second]), torch.cat([other, second])]).to(device)
-    joined = torch.arange(2 * _PROBE_LENGTH, device=device).expand(2, -1)
-
-    def change(positions: Tensor) -> float:
-        logits = model(input_ids=ids, position_ids=positions).logits[:, _PROBE_LENGTH:].float()
-        return float((logits[0] - logits[1]).abs().mean())
-
-    return change(joined % _PROBE_LENGTH) / change(joined)

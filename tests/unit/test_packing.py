@@ -17,8 +17,9 @@ from transformers import (
     OPTConfig,
 )
 
-from slsam_ds.cli.data import IGNORED
-from slsam_ds.cli.packing import PackedCollator, PackingCheck, measure_leak, pack
+from slsam_ds.cli.labels import IGNORED
+from slsam_ds.cli.packing import PackedCollator, pack
+from slsam_ds.cli.probes import ModelCheck, measure_leak
 from slsam_ds.cli.refusal import UsageError
 from tests.models import VOCABULARY, tiny_llama
 
@@ -182,7 +183,7 @@ def test_it_is_measured_whether_packing_changes_a_sample(config: Any) -> None:
 def test_training_begins_only_where_samples_stay_apart() -> None:
     def begin(model: Any) -> None:
         trainer = SimpleNamespace(model=model, model_wrapped=model.train(), args=SimpleNamespace(device=CPU))
-        PackingCheck(trainer).on_train_begin(None, None, None)  # type: ignore[arg-type]
+        ModelCheck(trainer, packed=True).on_train_begin(None, None, None)  # type: ignore[arg-type]
         assert model.training
 
     model = tiny_llama()
