@@ -19,18 +19,12 @@ from accelerate.utils import gather_object
 from torch.distributed import DistError
 
 from slsam_ds.integrations.console import one_line, runs_on_cpu
+from slsam_ds.integrations.num_steps import NoStepsError
 from slsam_ds.protocol import RanksDisagreeError
 from slsam_ds.skipping import BadNumbersError
 
 EXIT_CODE = 2
 """What argparse, and so every command line in Python, returns on a usage error."""
-
-EXIT_CODES: dict[type[Exception], int] = {BadNumbersError: 3, RanksDisagreeError: 4}
-"""Of runs that ended because going on was no use."""
-
-_GRACE = 20.0  # seconds; launchers look after their ranks several times in them
-
-Built = TypeVar("Built")
 
 
 class UsageError(Exception):
@@ -38,6 +32,19 @@ class UsageError(Exception):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(" ".join(sentence.splitlines()))
+
+
+EXIT_CODES: dict[type[Exception], int] = {
+    UsageError: EXIT_CODE,
+    NoStepsError: EXIT_CODE,
+    BadNumbersError: 3,
+    RanksDisagreeError: 4,
+}
+"""Of runs that were refused late, or ended because going on was no use."""
+
+_GRACE = 20.0  # seconds; launchers look after their ranks several times in them
+
+Built = TypeVar("Built")
 
 
 @contextmanager
@@ -112,13 +119,13 @@ def run(work: Callable[[], Built]) -> Built:
     """Run training itself, where ranks meet in collectives of their own, and a refusal comes when data are reached.
 
     Raises:
-        SystemExit: Code 2 where `work` raised `UsageError`, and those of `EXIT_CODES`. All ranks raise them (they read
-            the same data, and share their statistics): each node's first rank prints, and the others leave it the time
-            to; one that is alone with its problem prints too.
+        SystemExit: Where `work` raised one of `EXIT_CODES`. All ranks raise them (they read the same data, and share
+            their statistics): each node's first rank prints, and the others leave it the time to; one that is alone
+            with its problem prints too.
     """
     try:
         return work()
-    except (UsageError, BadNumbersError, RanksDisagreeError) as error:
+    except tuple(EXIT_CODES) as error:
         state = PartialState(cpu=runs_on_cpu())
         tail = ""
         if not state.is_local_main_process:
@@ -127,7 +134,7 @@ def run(work: Callable[[], Built]) -> Built:
         # A data loader's worker wraps what it raised into a traceback.
         sentence = str(error).strip().splitlines()[-1].split("UsageError: ")[-1]
         print(f"\nerror: {sentence}{tail}", file=sys.stderr, flush=True)  # on a line of its own, below the progress bar
-        raise SystemExit(EXIT_CODES.get(type(error), EXIT_CODE)) from error
+        raise SystemExit(EXIT_CODES[type(error)]) from error
 
 
 def _sentences(problems: list[tuple[str, bool] | None]) -> list[str]:

@@ -21,6 +21,8 @@ from slsam_ds.engines.deepspeed.config import check_config, read_config
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
 from slsam_ds.state.files import STATE_FILE
 
+from slsam_ds.integrations.num_steps import check_steps_asked_for
+from slsam_ds.integrations.support import describe_mismatches
 _FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
 _JSON_FLAGS = (
     "accelerator_config", "fsdp_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
@@ -172,8 +174,14 @@ def _check_training(training: TrainingArguments) -> None:
     options = f" --optim_args {training.optim_args}" if training.optim_args else ""
     with refusals(ValueError, ImportError, prefix=f"--optim {training.optim.value}{options}: "):
         Trainer.get_optimizer_cls_and_kwargs(training)
-    mismatches = training.hf_deepspeed_config.mismatches if training.deepspeed else []
-    if mismatches:
+    with refusals(ValueError):
+        check_steps_asked_for(training)
+    if training.deepspeed:
+        mismatches = describe_mismatches(training.hf_deepspeed_config)
+        if mismatches:
+            raise UsageError(f"--deepspeed {training.deepspeed}: contradicts the flags: {mismatches}")
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in _EVAL_METRICS:
         raise UsageError(
             f"--deepspeed {training.deepspeed}: contradicts the flags: "
             + "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " but --") for line in mismatches)

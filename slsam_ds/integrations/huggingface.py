@@ -18,6 +18,7 @@ from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import last_complete_checkpoint
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
+from slsam_ds.integrations.num_steps import check_batches, check_steps_asked_for, check_steps_taken
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
 from slsam_ds.integrations.support import block_of, check_trainer
 from slsam_ds.model.layers import LayerMap
@@ -109,6 +110,16 @@ class SLSAMMixin(_TrainerMethods):
         self._stop_requested = True
         if self.slsam is not None:
             self.slsam.request_stop()
+
+    def set_initial_training_values(self, args: Any, dataloader: Any, *more: Any) -> Any:
+        """The trainer's own: the number of steps among them, before anything is prepared.
+
+        Raises:
+            NoStepsError: There would be none.
+        """
+        check_steps_asked_for(args)
+        check_batches(args, dataloader)
+        return super().set_initial_training_values(args, dataloader, *more)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The trainer's optimizer, its parameter groups split by layer."""
@@ -275,6 +286,7 @@ class _SLSAMCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._end_slsam()
+        check_steps_taken(state.global_step, kwargs["train_dataloader"])
 
 
 class _WindowBackward(DeepSpeedEngineWrapper):
