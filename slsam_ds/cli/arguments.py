@@ -52,14 +52,21 @@ class ModelArguments:
     )
     peft: Literal["none", "lora"] = field(
         default="none",
-        metadata={"help": "none: train the model's own weights; lora: train low-rank adapters only."},
+        metadata={
+            "help": "none: train the model's own weights; lora: train low-rank adapters only: new ones, or those that "
+            "--model_name_or_path holds."
+        },
     )
-    lora_r: int = field(default=16, metadata={"metavar": "R", "help": "Rank of the adapters."})
-    lora_alpha: float = field(default=32, metadata={"metavar": "A", "help": "Their scale is alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"metavar": "P", "help": "Dropout in front of the adapters."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={"metavar": "NAME", "help": "Module names to adapt, or all-linear."},
+    lora_r: int | None = field(default=None, metadata={"metavar": "R", "help": "Rank of new adapters. Default: 16."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"metavar": "A", "help": "Their scale is alpha / r. Default: 32."}
+    )
+    lora_dropout: float | None = field(
+        default=None, metadata={"metavar": "P", "help": "Dropout in front of the adapters. Default: 0.05."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"metavar": "NAME", "help": "Module names to adapt, or all-linear, the default."},
     )
 
 
@@ -100,13 +107,6 @@ class DataArguments:
             "the assistant's turns. Default: messages, where there is such a column.",
         },
     )
-    prompt_column: str | None = field(
-        default=None,
-        metadata={
-            "metavar": "COLUMN",
-            "help": "With --response_column: one-turn conversations (without a chat template: joined as they are); the "
-            "loss is on the response. Default: prompt.",
-        },
     tools_column: str | None = field(
         default=None,
         metadata={
@@ -114,19 +114,19 @@ class DataArguments:
             "help": "Beside messages: what the assistant may call, as the chat template takes it. Default: tools.",
         },
     )
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "COLUMN",
+            "help": "With --response_column: one-turn conversations (without a chat template: joined as they are); the "
+            "loss is on the response. Default: prompt.",
+        },
     )
     response_column: str | None = field(default=None, metadata={"metavar": "COLUMN", "help": "Default: response."})
     text_column: str | None = field(
         default=None,
         metadata={"metavar": "COLUMN", "help": "Plain text, the loss is on all of it. Default: text."},
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "metavar": "TOKENS",
-            "help": "Longer samples are cut; one with nothing left to learn is dropped. Default: 1024, or what the "
-            "model allows (demo: 192).",
-        },
     chat_template: str | None = field(
         default=None,
         metadata={
@@ -135,6 +135,13 @@ class DataArguments:
             "saved with the model. Default: the tokenizer's, of several the one named default.",
         },
     )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "metavar": "TOKENS",
+            "help": "Longer samples are cut; one with nothing left to learn is dropped. Default: 1024, or what the "
+            "model allows (demo: 192).",
+        },
     )
 
     packing: bool = field(

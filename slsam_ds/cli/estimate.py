@@ -51,7 +51,8 @@ def _count(
 ) -> tuple[Counted, str]:
     """What a micro-batch takes, and the lines that say what was counted."""
     # Here, because they import transformers' models, for which --help need not wait.
-    from slsam_ds.cli.models import add_lora, choose_max_length
+    from slsam_ds.cli.adapters import add_lora
+    from slsam_ds.cli.models import choose_max_length
     from slsam_ds.cli.weightless import WeightlessEngine, build_weightless, forward_of
 
     model = build_weightless(given.model, DTYPES[setup.precision])

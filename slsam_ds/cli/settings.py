@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
 from slsam_ds.cli.arguments import DEMO_DEFAULTS, DataArguments, ModelArguments, describe_unknown
+from slsam_ds.cli.adapters import given_lora_flags
 from slsam_ds.cli.parser import build_parser
 from slsam_ds.cli.refusal import UsageError, join_ranks, path_of, refusals
 from slsam_ds.config import SLSAMConfig
@@ -100,9 +101,12 @@ def _check_combinations(given: Any) -> None:
     if given.validation_file and _is_demo(given):
         raise UsageError("--validation_file without training data: give --train_file or --dataset_name too")
     _check_streaming(given)
-    if given.peft == "lora" and given.lora_r < 1:
-        raise UsageError(f"--lora_r {given.lora_r}: choose a rank of at least 1")
-    if given.deepspeed is not None and given.fsdp:
+    for name, value in given_lora_flags(given).items():
+        if given.peft != "lora":
+            raise UsageError(f"--{name}: says how adapters are trained: add --peft lora, or leave it out")
+        if name == "lora_r" and value < 1:
+            raise UsageError(f"--lora_r {value}: choose a rank of at least 1")
+    if with_deepspeed and given.fsdp:
         raise UsageError("--deepspeed and --fsdp exclude each other: give one")
     for name in (
         "per_device_train_batch_size",

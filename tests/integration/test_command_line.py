@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from slsam_ds.cli.refusal import leave_ranks
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.models import NUM_BLOCKS, tiny_llama
 from tests.step_records import without_times
-from tests.tokenizers import CHAT_TEMPLATE
+from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
 NUM_ARMS = NUM_BLOCKS + 2
 
@@ -143,12 +144,44 @@ def test_it_trains_without_deepspeed(engine: list[str], folder: Path) -> None:
     _weights(folder / output)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_name_or_path": "encoder"}, "this model (bert) lets tokens see those after them"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 49},
+            "48 samples make no batch for 1 ranks of 49",
+        ),
+    ],
+)
+def test_what_shows_when_training_starts_is_refused_and_nothing_saved(
+    changes: dict[str, Any], sentence: str, folder: Path
+) -> None:
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+    )
+    BertForMaskedLM(config).save_pretrained(folder / "encoder")
+    tiny_tokenizer().save_pretrained(folder / "encoder")
+    run = launch("forked alone", folder, *make_flags(folder, "out_refused", deepspeed=None, **changes))
+    assert run.returncode == 2, run.stdout + run.stderr
+    assert f"error: {sentence}" in run.stderr
+    assert not list((folder / "out_refused").glob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_lora_saves_adapters(folder: Path) -> None:
     run = launch("python", folder, *make_flags(folder, "out_lora", max_steps=2, peft="lora", lora_r=2))
     assert run.returncode == 0, run.stdout + run.stderr
     assert (folder / "out_lora" / "adapter_model.safetensors").is_file()
     assert len(_steps(folder / "out_lora")) == 2
+    flags = make_flags(folder, "out_lora_again", max_steps=2, peft="lora", model_name_or_path="out_lora")
+    run = launch("python", folder, *flags)
+    assert run.returncode == 0, run.stdout + run.stderr
+    before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("out_lora", "out_lora_again"))
+    assert before.keys() == after.keys()
+    # New adapters would start from the same seed, and take the very same steps.
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all((before[name] - after[name]).abs().max() < 0.03 for name in before)  # two steps at a rate of 1e-3
 
 
 @pytest.mark.slow
