@@ -62,8 +62,9 @@ def started(
     """Within, a run of the script is under way; what of it is still there at the end is killed.
 
     Args:
-        launcher: "deepspeed", "torchrun", "accelerate" and "python" start cold, as people start them: on two ranks, but
-            for the last two. "forked" and "forked alone" start two ranks and one without any, in a tenth of the time.
+        launcher: "deepspeed", "torchrun", "accelerate with a file" (accelerate.yaml in the folder), "accelerate" and
+            "python" start cold, as people start them: on two ranks, but for the last two. "forked" and "forked alone"
+            start two ranks and one without any, in a tenth of the time.
         folder: Where it runs.
         script: What runs.
         *flags: Its arguments.
@@ -80,10 +81,12 @@ def started(
                 forked.kill()
         return
     port = str(free_port())
+    accelerate = ["accelerate.commands.launch", "--main_process_port", port]
     commands = {
         "deepspeed": ["deepspeed.launcher.runner", "--master_port", port, "--num_accelerators", "2"],
         "torchrun": ["torch.distributed.run", "--master_port", port, "--nproc_per_node", "2"],
-        "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--main_process_port", port],
+        "accelerate": [*accelerate, "--cpu", "--num_processes", "1"],
+        "accelerate with a file": [*accelerate, "--config_file", "accelerate.yaml"],
     }
     command = [sys.executable, "-m", *commands[launcher]] if launcher != "python" else [sys.executable]
     process = subprocess.Popen(

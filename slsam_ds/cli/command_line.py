@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
     complete_environment()
     if not any(argument.startswith(("--log_level", "--log-level")) for argument in argv):
         quieten()
-    if any(argument.startswith("--deepspeed") for argument in argv) and os.environ["LOCAL_RANK"] == "0":
+    with_deepspeed = "ACCELERATE_USE_DEEPSPEED" in os.environ or any(flag.startswith("--deepspeed") for flag in argv)
+    if with_deepspeed and os.environ["LOCAL_RANK"] == "0":
         warn_of_abandoned_locks()
     from slsam_ds.cli.finetune import build_trainer, train
     from slsam_ds.cli.settings import read_settings

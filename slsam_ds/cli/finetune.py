@@ -63,7 +63,7 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
     def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
         # DeepSpeed keeps float32 masters of 16-bit weights; FSDP2 and autocast cast float32 weights themselves.
         low_precision = torch.float16 if args.fp16 else torch.bfloat16
-        dtype = low_precision if args.deepspeed and (args.bf16 or args.fp16) else torch.float32
+        dtype = low_precision if args.deepspeed_plugin and (args.bf16 or args.fp16) else torch.float32
         model, tokenizer = load_model(settings.model, dtype)
         return model, tokenizer, choose_max_length(data.max_length, model)
         use_template(tokenizer, data.chat_template)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import DeepSpeedPlugin
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,6 +26,8 @@ from slsam_ds.state.files import STATE_FILE
 from slsam_ds.integrations.num_steps import check_steps_asked_for
 from slsam_ds.integrations.support import describe_mismatches
 _FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
+_LAUNCHER_SECTION = "accelerate launch: its DeepSpeed section"
+_EVAL_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 _JSON_FLAGS = (
     "accelerator_config", "fsdp_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
     "lr_scheduler_kwargs",
@@ -57,11 +60,15 @@ def read_settings(argv: Sequence[str]) -> Settings:
         UsageError: An unknown flag, a bad value or combination, or a JSON that cannot be used.
     """
     parser = build_parser()
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":  # its "no" is also what it says if nobody was asked
+        parser.set_defaults(fp16=True, bf16=False)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UsageError(describe_unknown(parser, unknown[0]))
-    _check_combinations(given)
-    slsam = _read_slsam(given.deepspeed, given.slsam)
+    section = _launcher_section(given.deepspeed)
+    deepspeed = section if given.deepspeed is None else given.deepspeed
+    _check_combinations(given, with_deepspeed=deepspeed is not None)
+    slsam = _read_slsam(deepspeed, given.slsam)
     if _is_demo(given):
         parser.set_defaults(**_demo_defaults(argv))
     if given.fp16:
@@ -83,6 +90,26 @@ def read_settings(argv: Sequence[str]) -> Settings:
     return Settings(model=model, data=data, slsam=slsam, training=training, checkpoint=_find_checkpoint(training))
 
 
+def _launcher_section(deepspeed: str | None) -> Mapping[str, Any] | None:
+    """The DeepSpeed configuration that `accelerate launch` was given, as a JSON or as keys of its own.
+
+    Args:
+        deepspeed: `--deepspeed`, which goes without one.
+
+    Returns:
+        As `TrainingArguments` will make it again; None: there is none, or only the wish for the engine.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return None
+    if deepspeed is not None:
+        if os.environ.get("ACCELERATE_CONFIG_DS_FIELDS"):
+            raise UsageError(f"--deepspeed {deepspeed}: accelerate launch has a DeepSpeed section already: give one")
+        return None
+    with refusals(ValueError, TypeError, KeyError, prefix=f"{_LAUNCHER_SECTION}: "):
+        section: Mapping[str, Any] = DeepSpeedPlugin().deepspeed_config
+    return section
+
+
 def _is_demo(given: Any) -> bool:
     return not given.train_file and given.dataset_name is None
 
@@ -93,8 +120,8 @@ def _demo_defaults(argv: Sequence[str]) -> Mapping[str, Any]:
     return {name: value for name, value in DEMO_DEFAULTS.items() if not (asks_for_epochs and name == "max_steps")}
 
 
-def _check_combinations(given: Any) -> None:
-    if given.fp16 and given.deepspeed is None:
+def _check_combinations(given: Any, *, with_deepspeed: bool) -> None:
+    if given.fp16 and not with_deepspeed:
         raise UsageError("--fp16: needs --deepspeed, which scales the loss; or use bf16 (the default)")
     if given.train_file and given.dataset_name is not None:
         raise UsageError("--train_file and --dataset_name exclude each other: give one")
@@ -148,16 +175,17 @@ def _check_streaming(given: Any) -> None:
         )
 
 
-def _read_slsam(deepspeed: str | None, assignments: Sequence[str]) -> SLSAMConfig:
+def _read_slsam(deepspeed: str | Mapping[str, Any] | None, assignments: Sequence[str]) -> SLSAMConfig:
     """Check the DeepSpeed JSON, and take the knobs from its `slsam` block and from the flags."""
     if deepspeed is None:
         with refusals(ValueError):
             return SLSAMConfig.from_assignments(assignments)
-    if deepspeed.lstrip().startswith("{"):
+    if isinstance(deepspeed, str) and deepspeed.lstrip().startswith("{"):
         raise UsageError("--deepspeed: expected the path of a JSON file, not the JSON itself")
     with refusals(ValueError):
         config, block = read_config(deepspeed)
-    with refusals(ValueError, prefix=f"--deepspeed {deepspeed}: "):
+    name = f"--deepspeed {deepspeed}" if isinstance(deepspeed, str) else _LAUNCHER_SECTION
+    with refusals(ValueError, prefix=f"{name}: "):
         check_config(config)
     with refusals(ValueError):
         if block is not None and not isinstance(block, Mapping):
@@ -187,9 +215,8 @@ def _check_training(training: TrainingArguments) -> None:
     metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in _EVAL_METRICS:
         raise UsageError(
-            f"--deepspeed {training.deepspeed}: contradicts the flags: "
-            + "; ".join(line.removeprefix("- ds ").replace(" vs hf ", " but --") for line in mismatches)
-            + '; "auto" in the JSON takes the flag\'s value'
+            f"--metric_for_best_model {training.metric_for_best_model}: not measured here; an evaluation gives "
+            + ", ".join(f"eval_{name}" for name in _EVAL_METRICS)
         )
     available = get_available_reporting_integrations()
     for name in training.report_to:

@@ -49,8 +49,7 @@ def prepare(
     """
     check_accelerator(accelerator)
     with_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    plugin = accelerator.state.deepspeed_plugin if with_deepspeed else None
-    config = SLSAMConfig.of(slsam, block_of(plugin.hf_ds_config) if plugin else None)
+    config = SLSAMConfig.of(slsam, block_of(accelerator))
     if is_placeholder(optimizer) and not with_deepspeed:
         raise ValueError(f"{type(optimizer).__name__}: needs the DeepSpeed plugin; pass a torch optimizer")
     scheduler = next((other for other in others if isinstance(other, LRScheduler)), None)

@@ -24,11 +24,11 @@ def take_over_compilation(trainer: Any) -> dict[str, Any]:
     Raises:
         ValueError: Under ZeRO-3, which gathers weights in hooks inside the blocks.
     """
-    plugin = trainer.accelerator.state.dynamo_plugin
-    plugin.backend = DynamoBackend.NO
+    state = trainer.accelerator.state
+    state.dynamo_plugin.backend = DynamoBackend.NO
     if not trainer.args.torch_compile:
         return {}
-    if trainer.is_deepspeed_enabled and trainer.args.hf_deepspeed_config.is_zero3():
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
         raise ValueError("torch_compile=True: not supported under ZeRO-3; use ZeRO-2 or FSDP2, or leave it out")
     return {"backend": trainer.args.torch_compile_backend, "mode": trainer.args.torch_compile_mode}
 

@@ -61,7 +61,7 @@ class SLSAMMixin(_TrainerMethods):
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_trainer(self, SLSAMMixin)
-        block = block_of(self.args.hf_deepspeed_config) if self.is_deepspeed_enabled else None
+        block = block_of(self.accelerator)
         self._compile_settings = take_over_compilation(self)
         self._compiled = contextlib.ExitStack()
         self.slsam_config = SLSAMConfig.of(slsam, block)

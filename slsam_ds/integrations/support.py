@@ -34,6 +34,9 @@ def check_trainer(trainer: Any, mixin: type) -> None:
     if trainer.args.n_gpu > 1:
         raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
     if trainer.is_deepspeed_enabled:
+        mismatches = describe_mismatches(trainer.accelerator.state.deepspeed_plugin.hf_ds_config)
+        if mismatches:
+            raise ValueError(f"DeepSpeed's configuration contradicts the arguments: {mismatches}")
         return
     if trainer.args.fp16:
         raise ValueError("fp16=True: needs DeepSpeed, which scales the loss; or use bf16=True")
@@ -54,6 +57,16 @@ def _generates(trainer: Any, mixin: type) -> bool:
     return own_steps and hasattr(trainer.args, "temperature")
 
 
+def describe_mismatches(hf_deepspeed_config: Any) -> str:
+    """Where DeepSpeed's configuration and the training arguments disagree, and the way out; empty where they do not.
+
+    Args:
+        hf_deepspeed_config: transformers' `HfTrainerDeepSpeedConfig`, which has compared them.
+    """
+    lines = [line.removeprefix("- ds ").replace(" vs hf ", " but --") for line in hf_deepspeed_config.mismatches]
+    return "; ".join([*lines, '"auto" takes the argument\'s value']) if lines else ""
+
+
 def check_accelerator(accelerator: Accelerator) -> None:
     """Refuse, before anything is prepared, how an Accelerator was launched where that cannot work.
 
@@ -70,23 +83,22 @@ def check_accelerator(accelerator: Accelerator) -> None:
         raise ValueError("FSDP version 1: not supported; use fsdp_version: 2")
 
 
-def block_of(hf_deepspeed_config: Any) -> dict[str, Any] | None:
-    """The `slsam` block of a DeepSpeed JSON, taken out: Accelerate would try to resolve its "auto" values.
+def block_of(accelerator: Accelerator) -> dict[str, Any] | None:
+    """The `slsam` block of the DeepSpeed configuration, taken out: Accelerate would try to resolve its "auto" values.
 
-    The block stays beside the JSON, so that a second trainer or `prepare` on the same JSON finds it.
-
-    Args:
-        hf_deepspeed_config: Accelerate's `HfDeepSpeedConfig`; None without DeepSpeed.
+    Asks Accelerate's plugin, which has the configuration whoever brought it: the arguments or `accelerate launch`. The
+    block stays beside it, so that a second trainer or `prepare` with the same plugin finds it.
 
     Returns:
-        The block; None where there is none.
+        The block; None where there is none, or no DeepSpeed.
 
     Raises:
-        ValueError: The rest of the JSON is not supported.
+        ValueError: The rest of the configuration is not supported.
     """
-    if hf_deepspeed_config is None:
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
         return None
-    block = take_block(hf_deepspeed_config.config)
+    block = take_block(plugin.deepspeed_config)
     if block is not None:
-        hf_deepspeed_config.slsam_block = block
-    return getattr(hf_deepspeed_config, "slsam_block", None)
+        plugin.slsam_block = block
+    return getattr(plugin, "slsam_block", None)

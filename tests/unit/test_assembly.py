@@ -37,9 +37,12 @@ def test_a_placeholder_must_hold_all_that_is_trained() -> None:
 
 
 def test_the_block_of_a_json_is_taken_out_once_and_found_again() -> None:
-    holder = SimpleNamespace(config={"zero_optimization": {"stage": 2}, "slsam": {"rho": 0.02}})
-    assert block_of(holder) == {"rho": 0.02}
-    assert "slsam" not in holder.config
-    assert block_of(holder) == {"rho": 0.02}
-    assert block_of(SimpleNamespace(config={})) is None
-    assert block_of(None) is None
+    def found(plugin: SimpleNamespace | None) -> dict[str, object] | None:
+        return block_of(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))  # type: ignore[arg-type]
+
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 2}, "slsam": {"rho": 0.02}})
+    assert found(plugin) == {"rho": 0.02}
+    assert "slsam" not in plugin.deepspeed_config
+    assert found(plugin) == {"rho": 0.02}
+    assert found(SimpleNamespace(deepspeed_config={})) is None
+    assert found(None) is None
