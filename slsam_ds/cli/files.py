@@ -7,7 +7,7 @@ word), and where it fails it reads the file again, whole.
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _read_json_lines(path: Path) -> Iterator[Numbered]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.rstrip("\r\n"))
+            row = _parse(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} is not valid JSON ({_reason(error)})") from error
         if not isinstance(row, dict):
@@ -104,7 +104,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
         yield from _read_json_lines(path)
         return
     try:
-        rows = json.loads("".join(line for _, line in _lines(path)))
+        rows = _parse("".join(line for _, line in _lines(path)))
     except json.JSONDecodeError as error:
         raise UsageError(f"line {error.lineno} is not valid JSON ({_reason(error)})") from error
     except (ValueError, RecursionError) as error:
@@ -122,6 +122,8 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
     try:
         header = next(reader, [])
         end = reader.line_num
+        if repeated := _repeated([name for name in header if name]):  # spreadsheets leave columns without names
+            raise UsageError(f"the header names the column {repeated!r} twice: rename one")
         for fields in reader:
             start, end = end + 1, reader.line_num
             if len(fields) > len(header):
@@ -143,9 +145,31 @@ def _read_parquet(path: Path) -> Iterator[Numbered]:
         raise UsageError(f"cannot be read as parquet ({one_line(error)})") from error
 
 
+def _parse(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object_of)
+
+
+class _RepeatedKeyError(ValueError):
+    """An object names a key twice; JSON's own reader would take the last one."""
+
+
+def _object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _RepeatedKeyError(f"the key {_repeated([key for key, _ in pairs])!r} twice in an object")
+    return made
+
+
+def _repeated(names: Sequence[str]) -> str:
+    """The first name that comes again; empty where there is none."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), "")
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
+    if isinstance(error, _RepeatedKeyError):
+        return str(error)
     return "nested too deeply" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 

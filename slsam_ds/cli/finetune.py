@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase
 
 from slsam_ds.cli import demo
 from slsam_ds.cli.arguments import DataArguments
@@ -65,8 +65,8 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
         low_precision = torch.float16 if args.fp16 else torch.bfloat16
         dtype = low_precision if args.deepspeed_plugin and (args.bf16 or args.fp16) else torch.float32
         model, tokenizer = load_model(settings.model, dtype)
-        return model, tokenizer, choose_max_length(data.max_length, model)
         use_template(tokenizer, data.chat_template)
+        return model, tokenizer, choose_max_length(data.max_length, model)
 
     def encode() -> tuple[Dataset | StreamedSamples, Dataset | None]:
         encoder = training.encoder(tokenizer, length)
@@ -81,6 +81,11 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
 
     def build() -> SLSAMTrainer:
         args.eval_on_start = held_out is not None
+        if held_out is None and args.eval_strategy != IntervalStrategy.NO:
+            raise UsageError(
+                f"--eval_strategy {args.eval_strategy.value}: there is nothing to evaluate on: give --validation_file, "
+                "or a data set with a split validation"
+            )
         padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         with refusals(ValueError):
             trainer = SLSAMTrainer(

@@ -14,17 +14,17 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 
-from slsam_ds.cli.arguments import DEMO_DEFAULTS, DataArguments, ModelArguments, describe_unknown
 from slsam_ds.cli.adapters import given_lora_flags
+from slsam_ds.cli.arguments import DEMO_DEFAULTS, DataArguments, ModelArguments, describe_unknown
 from slsam_ds.cli.parser import build_parser
 from slsam_ds.cli.refusal import UsageError, join_ranks, path_of, refusals
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.config import check_config, read_config
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
-from slsam_ds.state.files import STATE_FILE
-
 from slsam_ds.integrations.num_steps import check_steps_asked_for
 from slsam_ds.integrations.support import describe_mismatches
+from slsam_ds.state.files import STATE_FILE
+
 _FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
 _LAUNCHER_SECTION = "accelerate launch: its DeepSpeed section"
 _EVAL_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")

@@ -55,6 +55,12 @@ def test_every_format_is_read(tmp_path: Path) -> None:
     assert _all(read_files("--train_file", [str(tmp_path / name) for name in names])) == rows * 5
 
 
+def test_columns_without_a_name_do_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,,\na,,\n")  # as spreadsheets write them
+    (row,) = _all(read_files("--train_file", [str(tmp_path / "a.csv")]))
+    assert row["text"] == "a"
+
+
 def test_txt_has_a_sample_per_line(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("first line\n\nsecond line\r\n")
@@ -85,6 +91,9 @@ def test_csv_keeps_what_is_quoted(tmp_path: Path) -> None:
         ("a.json", '[{"text": "x"},\n {"text": }]', "line 2 is not valid JSON"),
         ("a.json", "[1, 2]", "item 1: expected a list of objects"),
         ("a.json", "[]", "holds no samples"),
+        ("a.csv", "text,id,text\na,1,b\n", "the header names the column 'text' twice: rename one"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2 is not valid JSON (the key 'text' twice"),
+        ("a.json", '[{"m": [{"role": "a", "role": "b"}]}]', "not valid JSON (the key 'role' twice in an object)"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3 has 3 fields where the header names 2"),
         ("a.csv", 'a,b\n"1\n1",2\n1,2,3\n', "line 4 has 3 fields where the header names 2"),
         ("a.csv", 'a,b\n1,"2"x\n', "line 2 is not valid CSV"),

@@ -104,11 +104,18 @@ def _json(path: Path, **changes: object) -> str:
             ["--streaming", "--train_file", "x", "y", "--max_steps", "3", "--dataloader_num_workers", "3"],
             "--dataloader_num_workers 3: with --streaming a file is read by one worker: choose from 0 to 2",
         ),
+        (["--lora_alpha", "8"], "--lora_alpha: says how adapters are trained: add --peft lora, or leave it out"),
         (["--peft", "lora", "--lora_r", "0"], "--lora_r 0: choose a rank of at least 1"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in outputs/demo"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a checkpoint"),
         (["--report_to", "wandbb"], "--report_to wandbb: not installed"),
         (["--load_best_model_at_end", "--eval_strategy", "steps"], "--load_best_model_at_end requires"),
+        (
+            ["--metric_for_best_model", "accuracy"],
+            "--metric_for_best_model accuracy: not measured here; an evaluation gives eval_loss, eval_runtime",
+        ),
+        (["--max_steps", "0"], "max_steps=0 with num_train_epochs=3: no step would be taken"),
+        (["--num_train_epochs", "0"], "max_steps=-1 with num_train_epochs=0: no step would be taken"),
         (["--warmup_steps", "-1"], "warmup_steps"),
         (["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "epoch"], "Save strategy: "),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: choose a number of at least 1"),
@@ -250,6 +257,44 @@ assert not set({heavy}) & set(sys.modules), set({heavy}) & set(sys.modules)
     )
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
+
+
+# What accelerate launch brings
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As `accelerate launch` with DeepSpeed sets the environment."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    return monkeypatch
+
+
+def test_knobs_of_the_launchers_json_are_taken(launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launcher.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", _json(tmp_path / "ds.json", slsam={"rho": 0.02, "seed": 5}))
+    settings = read_settings(["--slsam", "seed=3"])
+    assert (settings.slsam.rho, settings.slsam.seed) == (0.02, 3)
+    assert settings.training.deepspeed_plugin.zero_stage == 2
+
+
+def test_the_launchers_precision_is_followed(launcher: pytest.MonkeyPatch) -> None:
+    assert read_settings([]).training.bf16
+    launcher.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    settings = read_settings([])
+    assert settings.training.fp16
+    assert not settings.training.bf16
+
+
+def test_a_bad_launchers_section_is_one_sentence(launcher: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launcher.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "4")
+    with pytest.raises(UsageError, match=r"^accelerate launch: its DeepSpeed section: zero_optimization\.stage=4: ch"):
+        read_settings([])
+    launcher.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "nothing.json"))
+    with pytest.raises(UsageError, match=r"^accelerate launch: its DeepSpeed section: .*nothing\.json"):
+        read_settings([])
+    launcher.setenv("ACCELERATE_CONFIG_DS_FIELDS", "deepspeed_config_file")
+    with pytest.raises(UsageError, match=r"accelerate launch has a DeepSpeed section already: give one"):
+        read_settings(["--deepspeed", ZERO2])
 
 
 # Models
