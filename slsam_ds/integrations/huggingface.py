@@ -64,7 +64,7 @@ class SLSAMMixin(_TrainerMethods):
         block = block_of(self.accelerator)
         self._compile_settings = take_over_compilation(self)
         self._compiled = contextlib.ExitStack()
-        self.slsam_config = SLSAMConfig.of(slsam, block)
+        self.slsam_config = self._choose_knobs(slsam, block)
         self.slsam: SLSAM | None = None
         self._mapped: tuple[torch.nn.Module, LayerMap] | None = None
         self._step_writer: StepWriter | None = None
@@ -74,6 +74,11 @@ class SLSAMMixin(_TrainerMethods):
         self._slsam_metrics = MetricMeans()
         self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
+
+    def _choose_knobs(
+        self, given: SLSAMConfig | Mapping[str, Any] | None, block: Mapping[str, Any] | None
+    ) -> SLSAMConfig:
+        return SLSAMConfig.of(given, block)
 
     @property
     def layer_map(self) -> LayerMap:

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
-ENTRIES = {"estimate/__main__"}  # thin, like launch/: what they run is in cli
+ENTRIES = {"estimate/__main__", "run"}  # thin, like launch/: what they run is in cli
 COMPOSITION = {"__init__", "assembly", "initialization", "slsam", "state/checkpoint"}
 PURE_ROOMS = {"combinations", "directions", "model", "pricing", "records", "schedules", "state"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
