@@ -40,19 +40,19 @@ def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "module", "warm", "flags"),
+    ("launcher", "entry", "warm", "flags"),
     [
-        ("python", "-m", "forked alone", []),
-        ("torchrun", "-m", "forked", []),
-        ("deepspeed", "--module", "forked", ["--deepspeed", "ds.json"]),
-        pytest.param("accelerate", "-m", "forked alone", [], marks=pytest.mark.slow),
+        ("forked alone", [str(ROOT / "slsam_ds" / "run.py")], "forked alone", []),
+        ("torchrun", ["-m", "slsam_ds.run"], "forked", []),
+        ("deepspeed", ["--module", "slsam_ds.run"], "forked", ["--deepspeed", "ds.json"]),
+        pytest.param("accelerate", ["-m", "slsam_ds.run"], "forked alone", [], marks=pytest.mark.slow),
     ],
 )
 def test_it_is_to_the_bit_the_trainer_that_one_would_derive(
-    launcher: str, module: str, warm: str, flags: list[str], tmp_path: Path
+    launcher: str, entry: list[str], warm: str, flags: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "script.py").write_text(SOURCE)
-    done = run(launcher, tmp_path, module, "slsam_ds.run", "--slsam", *ASSIGNMENTS, "--", "script.py", *flags)
+    done = run(launcher, tmp_path, *entry, "--slsam", *ASSIGNMENTS, "--", "script.py", *flags)
     ours = result_of(done)
     assert ours["name"] == "__main__"
     given = ours["argv"][1:] if launcher == "deepspeed" else ours["argv"]
