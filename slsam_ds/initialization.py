@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
@@ -15,10 +15,11 @@ from slsam_ds.plan import StepResult
 from slsam_ds.records.metrics import step_metrics
 from slsam_ds.slsam import SLSAM
 from slsam_ds.state.files import check_contents, check_state, read_state, replace_text, write_state
+from slsam_ds.stock_loop import StockLoop
 
 
 class SLSAMEngine:
-    """A DeepSpeedEngine with SL-SAM's step: everything but `train_step` and checkpoints is the engine's own.
+    """A DeepSpeedEngine with SL-SAM's step: all but `train_step`, what a stock loop calls, and checkpoints is its own.
 
     Args:
         engine: The DeepSpeedEngine.
@@ -26,7 +27,7 @@ class SLSAMEngine:
     """
 
     def __init__(self, engine: Any, slsam: SLSAM) -> None:
-        vars(self).update(_engine=engine, slsam=slsam)
+        vars(self).update(_engine=engine, slsam=slsam, _stock_loop=StockLoop(engine, slsam))
 
     def train_step(
         self,
@@ -43,6 +44,42 @@ class SLSAMEngine:
         """
         result = self.slsam.step(micro_batches, loss_fn, active, perturbed=perturbed, updated=updated)
         self._tell_monitor(result)
+        return result
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`DeepSpeedEngine.forward`; in training, of a stock loop: see `backward`."""
+        return self._stock_loop.forward(args, kwargs)
+
+    __call__ = forward
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Keep what `loss` was computed from until `step`: see `slsam_ds.stock_loop`.
+
+        Args:
+            loss: What the engine has returned for a micro-batch, or its `.loss` or first element; nothing made of it.
+            retain_graph: There is none to retain.
+            scale_wrt_gas: Divide by the gradient accumulation, as in `DeepSpeedEngine.backward`.
+
+        Returns:
+            The loss, so divided.
+
+        Raises:
+            RuntimeError: Another loss, which could not be computed again; `train_step` takes it.
+        """
+        return self._stock_loop.backward(loss, scale_wrt_gas=scale_wrt_gas)
+
+    def step(self, lr_kwargs: Any = None) -> StepResult | None:
+        """Count a micro-batch as `DeepSpeedEngine.step` does; at the end of a window, take SL-SAM's step.
+
+        Returns:
+            What the step did; None within a window.
+
+        Raises:
+            RuntimeError: There was no `backward`.
+        """
+        result = self._stock_loop.step(lr_kwargs)
+        if result is not None:
+            self._tell_monitor(result)
         return result
 
     def save_checkpoint(
@@ -115,9 +152,6 @@ class SLSAMEngine:
         engine.monitor.write_events(
             [(f"Train/Samples/{name}", value, engine.global_samples) for name, value in metrics.items()]
         )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._engine(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_engine"], name)

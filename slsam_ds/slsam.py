@@ -16,6 +16,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines import release_gathered, select_engine
 from slsam_ds.engines.agreement import checksum
+from slsam_ds.engines.guard import guard, stepping
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.layers import LayerMap, map_layers
 from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
@@ -90,6 +91,7 @@ class SLSAM:
                 f'slsam.ascent_scope="{config.ascent_scope}": needs whole weights on every rank; where they are '
                 'sharded (ZeRO-3, FSDP), use "global"'
             )
+        guard(model, optimizer)
         engine.end_step()
         engine.optimizer_state_home = torch.device("cpu") if config.offload_state else None
         self._fingerprint = layers.fingerprint()
@@ -162,6 +164,7 @@ class SLSAM:
 
         return self.step_with(window, begin_pass, active, perturbed=perturbed, updated=updated)
 
+    @stepping()
     def step_with(
         self,
         window: Sequence[Any],

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
 ENTRIES = {"estimate/__main__", "run"}  # thin, like launch/: what they run is in cli
-COMPOSITION = {"__init__", "assembly", "initialization", "slsam", "state/checkpoint"}
+COMPOSITION = {"__init__", "assembly", "initialization", "slsam", "state/checkpoint", "stock_loop"}
 PURE_ROOMS = {"combinations", "directions", "model", "pricing", "records", "schedules", "state"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 
