@@ -45,9 +45,7 @@ class SLSAMPlugin(BasePlugin):
             )
         for name in _INTERFERING:
             if cfg.get(name):
-                raise ValueError(
-                    f"{name}: {cfg[name]}: changes which weights train, as SL-SAM does; leave out one of them"
-                )
+                raise ValueError(f"{name}: {cfg[name]}: restarts or freezes what SL-SAM trains; leave it or SL-SAM out")
 
     def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
         """Convert whatever trainer is made from now on."""

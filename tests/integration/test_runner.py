@@ -9,6 +9,7 @@ import pytest
 
 from slsam_ds.records.files import read_steps
 from tests.command_line import ONE_THREAD, ROOT, launch_script
+from tests.integration.engines import ENGINES
 
 SOURCE = (ROOT / "tests" / "stock" / "two_trainers_script.py").read_text(encoding="utf-8")
 KNOBS = {"rho": 0.02, "active_layers": 2, "seed": 1}
@@ -30,7 +31,7 @@ def changed_by_hand() -> str:
 
 
 def run(launcher: str, folder: Path, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"}))
+    (folder / "ds.json").write_text(json.dumps(ENGINES["zero2"]["deepspeed"]))
     return launch_script(launcher, folder, *flags, variables=ONE_THREAD, **options)
 
 
