@@ -2,6 +2,7 @@
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.initialization import SLSAMEngine, initialize
+from slsam_ds.model.given_groups import given_groups
 from slsam_ds.model.micro_batches import windows
 from slsam_ds.plan import StepResult
 from slsam_ds.protocol import RanksDisagreeError
@@ -15,6 +16,7 @@ __all__ = [
     "SLSAMConfig",
     "SLSAMEngine",
     "StepResult",
+    "given_groups",
     "initialize",
     "windows",
 ]

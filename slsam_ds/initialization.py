@@ -94,16 +94,21 @@ class SLSAMEngine:
 
         The file `latest` is changed when all else is written, so that it always names a checkpoint that is whole.
         """
-        from slsam_ds.engines.deepspeed.checkpoint import setup_of, writes_for_its_node
+        from slsam_ds.engines.deepspeed.checkpoint import given_schedule_of, setup_of, writes_for_its_node
 
         tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"  # DeepSpeed's own choice
         folder = Path(save_dir, tag)
         folder.mkdir(parents=True, exist_ok=True)
         self.slsam.save_random_state(folder)
         later = self._engine.checkpoint_engine.is_decoupled()  # then DeepSpeed alone knows when all is written
-        saved = self._engine.save_checkpoint(
-            str(save_dir), tag=tag, client_state=dict(client_state or {}), save_latest=save_latest and later, **kwargs
-        )
+        with given_schedule_of(self._engine):
+            saved = self._engine.save_checkpoint(
+                str(save_dir),
+                tag=tag,
+                client_state=dict(client_state or {}),
+                save_latest=save_latest and later,
+                **kwargs,
+            )
 
         def finish() -> None:
             if writes_for_its_node(self._engine):  # DeepSpeed has waited for all ranks
@@ -124,7 +129,8 @@ class SLSAMEngine:
     ) -> tuple[Any, Any]:
         """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included; any number of ranks may have saved it.
 
-        With `load_module_only` DeepSpeed's own, which leaves SL-SAM and the optimizer as they are.
+        One that a DeepSpeedEngine without SL-SAM has saved goes on with a fresh bandit. With `load_module_only`
+        DeepSpeed's own, which leaves SL-SAM and the optimizer as they are.
 
         Raises:
             ValueError: The checkpoint is not whole, or that of another setup; nothing was changed.
@@ -134,6 +140,10 @@ class SLSAMEngine:
         folder = checkpoint_folder(load_dir, tag)
         if folder is None or load_module_only:
             return self._engine.load_checkpoint(str(load_dir), tag=tag, load_module_only=load_module_only, **kwargs)
+        if not any(folder.glob("slsam_*")):  # we write the random states first of all
+            path, client_state = self._engine.load_checkpoint(load_dir, folder.name, **kwargs)
+            self.slsam.start_after(self._engine.global_steps)
+            return path, client_state
         ranks, setup = self.slsam.engine.ranks, setup_of(self._engine)
         ranks.check_together(lambda: check_state(folder, self.slsam.layers, self.slsam.config, setup))
         ranks.check_together(lambda: check_contents(folder, rank=ranks.rank, num_ranks=ranks.world_size))

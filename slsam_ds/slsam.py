@@ -1,6 +1,7 @@
 """SL-SAM around a model and its optimizer: composes policy, step and engine, and owns the state."""
 
 import dataclasses
+import logging
 import math
 import os
 import time
@@ -39,6 +40,8 @@ from slsam_ds.state.files import STATE_VERSION, check_layers
 from slsam_ds.state.progress import Progress
 from slsam_ds.step import take_step
 
+logger = logging.getLogger(__name__)
+
 
 class SLSAM:
     """Sparse-Layer SAM around a model and its optimizer.
@@ -58,6 +61,7 @@ class SLSAM:
         total_steps: Length of the run; `gamma="auto"` and some values of `ascend_when` need it.
         max_grad_norm: Clip the gradient of the updated layers to this global norm before the update; None: do not.
             DeepSpeed has `gradient_clipping` in its configuration instead.
+        lr_scheduler: A scheduler already built on the optimizer, whose groups are split by layer.
 
     Attributes:
         layers: The arms.
@@ -78,13 +82,14 @@ class SLSAM:
         layer_map: LayerMap | None = None,
         total_steps: int | None = None,
         max_grad_norm: float | None = None,
+        lr_scheduler: Any = None,
     ) -> None:
         self.config = config = SLSAMConfig.of(config)
         self.model = model
         release_gathered(model)
         self.layers = layers = layer_map if layer_map is not None else map_layers(model, config, optimizer)
         if optimizer is not None:
-            regroup(optimizer, layers)
+            regroup(optimizer, layers, lr_scheduler)
         self.engine = engine = select_engine(model, optimizer, layers)
         if config.ascent_scope != "global" and not engine.replicated:
             raise ValueError(
@@ -256,6 +261,18 @@ class SLSAM:
         self._direction.load_state_dict(state["previous"])
         self._resumed = True
 
+    def start_after(self, steps: int) -> None:
+        """Go on after steps that were taken without SL-SAM: each of them has updated every layer.
+
+        Weights, optimizer and scheduler are loaded by whoever owns them.
+
+        Args:
+            steps: How many.
+        """
+        self.progress = Progress.start(len(self.layers), after=steps)
+        if self.engine.ranks.rank == 0:
+            logger.warning("going on after %d steps without SL-SAM: the bandit starts fresh", steps)
+
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Save weights, optimizer, SL-SAM's and each rank's random state: all but scheduler and place in the data.
 
@@ -314,6 +331,15 @@ class SLSAM:
         if self._resumed:
             self._drop_made_up_state()
             self._resumed = False
+        elif self.num_steps == 0 and self._checkpoint is not None:
+            self._count_earlier_updates()
+
+    def _count_earlier_updates(self) -> None:
+        """Before the first step: state that the user's optimizer has brought along is not made up."""
+        state = self.engine.optimizer.state
+        earlier = {piece.arm for piece in self.engine.pieces(range(len(self.layers))) if state.get(piece.stepped)}
+        updates = tuple(int(arm in earlier) for arm in range(len(self.layers)))
+        self.progress = dataclasses.replace(self.progress, updates=updates)
 
     def _drop_made_up_state(self) -> None:
         """Once after a resume, when optimizer and SL-SAM have loaded in either order: undo what loading made up.

@@ -23,7 +23,6 @@ from slsam_ds.engines.deepspeed.config import check_config, read_config
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
 from slsam_ds.integrations.num_steps import check_steps_asked_for
 from slsam_ds.integrations.support import describe_mismatches
-from slsam_ds.state.files import STATE_FILE
 
 _FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "logging_steps", "save_steps")
 _LAUNCHER_SECTION = "accelerate launch: its DeepSpeed section"
@@ -234,9 +233,10 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
             raise UsageError(f"--resume_from_checkpoint true: there is no checkpoint in {training.output_dir}")
         asked = last
     folder = path_of(f"--resume_from_checkpoint {asked}", asked)
-    for name in (TRAINER_STATE_NAME, STATE_FILE):
-        if not (folder / name).is_file():
-            raise UsageError(f"--resume_from_checkpoint {asked}: not a checkpoint of this program (it holds no {name})")
+    if not (folder / TRAINER_STATE_NAME).is_file():
+        raise UsageError(
+            f"--resume_from_checkpoint {asked}: not a checkpoint of a Trainer (it holds no {TRAINER_STATE_NAME})"
+        )
     with refusals(prefix="--resume_from_checkpoint "):
         num_steps = check_complete(folder)
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many

@@ -9,7 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from slsam_ds.integrations.console import one_line, warn
-from slsam_ds.state.files import check_files
+from slsam_ds.state.files import STATE_FILE, check_files
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
@@ -29,6 +29,11 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
+def is_stock(folder: str | Path) -> bool:
+    """Whether a trainer without SL-SAM has saved the checkpoint: with it, the trainer's state comes after SL-SAM's."""
+    return Path(folder, TRAINER_STATE_NAME).is_file() and not Path(folder, STATE_FILE).is_file()
+
+
 def check_complete(folder: Path) -> int:
     """Refuse a checkpoint that was not saved to its end, or has lost something since.
 
@@ -38,7 +43,8 @@ def check_complete(folder: Path) -> int:
     Raises:
         ValueError: Saying what it lacks.
     """
-    check_files(folder)
+    if not is_stock(folder):
+        check_files(folder)
     try:
         state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         step = state["global_step"]

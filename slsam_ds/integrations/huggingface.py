@@ -4,6 +4,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,12 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.torch_checkpoint import complete_state
-from slsam_ds.integrations.checkpoints import last_complete_checkpoint
+from slsam_ds.integrations.checkpoints import check_complete, is_stock, last_complete_checkpoint
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.num_steps import check_batches, check_steps_asked_for, check_steps_taken
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
 from slsam_ds.integrations.support import block_of, check_trainer
+from slsam_ds.model.given_groups import given_groups, given_schedule
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import regroup
 from slsam_ds.passes import ForwardBackward
@@ -102,10 +104,15 @@ class SLSAMMixin(_TrainerMethods):
     def check_checkpoint(self, folder: str) -> None:
         """Refuse a checkpoint that this trainer cannot resume from, before DeepSpeed tries to.
 
+        One that a trainer without SL-SAM has saved is looked at when it is loaded.
+
         Raises:
             ValueError: It is not whole, or was saved with another model, setup, or other knobs.
         """
-        check_state(folder, self.layer_map, self.slsam_config, self._setup())
+        if is_stock(folder):
+            check_complete(Path(folder))
+        else:
+            check_state(folder, self.layer_map, self.slsam_config, self._setup())
 
     def request_stop(self) -> None:
         """Finish the step under way or the next one, save a checkpoint and end the training, on all ranks.
@@ -237,7 +244,9 @@ class SLSAMMixin(_TrainerMethods):
             self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
         if self._stop_requested:
             self.slsam.request_stop()
-        if self._resumed_from is not None:
+        if self._resumed_from is not None and is_stock(self._resumed_from):
+            self.slsam.start_after(check_complete(Path(self._resumed_from)))
+        elif self._resumed_from is not None:
             self.slsam.load_state_dict(read_state(self._resumed_from))
         self._compiled.enter_context(compiled_blocks(self.slsam.layers, **self._compile_settings))
         if self.is_world_process_zero():
@@ -253,7 +262,8 @@ class SLSAMMixin(_TrainerMethods):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled and self.slsam is not None:
             self.slsam.complete_optimizer_state()
-        super()._save_optimizer_and_scheduler(output_dir)
+        with self._given_groups():
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The trainer's own, and last of all SL-SAM's state: only trainer_state.json comes after it.
@@ -267,9 +277,18 @@ class SLSAMMixin(_TrainerMethods):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
-            complete_state(self.optimizer.optimizer, also=DIRECTIONS[self.slsam_config.ascent_source].kept)
-        super()._load_optimizer_and_scheduler(checkpoint)
+            kept = {} if is_stock(checkpoint) else DIRECTIONS[self.slsam_config.ascent_source].kept
+            complete_state(self.optimizer.optimizer, also=kept)
+        with self._given_groups():
+            super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
+
+    def _given_groups(self) -> contextlib.AbstractContextManager[None]:
+        """Within, optimizer and scheduler are saved and loaded as by a trainer without SL-SAM."""
+        if self.is_deepspeed_enabled:  # where checkpoints of any groups are loaded
+            return given_schedule(self.lr_scheduler, self.optimizer.param_groups)
+        optimizer: Any = self.optimizer
+        return given_groups(getattr(optimizer, "optimizer", optimizer), self.lr_scheduler)
 
 
 class SLSAMTrainer(SLSAMMixin, Trainer):

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slsam_ds.model.given_groups import GIVEN, deal_out, given_of, is_split, split_loaded
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS
-
-# Per-group lists that schedulers of torch and DeepSpeed keep beside the optimizer's groups.
-_PER_GROUP_SCHEDULER_LISTS = (
-    "base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "delta_lrs", "base_momentums", "max_momentums",
-)  # fmt: skip
 
 
 def split_param_groups(
@@ -27,17 +23,19 @@ def split_param_groups(
 
     Returns:
         One group per arm and original group, ordered by arm, none empty. Each keeps the original's keys and tells
-        its arm in "arm" (`ALWAYS`, last of all, for what is trained in every step). Parameters that SL-SAM never
-        trains are left out.
+        its arm in "arm" (`ALWAYS`, last of all, for what is trained in every step), and in "given" where its
+        parameters were. Parameters that SL-SAM never trains are left out.
 
     Raises:
         ValueError: A parameter that SL-SAM would train is in no group.
     """
     given = list(param_groups)
     groups = [entry for entry in given if isinstance(entry, dict)] or [{"params": given}]
+    groups = [{**group, "params": _as_list(group["params"])} for group in groups]
     wanted = [(layer.index, layer.parameters) for layer in layer_map] + [(ALWAYS, layer_map.always)]
     arm_of = {id(parameter): arm for arm, parameters in wanted for _, parameter in parameters}
-    split = [piece for group in groups for piece in _split_group(group, arm_of)]
+    sizes = tuple(len(group["params"]) for group in groups)
+    split = [piece for index, group in enumerate(groups) for piece in _split_group(group, arm_of, index, sizes)]
     held = {id(parameter) for piece in split for parameter in piece["params"]}
     missing = [name for _, parameters in wanted for name, parameter in parameters if id(parameter) not in held]
     if missing:
@@ -48,8 +46,14 @@ def split_param_groups(
     return sorted(split, key=lambda piece: len(layer_map) if piece["arm"] == ALWAYS else piece["arm"])
 
 
-def _split_group(group: dict[str, Any], arm_of: Mapping[int, int]) -> list[dict[str, Any]]:
-    parameters = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+def _as_list(parameters: Any) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+
+
+def _split_group(
+    group: dict[str, Any], arm_of: Mapping[int, int], index: int, sizes: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    parameters = group["params"]
     positions: dict[int, list[int]] = {}
     for position, parameter in enumerate(parameters):
         if id(parameter) in arm_of:
@@ -57,6 +61,7 @@ def _split_group(group: dict[str, Any], arm_of: Mapping[int, int]) -> list[dict[
     pieces = []
     for arm, chosen in positions.items():
         piece = {**group, "params": [parameters[position] for position in chosen], "arm": arm}
+        piece[GIVEN] = (index, tuple(chosen), sizes)
         if "param_names" in group:  # torch keeps it parallel to params
             piece["param_names"] = [group["param_names"][position] for position in chosen]
         pieces.append(piece)
@@ -86,31 +91,17 @@ def regroup(optimizer: Any, layer_map: LayerMap, lr_scheduler: Any = None) -> No
         optimizer.params = split_param_groups(optimizer.params, layer_map)
         return
     old_groups = optimizer.param_groups
-    if all("arm" in group for group in old_groups):
+    if is_split(old_groups):
         return
     if lr_scheduler is None and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
         raise ValueError(
             "a learning-rate scheduler was built on the optimizer before slsam_ds split its parameter groups by layer: "
             "build the scheduler afterwards, or pass it along as lr_scheduler"
         )
-    group_of = {id(parameter): index for index, group in enumerate(old_groups) for parameter in group["params"]}
-    new_groups = split_param_groups(old_groups, layer_map)
-    origin = [group_of[id(group["params"][0])] for group in new_groups]
     num_old = len(old_groups)
-    optimizer.param_groups[:] = new_groups
-    for scheduler in _with_nested(lr_scheduler):
-        for name in _PER_GROUP_SCHEDULER_LISTS:
-            values = getattr(scheduler, name, None)
-            if isinstance(values, list) and len(values) == num_old:
-                setattr(scheduler, name, [values[index] for index in origin])
-
-
-def _with_nested(lr_scheduler: Any) -> Iterator[Any]:
-    if lr_scheduler is None:
-        return
-    yield lr_scheduler
-    for nested in getattr(lr_scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
-        yield from _with_nested(nested)
+    optimizer.param_groups[:] = split_param_groups(old_groups, layer_map)
+    deal_out(lr_scheduler, [given_of(group).group for group in optimizer.param_groups], num_groups=num_old)
+    getattr(optimizer, "optimizer", optimizer).register_load_state_dict_pre_hook(split_loaded)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from slsam_ds.model.layers import LayerMap
 from slsam_ds.selectors import make_selector
 
 STATE_FILE = "slsam_state.json"
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 def write_state(

@@ -12,7 +12,7 @@ class Progress:
     Attributes:
         step: Number of steps taken, skipped ones among them.
         skipped_in_a_row: How many of the latest ones were skipped.
-        updates: By arm: how often it was updated.
+        updates: By arm: how often it was updated; once, at the least, where the optimizer brought state of it along.
     """
 
     step: int
@@ -20,9 +20,9 @@ class Progress:
     updates: tuple[int, ...]
 
     @classmethod
-    def start(cls, num_arms: int) -> Self:
-        """Of a run that has not begun."""
-        return cls(step=0, skipped_in_a_row=0, updates=(0,) * num_arms)
+    def start(cls, num_arms: int, *, after: int = 0) -> Self:
+        """Of a run that has not begun, or goes on after steps of another kind that updated every arm."""
+        return cls(step=after, skipped_in_a_row=0, updates=(after,) * num_arms)
 
     def after(self, updated: Collection[int], *, skipped: bool) -> "Progress":
         """One step on."""

@@ -197,13 +197,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(engine: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_partitions_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_partitions_in_another_order_are_put_in_order(tmp_path: Path) -> None:
+    """Which depends on the number of ranks."""
     deepspeed = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
-    setup = Setup(engine="zero2", deepspeed=deepspeed)
-    run_on_ranks(2, save_a_step, setup, str(tmp_path))
-    (sentence,) = run_on_ranks(3, refuse, [setup], str(tmp_path))[0]
-    assert "whose partitions hold the weights in another order" in sentence
-    assert "resume with 2 ranks" in sentence
+    error, _, _ = resumed_by(3, Setup(engine="zero2", deepspeed=deepspeed), tmp_path)
+    assert error <= TOLERANCE
 
 
 def test_the_universal_checkpoint_is_refused_in_favour_of_ours() -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from slsam_ds.cli.refusal import leave_ranks
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
@@ -119,6 +126,23 @@ def test_resumed_run_is_the_same_run(finished: subprocess.CompletedProcess[str],
     assert without_times(after) == without_times(before)
     for name, weight in _weights(folder / "out").items():
         assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.slow
+def test_a_stock_trainers_checkpoint_goes_on(folder: Path) -> None:
+    """By another number of ranks, too."""
+    row = torch.arange(12)
+    settings: dict[str, Any] = {"max_steps": 2, "save_steps": 2, "report_to": [], "use_cpu": True}
+    Trainer(
+        model=AutoModelForCausalLM.from_pretrained(folder / "model"),
+        args=TrainingArguments(output_dir=str(folder / "stock"), **settings),
+        train_dataset=[{"input_ids": row, "labels": row}] * 8,
+    ).train()
+    flags = make_flags(folder, "out_of_stock", deepspeed=None, resume_from_checkpoint="stock/checkpoint-2")
+    run = launch("forked", folder, *flags)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stderr.count("going on after 2 steps without SL-SAM: the bandit starts fresh") == 1
+    assert [step["step"] for step in _steps(folder / "out_of_stock")] == list(range(3, NUM_STEPS + 1))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_everything_that_cannot_be_is_refused_before_training(world_size: int, f
         ({"deepspeed": "block.json"}, [], "slsam.activ_layers: unknown key; did you mean 'active_layers'?"),
         ({"deepspeed": "key.json"}, [], "zero_optimization.reduce_buckt_size: unknown key; did you mean 'reduce_buc"),
         ({"deepspeed": "stage.json"}, [], "zero_optimization.stage=4: choose 0, 1, 2 or 3"),
-        ({"resume_from_checkpoint": "out"}, [], "--resume_from_checkpoint out: not a checkpoint of this program"),
+        ({"resume_from_checkpoint": "out"}, [], "--resume_from_checkpoint out: not a checkpoint of a Trainer"),
         ({"output_dir": "/proc/self"}, [], "--output_dir /proc/self: cannot be written to"),
     ]
     runs = [[*make_flags(folder, **({"output_dir": "refused"} | changes)), *extra] for changes, extra, _ in cases]

@@ -11,7 +11,7 @@ from hypothesis import given
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from slsam_ds.cli.settings import read_settings
-from slsam_ds.engines.deepspeed.checkpoint import _read
+from slsam_ds.engines.deepspeed.checkpoint import read_file
 from slsam_ds.engines.torch_checkpoint import _check_index
 from slsam_ds.slsam import SLSAM
 from tests.bad_input_strategies import SAVED_KNOBS, CommandExample, DataExample, saved_model
@@ -81,7 +81,7 @@ def test_nothing_in_a_checkpoint_of_deepspeed_is_run(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     torch.save({"module": {}, "extra": _RunsCode()}, "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt: holds .* neither a tensor nor plain data"):
-        _read("model.pt")
+        read_file("model.pt")
     assert not Path("ran").exists()
 
 
@@ -97,7 +97,7 @@ class _Attribute:
 
 def test_members_of_enums_are_read_however_python_pickled_them(tmp_path: Path) -> None:
     torch.save({"stage": _Attribute(ZeroStageEnum, "weights")}, tmp_path / "model.pt")
-    assert _read(str(tmp_path / "model.pt")) == {"stage": ZeroStageEnum.weights}
+    assert read_file(str(tmp_path / "model.pt")) == {"stage": ZeroStageEnum.weights}
     index = tmp_path / ".metadata"
     index.write_bytes(pickle.dumps(_Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
     _check_index(index)
@@ -107,7 +107,7 @@ def test_members_of_enums_are_read_however_python_pickled_them(tmp_path: Path) -
 def test_no_other_attribute_is_read(tmp_path: Path, name: str) -> None:
     torch.save({"stage": _Attribute(ZeroStageEnum, name)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="neither a tensor nor plain data"):
-        _read(str(tmp_path / "model.pt"))
+        read_file(str(tmp_path / "model.pt"))
     index = tmp_path / ".metadata"
     index.write_bytes(pickle.dumps(_Attribute(_MEM_FORMAT_ENCODING, name)))
     with pytest.raises(ValueError, match="cannot be loaded"):

@@ -11,12 +11,10 @@ deepspeed/runtime/zero/stage_1_and_2.py and stage3.py save, 0.19.8.
 import contextlib
 import functools
 import glob
-import itertools
 import os
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch import Tensor
 
+from slsam_ds.engines.deepspeed.partitions import (
+    BASE,
+    MASTERS,
+    PADDINGS,
+    Layout,
+    Shapes,
+    assemble,
+    cut_anew,
+    cut_each,
+    settings_by_group,
+)
 from slsam_ds.engines.deepspeed.step import overlaid
+from slsam_ds.model.given_groups import GIVEN, given_schedule, is_split
 from slsam_ds.state.enums import enum_member
 
 _SAVED_BY_DEEPSPEED = [
@@ -66,44 +75,117 @@ def writes_for_its_node(engine: DeepSpeedEngine) -> bool:
 
 def accept_other_ranks(engine: DeepSpeedEngine) -> None:
     """From here on, `engine.load_checkpoint` takes what any number of ranks has saved, and runs no code in it."""
-    engine.checkpoint_engine.load = functools.partial(_read, mmap=None)
+    engine.checkpoint_engine.load = functools.partial(read_file, mmap=None)
     engine.load_checkpoint = functools.partial(_load_checkpoint, engine)
+
+
+def given_schedule_of(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[None]:
+    """Within, the engine's scheduler is saved and loaded as in a run without SL-SAM."""
+    return given_schedule(engine.lr_scheduler, engine.optimizer.param_groups)
 
 
 def _load_checkpoint(
     engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str | None = None, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """`DeepSpeedEngine.load_checkpoint` by any number of ranks.
+    """`DeepSpeedEngine.load_checkpoint` by any number of ranks, whatever groups the optimizer was saved with.
 
     Raises:
-        ValueError: Another number of ranks has saved it, and ordered the weights otherwise: nothing was changed; or a
-            file holds more than data.
+        ValueError: The optimizer's state is of another kind of run: nothing was changed; or a file holds more than
+            data.
     """
     stock = functools.partial(type(engine).load_checkpoint, engine, str(load_dir), **kwargs)
     folder = checkpoint_folder(load_dir, tag)
-    if folder is None or not engine.zero_optimization():
+    if folder is None:
         return stock(tag=tag)
-    load_module = functools.partial(_load_module, engine, engine.load_module_state_dict, folder)
-    load_zero = functools.partial(_load_zero_checkpoint, engine, engine._load_zero_checkpoint)
-    with (
-        _any_ranks_files(engine),
-        overlaid(engine, "load_module_state_dict", load_module),
-        overlaid(engine, "_load_zero_checkpoint", load_zero),
-    ):
-        _check_order(engine, folder)
-        return stock(tag=folder.name)
-
-
-def _check_order(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Refuse, before anything is loaded, partitions that cannot be cut anew."""
-    saved = _read(engine._get_ckpt_name(str(folder.parent), folder.name))
-    num_saved, num_ranks = saved["dp_world_size"], engine.seq_dp_world_size
-    saved_order = [list(group) for group in saved["param_shapes"]]
-    if num_saved != num_ranks and saved_order != [list(group) for group in engine._get_zero_param_shapes()]:
-        raise ValueError(
-            f"{folder}: was saved by {num_saved} ranks, whose partitions hold the weights in another order than those "
-            f"of {num_ranks} (zero_optimization.round_robin_gradients or sub_group_size): resume with {num_saved} ranks"
+    with _any_ranks_files(engine), given_schedule_of(engine):
+        name = engine._get_ckpt_name(str(folder.parent), folder.name)
+        if not Path(name).is_file():
+            raise ValueError(f"{name}: is missing: resume with the ZeRO stage that saved the checkpoint")
+        saved = read_file(name)
+        loads_optimizer = kwargs.get("load_optimizer_states", True) and not kwargs.get("load_module_only", False)
+        is_ours = not loads_optimizer or _check_optimizer(engine, folder, saved)
+        if not engine.zero_optimization() or (is_ours and _is_cut_alike(engine, saved)):
+            return stock(tag=folder.name)
+        load_module = functools.partial(_load_module, engine, engine.load_module_state_dict, folder)
+        load_zero = functools.partial(
+            _load_zero_checkpoint, engine, engine._load_zero_checkpoint, saved["param_shapes"]
         )
+        with (
+            overlaid(engine, "load_module_state_dict", load_module),
+            overlaid(engine, "_load_zero_checkpoint", load_zero),
+        ):
+            return stock(tag=folder.name)
+
+
+def _is_cut_alike(engine: DeepSpeedEngine, saved: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed itself can load the partitions."""
+    here = [list(group) for group in engine._get_zero_param_shapes()]
+    alike: bool = saved["dp_world_size"] == engine.seq_dp_world_size
+    return alike and [list(group) for group in saved["param_shapes"]] == here
+
+
+def _check_optimizer(engine: DeepSpeedEngine, folder: Path, saved: Mapping[str, Any]) -> bool:
+    """Refuse, before anything is loaded, the state of another kind of optimizer, or of other parameters.
+
+    Returns:
+        Whether its groups are split by arm.
+
+    Raises:
+        ValueError: Saying what differs.
+    """
+    if not engine.zero_optimization():
+        _check_unsharded(engine, folder, saved)
+        return True  # if they are not, they will be as they are loaded
+    names = engine._get_mp_rank_zero_checkpoint_names(
+        str(folder.parent), folder.name, 0, saved["dp_world_size"], engine.bfloat16_enabled()
+    )
+    missing = [name for name in names if not Path(name).is_file()]
+    optimizer = {} if missing else read_file(names[0])["optimizer_state_dict"]
+    if MASTERS[_stage(engine)] not in optimizer:
+        raise ValueError(
+            f"{(missing or names)[0]}: is missing, or of another kind of run: resume with the ZeRO stage and the "
+            "precision that saved the checkpoint"
+        )
+    trained = {name for group in saved["param_shapes"] for name in group}
+    here = {name for group in engine._get_zero_param_shapes() for name in group}
+    for name in sorted(trained ^ here):
+        there, now = ("trained", "is not") if name in trained else ("not trained", "is")
+        raise ValueError(
+            f"{folder}: {name} was {there} in the run that saved it, and {now} in this one: train the same parameters "
+            "(requires_grad and slsam.other_parameters say which)"
+        )
+    base = optimizer[BASE[_stage(engine)]]
+    _check_settings(engine, folder, base, saved["param_shapes"])
+    return is_split(base["param_groups"])
+
+
+def _check_settings(engine: DeepSpeedEngine, folder: Path, optimizer: Mapping[str, Any], shapes: Shapes) -> None:
+    """Refuse to give parameters the settings of others."""
+    settings = {
+        number: repr({key: value for key, value in group.items() if key not in ("params", "arm", GIVEN)})
+        for number, group in settings_by_group(optimizer).items()
+    }
+    group_of = {name: number for number, group in enumerate(shapes) for name in group}
+    for group in engine._get_zero_param_shapes():
+        first, *others = group
+        for name in others:
+            if settings[group_of[name]] != settings[group_of[first]]:
+                raise ValueError(
+                    f"{folder}: {first} and {name} have different settings in the optimizer that was saved, the same "
+                    "in this run's: build it with the groups of the run that saved the checkpoint"
+                )
+
+
+def _check_unsharded(engine: DeepSpeedEngine, folder: Path, saved: Mapping[str, Any]) -> None:
+    optimizer = saved["optimizer"]
+    if optimizer is None:
+        raise ValueError(f"{folder}: was saved with ZeRO: resume with the stage that saved it")
+    for masters in ("fp32_groups", "fp32_groups_flat"):
+        if len(optimizer.get(masters, ())) != len(getattr(engine.optimizer, masters, ())):
+            raise ValueError(
+                f"{folder}: was saved without SL-SAM, with ZeRO stage 0 in 16 bits, whose master weights slsam_ds does "
+                "not split by layer: load the weights alone (load_module_only=True)"
+            )
 
 
 @contextlib.contextmanager
@@ -129,29 +211,44 @@ def _load_module(
     num_saved = checkpoint["dp_world_size"]
     if engine.zero_optimization_partition_weights() and num_saved != engine.seq_dp_world_size:
         names = [engine._get_ckpt_name(str(folder.parent), folder.name, None, str(rank)) for rank in range(num_saved)]
-        saved = [_read(name)["frozen_param_fragments"] or {} for name in names]
+        saved = [read_file(name)["frozen_param_fragments"] or {} for name in names]
         here = {name: parameter for parameter, name in engine.param_names.items()}
         rank = dist.get_rank(engine.optimizer.dp_process_group)
-        cuts = {
-            name: _Cut(here[name].ds_numel, saved=fragment.numel(), here=here[name].ds_tensor.numel())
-            for name, fragment in saved[0].items()
-        }
-        fragments = {name: cut.take([file[name] for file in saved], 0, rank) for name, cut in cuts.items()}
+        fragments = {}
+        for name in saved[0]:
+            numel, size = {name: here[name].ds_numel}, here[name].ds_tensor.numel()
+            cuts = [(cut_each(numel, num_ranks=num_saved, rank=r), file[name]) for r, file in enumerate(saved)]
+            wanted = cut_each(numel, num_ranks=engine.seq_dp_world_size, rank=rank)
+            fragments[name] = assemble(wanted, size, cuts)
         checkpoint["frozen_param_fragments"] = fragments or None
     stock(checkpoint=checkpoint, **kwargs)
 
 
 def _load_zero_checkpoint(
-    engine: DeepSpeedEngine, stock: Callable[..., bool], load_dir: str, tag: str, load_optimizer_states: bool = True
+    engine: DeepSpeedEngine,
+    stock: Callable[..., bool],
+    shapes: Shapes,
+    load_dir: str,
+    tag: str,
+    load_optimizer_states: bool = True,
 ) -> bool:
-    """DeepSpeed's own; where other ranks saved, with the file that this rank would have saved."""
-    if engine.loaded_checkpoint_dp_world_size == engine.seq_dp_world_size or not load_optimizer_states:
+    """DeepSpeed's own, with the file that this rank would have saved.
+
+    Args:
+        engine: Whose ranks load.
+        stock: DeepSpeed's own.
+        shapes: Of the parameters, in the checkpoint.
+        load_dir: As DeepSpeed passes it.
+        tag: Likewise.
+        load_optimizer_states: Likewise.
+    """
+    if not load_optimizer_states:
         return stock(load_dir, tag, load_optimizer_states=load_optimizer_states)
     names = engine._get_all_zero_checkpoint_names(load_dir, tag, engine.bfloat16_enabled())
-    saved = [_read(name)["optimizer_state_dict"] for name in names]
+    saved = [read_file(name)["optimizer_state_dict"] for name in names]
     rank = dist.get_rank(engine.optimizer.dp_process_group)
     engine.optimizer.load_state_dict(
-        state_dict_list={rank: _cut_anew(engine, saved, rank)},  # of the list, DeepSpeed reads this rank's alone
+        state_dict_list={rank: _cut_anew(engine, shapes, saved, rank)},  # of the list, it reads this rank's alone
         load_optimizer_states=True,
         load_from_fp32_weights=engine.zero_load_from_fp32_weights(),
         param_shapes=engine._get_zero_param_shapes(),
@@ -159,7 +256,48 @@ def _load_zero_checkpoint(
     return True
 
 
-def _read(name: str, map_location: Any = "cpu", *, mmap: bool | None = True) -> dict[str, Any]:
+def _stage(engine: DeepSpeedEngine) -> int:
+    """3, or 2, which stage 1 saves like."""
+    return 3 if engine.zero_optimization_partition_weights() else 2
+
+
+def _layout_of(engine: DeepSpeedEngine) -> Layout:
+    zero: Any = engine.optimizer
+    shapes, num_ranks = engine._get_zero_param_shapes(), engine.seq_dp_world_size
+    if _stage(engine) == 3:
+        return Layout(shapes=shapes, num_ranks=num_ranks)
+    sizes = [partition.numel() for partition in zero.single_partition_of_fp32_groups]
+    paddings = getattr(zero, "round_robin_bit16_padding", None)  # older versions have none
+    return Layout(shapes=shapes, num_ranks=num_ranks, sizes=sizes, paddings=paddings)
+
+
+def _cut_anew(engine: DeepSpeedEngine, shapes: Shapes, saved: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
+    """The optimizer's file as this rank would have saved it.
+
+    Args:
+        engine: Whose ranks load.
+        shapes: Of the parameters, in the checkpoint.
+        saved: The files of all ranks that saved.
+        rank: This one.
+    """
+    zero: Any = engine.optimizer
+    layout, there = _layout_of(engine), Layout.saved(saved, shapes)
+    own = cut_anew(saved, there, layout, rank)
+    if layout.paddings is not None:
+        own[PADDINGS] = layout.paddings
+    base = BASE[_stage(engine)]
+    settings = settings_by_group(own[base])
+    sources = layout.sources(there)
+    param_group_of = zero.sub_group_to_group_id if _stage(engine) == 3 else range(len(sources))
+    param_groups = []
+    for index, group in enumerate(zero.optimizer.param_groups):
+        members = [member for member in range(len(sources)) if param_group_of[member] == index]
+        own_settings = {key: group[key] for key in ("arm", GIVEN)}
+        param_groups.append({**settings[sources[members[0]][0]], **own_settings, "params": members})
+    return {**own, base: {**own[base], "param_groups": param_groups}}
+
+
+def read_file(name: str, map_location: Any = "cpu", *, mmap: bool | None = True) -> dict[str, Any]:
     """A file of the checkpoint; with `mmap`, of its tensors only what is looked at.
 
     DeepSpeed's own (TorchCheckpointEngine.load) unpickles whatever it finds, and a pickle may run anything.
@@ -177,94 +315,3 @@ def _read(name: str, map_location: Any = "cpu", *, mmap: bool | None = True) -> 
                 "loading it may run code: if you trust the file, name it to torch.serialization.add_safe_globals"
             ) from None
     return content
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Consecutive elements, cut into equal partitions, the last of them padded.
-
-    Attributes:
-        numel: Elements, without padding.
-        saved: Elements of a partition in the checkpoint.
-        here: And of one here.
-    """
-
-    numel: int
-    saved: int
-    here: int
-
-    def take(self, partitions: Sequence[Tensor], offset: int, rank: int) -> Tensor:
-        """A rank's partition here, zeros where it is padded.
-
-        Args:
-            partitions: Of each rank that saved, 1-D; at the end they may lack what is padding.
-            offset: Where in them the saved partition begins.
-            rank: The rank.
-        """
-        taken = partitions[0].new_zeros(self.here)
-        first, last = rank * self.here, min((rank + 1) * self.here, self.numel)
-        for number, partition in enumerate(partitions):
-            begins = number * self.saved
-            start, end = max(first, begins), min(last, begins + self.saved)
-            if start < end:
-                source = partition[offset + start - begins : offset + end - begins]
-                taken[start - first : end - first].copy_(source)
-        return taken
-
-
-def _cut_anew(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
-    """The optimizer's file as this rank would have saved it.
-
-    Args:
-        engine: Whose ranks load.
-        saved: The files of all ranks that saved.
-        rank: This one.
-    """
-    if engine.zero_optimization_partition_weights():
-        masters, base = "fp32_flat_groups", "optimizer_state_dict"
-        cuts = _cuts_of_stage_3(engine, len(saved))
-    else:
-        masters, base = "single_partition_of_fp32_groups", "base_optimizer_state"
-        cuts = _cuts_of_stage_1_2(engine, saved)
-    optimizer = saved[0][base]
-    state = {
-        group: {
-            key: _merge(cuts[group], [file[base]["state"][group][key] for file in saved], rank)
-            for key in optimizer["state"][group]
-        }
-        for group in optimizer["state"]  # torch numbers what it steps, which is one tensor per group
-    }
-    partitions = [
-        _merge(group_cuts, [file[masters][group] for file in saved], rank) for group, group_cuts in enumerate(cuts)
-    ]
-    return {**saved[0], masters: partitions, base: {**optimizer, "state": state}}
-
-
-def _cuts_of_stage_1_2(engine: DeepSpeedEngine, saved: Sequence[Mapping[str, Any]]) -> list[list[_Cut]]:
-    """A group is cut as a whole. Its partitions are saved without padding, which only the last one has."""
-    zero: Any = engine.optimizer
-    cuts = []
-    for group, partition in enumerate(zero.single_partition_of_fp32_groups):
-        paddings = zero.round_robin_bit16_padding[group]
-        numel = sum(p.numel() for p in zero.round_robin_bit16_groups[group]) + sum(paddings)
-        first = saved[0]["single_partition_of_fp32_groups"][group].numel() + saved[0]["group_paddings"][group]
-        cuts.append([_Cut(numel, saved=first, here=partition.numel())])
-    return cuts
-
-
-def _cuts_of_stage_3(engine: DeepSpeedEngine, num_saved: int) -> list[list[_Cut]]:
-    """Each parameter is cut by itself."""
-    return [
-        [_Cut(p.ds_numel, saved=-(-p.ds_numel // num_saved), here=p.ds_tensor.numel()) for p in group]
-        for group in engine.optimizer.fp16_groups
-    ]
-
-
-def _merge(cuts: Sequence[_Cut], values: Sequence[Any], rank: int) -> Any:
-    """A rank's part of what the ranks that saved have parts of; of a step counter all have the same."""
-    if not isinstance(values[0], Tensor):
-        return values[0]
-    if values[0].dim() == 0:
-        return values[0].clone()  # of the file, nothing stays in use
-    offsets = itertools.accumulate((cut.saved for cut in cuts), initial=0)
-    return torch.cat([cut.take(values, offset, rank) for cut, offset in zip(cuts, offsets, strict=False)])

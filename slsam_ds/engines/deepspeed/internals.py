@@ -76,6 +76,7 @@ INTERNALS: Mapping[str, Internals] = {
         names=(
             "_get_all_zero_checkpoint_names",
             "_get_ckpt_name",
+            "_get_mp_rank_zero_checkpoint_names",
             "_get_zero_param_shapes",
             "_is_gradient_accumulation_boundary",
             "_load_zero_checkpoint",
@@ -105,7 +106,7 @@ INTERNALS: Mapping[str, Internals] = {
             "zero_optimization_partition_weights",
             "zero_optimization_stage",
         ),
-        keys=("dp_world_size", "frozen_param_fragments", "optimizer_state_dict", "param_shapes"),
+        keys=("dp_world_size", "ds_config", "frozen_param_fragments", "optimizer_state_dict", "param_shapes"),
     ),
     "DeepSpeedZeroOptimizer": Internals(
         source="deepspeed/runtime/zero/stage_1_and_2.py",
@@ -164,7 +165,14 @@ INTERNALS: Mapping[str, Internals] = {
             "norm_for_param_grads",
             "reset_cpu_buffers",
         ),
-        keys=("base_optimizer_state", "group_paddings", "single_partition_of_fp32_groups"),
+        keys=(
+            "base_optimizer_state",
+            "group_paddings",
+            "param_alignment_paddings",
+            "param_slice_mappings",
+            "partition_count",
+            "single_partition_of_fp32_groups",
+        ),
     ),
     "DeepSpeedZeroOptimizer_Stage3": Internals(
         source="deepspeed/runtime/zero/stage3.py",
