@@ -67,8 +67,8 @@ def first_samples(micro_batch: Any, share: float) -> Any:
     """The first samples of a micro-batch, at least one; the micro-batch itself where it cannot be divided.
 
     Args:
-        micro_batch: A nest of mappings, lists and tuples. Where all its tensors have the same first dimension, that
-            counts the samples; anything else in it is kept as it is.
+        micro_batch: A nest. Where all its tensors have the same first dimension, that counts the samples; anything else
+            in it is kept as it is.
         share: Of the samples, in (0, 1].
     """
     length = num_samples(micro_batch)
@@ -102,6 +102,13 @@ def ascent_part(fraction: float, num_micro_batches: int, *, of_each: bool) -> tu
     return num, wanted / num
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Every tensor in a nest of mappings, lists and tuples, on `device`."""
-    return map_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+def to_device(nest: Any, device: torch.device) -> Any:
+    """The nest on `device`: its tensors, and what knows by itself how to go there, like a `PackedSequence`."""
+
+    def move(part: Any) -> Any:
+        try:
+            return part.to(device, non_blocking=True)
+        except TypeError:  # of one's own, perhaps
+            return part.to(device)
+
+    return map_tensors(nest, move, whole=lambda part: callable(getattr(part, "to", None)))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.nests import holds_mapping, map_tensors, tensors_in
+from slsam_ds.model.nests import map_tensors, tensors_in
 from slsam_ds.protocol import ALWAYS
 from slsam_ds.rng import RandomState
 
@@ -64,7 +64,7 @@ class Prefix:
 
         def keep(block: nn.Module, inputs: Any, output: Any) -> None:
             tensors = list(tensors_in(output))
-            if not tensors or holds_mapping(output):  # it could not be handed on as what it is
+            if not tensors:  # then there is nothing that could be told to be intact
                 return
             num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             if num_bytes > self._bytes_left:  # then none of this micro-batch: calls are handed out in their order
@@ -142,10 +142,13 @@ class _Watch:
         self._inside += [weakref.ref(tensor) for tensor in tensors_in(output)]
 
     def _block_ran(self, index: int, block: nn.Module, inputs: Any, output: Any) -> None:
-        own = {id(tensor) for tensor in (*tensors_in(output), *tensors_in(inputs))}
+        given = {id(tensor) for tensor in tensors_in(inputs)}
+        own = {id(tensor) for tensor in tensors_in(output)} | given
         self.alarmed |= any((tensor := inside()) is not None and id(tensor) not in own for inside in self._inside)
         self._inside.clear()
-        self._outputs[index] = [weakref.ref(tensor) for tensor in tensors_in(output)]
+        # What it was given and hands through, as the lengths of packed sequences, others hold on to.
+        computed = (tensor for tensor in tensors_in(output) if id(tensor) not in given)
+        self._outputs[index] = [weakref.ref(tensor) for tensor in computed]
         self._check(index - 2)
 
     def _check(self, index: int) -> None:
