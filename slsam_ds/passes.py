@@ -84,6 +84,11 @@ class Passes:
         around = self._prefix.reused if self._prefix is not None else _as_it_is
         return self._run(part.descended, self._descend_on, around, start=part.start, num_left=part.num_left)
 
+    def try_first(self, part: Part, *, reuse: bool) -> Tensor:
+        """As `descend`, of the part's first micro-batch alone; whether it starts above the prefix is said."""
+        around = self._prefix.tried if reuse and self._prefix is not None else _as_it_is
+        return self._run(part.descended[:1], self._descend_on, around, start=part.start, num_left=1)
+
     def await_agreement(self) -> None:
         """Wait until it is known that all ranks are about to take the same step.
 

@@ -1,35 +1,58 @@
 """Random state of a rank, so that the descent draws the dropout masks of the ascent, and a resumed run its own."""
 
+import copy
 import hashlib
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """Random state of the CPU and, where it is another, of the accelerator."""
+    """Random state of a rank.
+
+    Attributes:
+        device: The accelerator, or the CPU.
+        cpu_state: Of torch on the CPU.
+        device_state: Of torch on the accelerator.
+        others: Put back the state of Python's and numpy's global generators, by which models draw masks too, and of
+            those that were handed in. Not saved.
+    """
 
     device: torch.device
     cpu_state: Tensor
     device_state: Tensor | None
+    others: tuple[Callable[[], object], ...] = ()
 
     @classmethod
-    def capture(cls, device: torch.device) -> Self:
-        """The state now. Nothing is drawn."""
+    def capture(cls, device: torch.device, generators: Iterable[Any] = ()) -> Self:
+        """The state now. Nothing is drawn.
+
+        Args:
+            device: The accelerator, or the CPU.
+            generators: Further ones, as `generators_in` finds them.
+        """
         device_state = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return cls(device, torch.get_rng_state(), device_state)
+        numpy: Any = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+        everywhere = [random] if numpy is None else [random, numpy.random]
+        others = tuple(_rewinder(generator) for generator in (*everywhere, *generators))
+        return cls(device, torch.get_rng_state(), device_state, others)
 
     def replay(self) -> None:
         """Go back to the captured state: what is drawn from here on was drawn before."""
         torch.set_rng_state(self.cpu_state)
         if self.device_state is not None:
             torch.get_device_module(self.device).set_rng_state(self.device_state, self.device)
+        for rewind in self.others:
+            rewind()
 
     def save(self, folder: Path, rank: int) -> None:
         """Write it into the folder of a checkpoint."""
@@ -54,6 +77,26 @@ class RandomState:
         if ("device" in states) == (device.type == "cpu"):
             return None
         return cls(device, states["cpu"], states.get("device"))
+
+
+def generators_in(model: nn.Module) -> Iterator[Any]:
+    """Generators of random numbers, of torch, Python or numpy, that are attributes of the model's modules."""
+    numpy: Any = sys.modules.get("numpy")
+    of_numpy = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, (torch.Generator, random.Random, *of_numpy)):
+                yield value
+
+
+def _rewinder(generator: Any) -> Callable[[], object]:
+    """A function that brings the generator back to where it is now. A module of functions counts as one, too."""
+    for read, write in (("get_state", "set_state"), ("getstate", "setstate")):
+        if hasattr(generator, read):
+            state = getattr(generator, read)()
+            return lambda: getattr(generator, write)(state)
+    bits, state = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
+    return lambda: setattr(bits, "state", state)
 
 
 def _file(folder: Path, rank: int) -> Path:

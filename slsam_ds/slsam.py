@@ -19,6 +19,7 @@ from slsam_ds.engines import release_gathered, select_engine
 from slsam_ds.engines.agreement import checksum
 from slsam_ds.engines.guard import guard, stepping
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
+from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap, map_layers
 from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
 from slsam_ds.model.param_groups import regroup
@@ -105,7 +106,8 @@ class SLSAM:
         schedule = make_schedule(config.ascend_when, total_steps=total_steps)
         self._direction = DIRECTIONS[config.ascent_source](engine)
         self._combination = make_combination(config.descend_along)
-        self._prefixes = PrefixReuse(config, layers, may_skip_modules=engine.may_skip_modules)
+        self._forwards = ForwardState(model, engine.device)
+        self._prefixes = PrefixReuse(config, layers, self._forwards, may_skip_modules=engine.may_skip_modules)
         self._pricing = Pricing(config, layers, self.policy.use_prices, ascent_share=schedule.share)
         self._planner = Planner(
             config,
@@ -204,17 +206,18 @@ class SLSAM:
             claims=self._claims(step, len(window)),
             stop=self._stop_requested,
         )
-        prefix = self._prefixes.prefix_of(plan)
+        prefix = self._prefixes.prefix_of(plan, len(window))
         result = take_step(  # 3 ascend, 4 descend, 5 restore and update
             self.engine,
             plan,
             window,
             begin_pass,
+            state=self._forwards,
             direction=self._direction,
             combination=self._combination,
             prefix=prefix,
         )
-        self._prefixes.review(prefix, result)
+        self._prefixes.review(prefix, result, len(window))
         self.progress = self.progress.after(choice.updated, skipped=result.skipped)
         if result.skipped:
             limit = self.config.max_skipped_steps

@@ -30,6 +30,7 @@ from torch import Tensor
 from slsam_ds.combinations import Combination
 from slsam_ds.directions import Direction
 from slsam_ds.gradient import Gradient
+from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.prefix import Prefix
 from slsam_ds.passes import BeginPass, Part, Passes
 from slsam_ds.perturbation import perturb_, preserved, rounding_generator
@@ -37,8 +38,8 @@ from slsam_ds.plan import BadNumbers, Plan, StepResult
 from slsam_ds.protocol import Engine, Shard
 from slsam_ds.radius import euclidean
 from slsam_ds.records.stopwatch import Stopwatch
-from slsam_ds.rng import RandomState
 from slsam_ds.tally import Numbers, Tally, local_sq_norms
+from slsam_ds.trial import try_prefix
 
 
 def take_step(
@@ -47,6 +48,7 @@ def take_step(
     window: Sequence[Any],
     begin_pass: BeginPass,
     *,
+    state: ForwardState,
     direction: Direction,
     combination: Combination,
     prefix: Prefix | None = None,
@@ -61,6 +63,7 @@ def take_step(
         plan: What to do.
         window: Micro-batches of this rank.
         begin_pass: Runs them.
+        state: What their forwards find besides the weights: both passes the same, and they leave that of one behind.
         direction: Where to climb.
         combination: What the update descends along.
         prefix: The blocks that the descent need not run again.
@@ -72,10 +75,14 @@ def take_step(
     with _left_clean(engine):
         engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
         for part in step.passes.parts():
-            dropout = RandomState.capture(engine.device)
+            before = state.capture() if plan.ascended else None
             ascent = step.ascend(part)  # 3 ascend: g at x, of the perturbed arms
-            dropout.replay()  # both passes draw the same masks
-            with step.perturbed(ascent, part):  # x + ε; on the way out x again, bit for bit: 5 restore
+            with (
+                state.second_pass(before, counts=plan.ascent_fraction < 1),  # the same masks; every sample counts once
+                step.perturbed(ascent, part),  # x + ε; on the way out x again, bit for bit: 5 restore
+            ):
+                if prefix is not None and prefix.trial is None and part.start == 0:
+                    try_prefix(engine, plan, step.passes, part, prefix, state)
                 step.descend(part)  # 4 descend: h at x + ε, of the updated arms
         descent = step.reduce(plan.updated, during="descent")
         numbers = step.read()  # the host waits for the device: once in a step

@@ -3,6 +3,10 @@
 Nothing below the lowest active layer changes between the passes, and the random state is replayed. The ascent keeps the
 hidden state that the last of these blocks put out; in the descent a stand-in hands it on, bit for bit, and the blocks
 below are not run, nor, where they are sharded, gathered.
+
+That is right where nothing else of what these blocks do is read by the blocks above, by the loss or by a hook. No list
+of models says so: before the first descent above so many blocks it is tried (`slsam_ds.trial`). What a loss begins to
+look at only later is noticed by `_Watch`, or it is not a number.
 """
 
 import contextlib
@@ -15,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.nests import map_tensors, tensors_in
 from slsam_ds.protocol import ALWAYS
@@ -34,29 +39,34 @@ class Prefix:
     Args:
         stack: The container of the blocks; its entries are swapped while `reused`.
         depth: How many of them, from the first; at least 2.
+        state: Knows where the random numbers are.
         max_bytes: Limit on what is kept.
 
     Attributes:
+        depth: How many blocks they are.
+        trial: Whether a descent above them finds what one over all blocks does; None: not known yet.
         watched: Something else than the next block holds on to what one of these blocks computed (hidden states for a
             loss, attention maps, router logits): then they are run again after all.
         handed_on: A descent has started above the blocks.
     """
 
-    def __init__(self, stack: nn.Module, depth: int, *, max_bytes: int = MAX_BYTES) -> None:
-        self._stack, self._depth = stack, depth
+    def __init__(self, stack: nn.Module, depth: int, state: ForwardState, *, max_bytes: int = MAX_BYTES) -> None:
+        self._stack, self.depth, self._state = stack, depth, state
         self._bytes_left = max_bytes
         # One entry per call of the model: a loss may run it more than once on a micro-batch.
         self._kept: defaultdict[int, list[_Kept]] = defaultdict(list)
+        self.trial: bool | None = None
         self.watched = self.handed_on = False
 
     @classmethod
-    def below(cls, layer_map: LayerMap, arms: Collection[int]) -> "Prefix | None":
+    def below(cls, layer_map: LayerMap, arms: Collection[int], state: ForwardState) -> "Prefix | None":
         """The blocks below all these arms; None where there are none, or so few that nobody would notice."""
         if layer_map.stack is None or ALWAYS in arms or not arms:
             return None
         depth = min(layer_map[arm].depth for arm in arms)
         # Whether the first block's output is held on to shows when the third runs: see _Watch.
-        return cls(layer_map.stack, depth) if depth >= 2 and len(list(layer_map.stack.children())) >= 3 else None
+        enough = depth >= 2 and len(list(layer_map.stack.children())) >= 3
+        return cls(layer_map.stack, depth, state) if enough else None
 
     @contextlib.contextmanager
     def kept(self, micro_batch: int) -> Iterator[None]:
@@ -72,12 +82,12 @@ class Prefix:
                 self._bytes_left = 0
             else:
                 self._bytes_left -= num_bytes
-                state = RandomState.capture(tensors[0].device)
-                self._kept[micro_batch].append(_Kept(output, state, [tensor._version for tensor in tensors]))
+                kept = _Kept(output, self._state.random(), [tensor._version for tensor in tensors])
+                self._kept[micro_batch].append(kept)
 
         blocks = list(self._stack.children())
-        watch = _Watch(blocks, self._depth)
-        handle = blocks[self._depth - 1].register_forward_hook(keep)
+        watch = _Watch(blocks, self.depth)
+        handle = blocks[self.depth - 1].register_forward_hook(keep)
         try:
             yield
         finally:
@@ -94,19 +104,29 @@ class Prefix:
         """Run the blocks on this micro-batch again."""
         self._kept.pop(micro_batch, None)
 
+    def forget_all(self) -> None:
+        """Run the blocks again on every micro-batch, and on those that are still to come."""
+        self._kept.clear()
+        self._bytes_left = 0
+
     @contextlib.contextmanager
     def reused(self, micro_batch: int) -> Iterator[None]:
         """Within, the model's runs on this micro-batch start above the blocks, if what they put out was kept."""
         reusable = self.reusable(micro_batch)
-        kept = self._kept.pop(micro_batch, [])
-        if not reusable:
-            yield
-            return
-        self.handed_on = True
-        calls = _Calls(kept)
-        blocks = dict(list(self._stack._modules.items())[: self._depth])
+        self.handed_on |= reusable
+        try:
+            with self.tried(micro_batch) if reusable else contextlib.nullcontext():
+                yield
+        finally:
+            self.forget(micro_batch)
+
+    @contextlib.contextmanager
+    def tried(self, micro_batch: int) -> Iterator[None]:
+        """As `reused`, of what may be handed on; and it stays kept."""
+        calls = _Calls(self._kept[micro_batch])
+        blocks = dict(list(self._stack._modules.items())[: self.depth])
         for number, (name, block) in enumerate(blocks.items(), start=1):
-            self._stack._modules[name] = _StandIn(block, calls, last=number == self._depth)
+            self._stack._modules[name] = _StandIn(block, calls, last=number == self.depth)
         try:
             yield
         finally:

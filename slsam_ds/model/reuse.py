@@ -4,6 +4,7 @@ import logging
 import math
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.prefix import Prefix
 from slsam_ds.plan import Plan, StepResult
@@ -17,6 +18,7 @@ class PrefixReuse:
     Args:
         config: The knobs.
         layers: The arms.
+        state: Of the model's forwards.
         may_skip_modules: See `Engine.may_skip_modules`.
 
     Attributes:
@@ -26,8 +28,9 @@ class PrefixReuse:
         ValueError: It is insisted on where it cannot be.
     """
 
-    def __init__(self, config: SLSAMConfig, layers: LayerMap, *, may_skip_modules: bool) -> None:
-        self._layers = layers
+    def __init__(self, config: SLSAMConfig, layers: LayerMap, state: ForwardState, *, may_skip_modules: bool) -> None:
+        self._layers, self._state = layers, state
+        self._passed: set[tuple[int, bool]] = set()  # depths whose trial was passed, in windows of one and of several
         obstacles = {
             "the layers were named by patterns": layers.stack is None,
             "this engine runs all of the model every time": not may_skip_modules,
@@ -37,18 +40,33 @@ class PrefixReuse:
             raise ValueError(f'slsam.prefix_reuse=true: {found[0]}; use "auto" or false')
         self.allowed = config.prefix_reuse is not False and not found
 
-    def prefix_of(self, plan: Plan) -> Prefix | None:
+    def prefix_of(self, plan: Plan, num_micro_batches: int) -> Prefix | None:
         """The blocks below every arm that the step perturbs or updates; None where all blocks run in both passes."""
-        return Prefix.below(self._layers, plan.touched) if self.allowed and plan.ascended else None
+        prefix = None
+        if self.allowed and plan.ascended:
+            prefix = Prefix.below(self._layers, plan.touched, self._state)
+        # In a window of one, what the ascent left behind in the model is right in the descent, too.
+        if prefix is not None and (prefix.depth, num_micro_batches > 1) in self._passed:
+            prefix.trial = True
+        return prefix
 
-    def review(self, prefix: Prefix | None, result: StepResult) -> None:
+    def review(self, prefix: Prefix | None, result: StepResult, num_micro_batches: int) -> None:
         """After a step: give up where a block's output is used by more than the next block."""
-        if prefix is None or not (prefix.watched or (prefix.handed_on and _lost_in_descent(result))):
+        if prefix is None:
             return
-        # NaN stood in for what the blocks would have computed.
-        reason = "something keeps what lower layers compute" if prefix.watched else "the perturbed loss is NaN"
-        logger.warning("step %d: %s: from here on both passes run every layer (prefix_reuse)", result.step, reason)
-        self.allowed = False
+        if prefix.trial:
+            self._passed.add((prefix.depth, num_micro_batches > 1))
+        reasons = {
+            "something keeps what lower layers compute": prefix.watched,
+            "the loss or its gradient reads more of the lower layers than what the last of them puts out": (
+                prefix.trial is False
+            ),
+            # which stood in for what the blocks would have computed
+            "the perturbed loss is NaN": prefix.handed_on and _lost_in_descent(result),
+        }
+        for reason in [reason for reason, found in reasons.items() if found][:1]:
+            logger.warning("step %d: %s: from here on both passes run every layer (prefix_reuse)", result.step, reason)
+            self.allowed = False
 
 
 def _lost_in_descent(result: StepResult) -> bool:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.pricing.cost import CostModel
 from slsam_ds.protocol import ALWAYS, Engine
-from slsam_ds.rng import RandomState
 from slsam_ds.shards import whole_shape
 
 # Products with a weight, whose weight gradient costs as much again; those inside attention are not among them.
@@ -22,8 +22,8 @@ _WEIGHT_PRODUCTS = ("aten.mm", "aten.addmm", "aten.convolution", "aten._convolut
 def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[[], object]) -> CostModel:
     """Count two forward-backwards: down to the lowest arm, and down to one in the middle.
 
-    Nothing is left behind: gradients are dropped and the random state is put back. Counts are added up over ranks, so
-    that all ranks hold the same prices to the bit.
+    Nothing is left behind: gradients are dropped, random numbers and buffers put back. Counts are added up over ranks,
+    so that all ranks hold the same prices to the bit.
 
     Args:
         engine: Gets two backwards.
@@ -37,13 +37,13 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     if layers.stack is None:
         raise ValueError("what a step costs is not known where layers are named by patterns: set slsam.layers=null")
     places = _Places(layers)
-    random_state = RandomState.capture(engine.device)
+    begin = ForwardState(model, engine.device).capture()
     middle = len(layers) // 2
     blocks = list(layers.stack.children())
     counted, inputs_require_grad = [], False
     try:
         for arm in (0, middle):
-            random_state.replay()
+            begin.replay()
             engine.begin_step((), [ALWAYS, arm] if layers.always else [arm])
             engine.begin_descent()
             engine.begin_micro_batch(last=True)
@@ -53,7 +53,7 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     finally:
         engine.discard()
         engine.end_step()
-        random_state.replay()
+        begin.replay()
     deepest, in_the_middle = engine.ranks.all_reduce(torch.stack(counted).to(engine.device)).cpu()
     if not bool((deepest[:, 0] > 0)[:-3].all()):
         raise ValueError("the FLOPs of this model cannot be counted: leave slsam.budget and rewards per cost out")

@@ -132,7 +132,8 @@ def test_it_follows_the_reference_and_records_every_step(engine: str, tmp_path: 
         assert record["ascent_loss"] == pytest.approx(expected["ascent_loss"], abs=1e-5)
     # Ten times the error of the plain engines' test: the trainer's loss divides by the number of tokens, in float32.
     assert max((trained[name] - weight).abs().max().item() for name, weight in model.named_parameters()) <= 1e-5
-    assert num_losses == 6 * 2 * ACCUMULATION
+    tried = {min(record["active"]) for record in records if min(record["active"]) > 2}  # two blocks are below, or more
+    assert num_losses == 6 * 2 * ACCUMULATION + 2 * len(tried)
     logged = [entry["loss"] for entry in history if "loss" in entry]
     assert logged == pytest.approx([record["ascent_loss"] for record in records], abs=1e-3)
     rises = [entry["slsam/ascent_rise"] for entry in history if "loss" in entry]

@@ -30,7 +30,7 @@ def floor(path: Path) -> str:
         return "slsam"
     if len(relative.parts) > 1:
         return "pure" if relative.parts[0] in PURE_ROOMS else relative.parts[0]
-    return "step" if name in ("step", "passes") else "pure"
+    return "step" if name in ("step", "passes", "trial") else "pure"
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -141,5 +141,6 @@ def test_blocks_may_put_out_any_nest(kind: str) -> None:
         for _ in range(3):
             result = slsam.step([batch], active=[3])
         found.append(result.loss)
-        assert len(ran) == (3 if reuse else 6)
+        # The third time, and the fourth in the trial, the first block runs in one pass only.
+        assert len(ran) == (4 if reuse else 6)
     assert found[0] == found[1]
