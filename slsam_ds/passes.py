@@ -47,16 +47,23 @@ class Passes:
         window: Micro-batches of this rank.
         begin_pass: Runs them.
         prefix: The blocks that the descent need not run again; None: it runs all.
+        sizes: See `SLSAM.step_with`.
 
     Attributes:
         stop_requested: Any rank asked to stop; known after `await_agreement`.
     """
 
     def __init__(
-        self, engine: Engine, plan: Plan, window: Sequence[Any], begin_pass: BeginPass, prefix: Prefix | None
+        self,
+        engine: Engine,
+        plan: Plan,
+        window: Sequence[Any],
+        begin_pass: BeginPass,
+        prefix: Prefix | None,
+        sizes: Sequence[int] | None,
     ) -> None:
         self._engine, self._plan, self._prefix = engine, plan, prefix
-        self._window, self._climbed = window, _climbed_of(window, plan)
+        self._window, self._climbed = window, _climbed_of(window, plan, sizes)
         self._descend_on = begin_pass(window)
         self._climb_on = begin_pass(self._climbed) if plan.ascent_fraction < 1 else self._descend_on
         # The comparison starts here and is awaited before the first gradient travels: it hides behind the passes.
@@ -134,12 +141,13 @@ class Passes:
         return loss
 
 
-def _climbed_of(window: Sequence[Any], plan: Plan) -> Sequence[Any]:
+def _climbed_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) -> Sequence[Any]:
     """What of the window the ascent takes."""
     if plan.ascent_fraction == 1:
         return window
     num, share = ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch")
-    return [first_samples(micro_batch, share) for micro_batch in window[:num]]
+    sized = zip(window[:num], sizes or [None] * len(window), strict=False)
+    return [first_samples(micro_batch, share, size) for micro_batch, size in sized]
 
 
 @contextlib.contextmanager

@@ -90,7 +90,8 @@ class StepResult:
     Attributes:
         step: Number of the step, from 1; skipped steps count.
         loss: Mean loss of the window at the perturbed point (at the weights where the step was not perturbed).
-        ascent_loss: Mean loss of the window at the weights themselves; None where there was no ascent pass.
+        ascent_loss: Mean loss of the window at the weights themselves; None where there was no ascent pass, or only
+            one over a part of the window whose loss is no number.
         active: Arms updated, ascending.
         perturbed: Arms perturbed, ascending; those of `active` unless they were chosen apart.
         probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.

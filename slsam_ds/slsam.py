@@ -180,6 +180,7 @@ class SLSAM:
         *,
         perturbed: Iterable[int] | None = None,
         updated: Iterable[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> StepResult:
         """As `step`, for trainers with a forward and backward of their own.
 
@@ -191,18 +192,19 @@ class SLSAM:
             active: As for `step`.
             perturbed: Likewise.
             updated: Likewise.
+            sizes: How many samples each micro-batch has, where that is known: a sample may be a pair of rows.
         """
         started = time.perf_counter()
         if len(window) == 0:
             raise ValueError("an empty window: a step needs at least one micro-batch")
-        self._prepare(window, begin_pass)
+        self._prepare(window, begin_pass, sizes)
 
         step = self.num_steps + 1
         choice = self.policy.forced(active, perturbed, updated) or self.policy.choose(step)  # 1 select
         plan = self._planner.plan(  # 2 freeze: gradients flow to the perturbed arms, then to the updated ones
             step,
             choice,
-            workload=self.workload(window),
+            workload=self.workload(window, sizes),
             claims=self._claims(step, len(window)),
             stop=self._stop_requested,
         )
@@ -216,6 +218,7 @@ class SLSAM:
             direction=self._direction,
             combination=self._combination,
             prefix=prefix,
+            sizes=sizes,
         )
         self._prefixes.review(prefix, result, len(window))
         self.progress = self.progress.after(choice.updated, skipped=result.skipped)
@@ -226,10 +229,10 @@ class SLSAM:
             self.policy.learn(choice, result.grad_norms)  # 6 reward
         return dataclasses.replace(result, seconds=time.perf_counter() - started)
 
-    def workload(self, window: Sequence[Any]) -> Workload:
-        """What a step over such a window runs where it ascends, and so pays for."""
-        reuses_prefix = self._prefixes.allowed
-        return Workload.of(self.config, len(window), num_samples(window[0]), reuses_prefix=reuses_prefix)
+    def workload(self, window: Sequence[Any], sizes: Sequence[int] | None = None) -> Workload:
+        """What a step over such a window runs where it ascends, and so pays for. `sizes`: as for `step_with`."""
+        size = num_samples(window[0], sizes[0] if sizes else None)
+        return Workload.of(self.config, len(window), size, reuses_prefix=self._prefixes.allowed)
 
     def request_stop(self) -> None:
         """Let the next step say `stop_requested` on every rank: a signal may reach one of them alone."""
@@ -325,12 +328,12 @@ class SLSAM:
             )
         return self._checkpoint
 
-    def _prepare(self, window: Sequence[Any], begin_pass: BeginPass) -> None:
+    def _prepare(self, window: Sequence[Any], begin_pass: BeginPass, sizes: Sequence[int] | None) -> None:
         """What comes before the first step, or the first one after a resume."""
         if self._pricing.must_count:
             one = [window[0]]
             counted = calibrate(self.engine, self.model, self.layers, lambda: begin_pass(one)(window[0]))
-            self._pricing.use(counted, self.workload(window))
+            self._pricing.use(counted, self.workload(window, sizes))
         if self._resumed:
             self._drop_made_up_state()
             self._resumed = False

@@ -52,6 +52,7 @@ def take_step(
     direction: Direction,
     combination: Combination,
     prefix: Prefix | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> StepResult:
     """One optimizer step over a window of micro-batches.
 
@@ -67,11 +68,12 @@ def take_step(
         direction: Where to climb.
         combination: What the update descends along.
         prefix: The blocks that the descent need not run again.
+        sizes: See `SLSAM.step_with`.
 
     Raises:
         RanksDisagreeError: Before any gradient travels.
     """
-    step = _Step(engine, plan, Passes(engine, plan, window, begin_pass, prefix), direction)
+    step = _Step(engine, plan, Passes(engine, plan, window, begin_pass, prefix, sizes), direction)
     with _left_clean(engine):
         engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
         for part in step.passes.parts():
@@ -185,10 +187,11 @@ class _Step:
         """What to tell about the step. Of one that met a bad number, what it measured means nothing."""
         plan, told = self._plan, {} if bad is not None else _measured(self._plan, numbers)
         ascent_seconds, descent_seconds = self._clock.seconds()
+        climbed = bad is not None or numbers.all_finite("ascent_loss")
         return StepResult(
             step=plan.step,
             loss=math.nan if bad is not None and bad.during == "ascent" else numbers["loss"],
-            ascent_loss=numbers.get("ascent_loss"),
+            ascent_loss=numbers.get("ascent_loss") if climbed else None,
             active=plan.choice.updated,
             perturbed=plan.choice.perturbed if plan.rho > 0 else (),
             probabilities=plan.choice.probabilities,
@@ -262,10 +265,17 @@ def _measured(plan: Plan, numbers: Numbers) -> dict[str, Any]:
 
 
 def _bad_numbers(plan: Plan, numbers: Numbers) -> BadNumbers | None:
-    """Where the step met a number that is not finite; None: nowhere."""
+    """Where the step met a number that is not finite; None: nowhere that matters.
+
+    Of a part of the window, samples without a label may be all there is: their mean loss is no number, nothing was
+    perturbed, and the descent is on all samples, at x.
+    """
+    descent_is_finite = numbers.all_finite("loss", "descent_sq_norms")
+    if plan.ascent_fraction < 1 and descent_is_finite:
+        return None
     if "ascent_sq_norms" in numbers and not numbers.all_finite("ascent_loss", "ascent_sq_norms"):
         return _bad_during("ascent", plan.ascended, numbers)
-    if not numbers.all_finite("ascent_loss", "loss", "descent_sq_norms"):  # a local ascent's loss travels with these
+    if not (descent_is_finite and numbers.all_finite("ascent_loss")):  # a local ascent's loss travels with these
         return _bad_during("descent", plan.updated, numbers)
     return None
 
@@ -283,7 +293,7 @@ def _descent_factor(plan: Plan, combination: Combination, numbers: Numbers) -> f
     """
     norm = _norm(numbers.by_arm("descent_sq_norms", plan.updated))
     ascent_norm = None
-    if combination.reads_ascent and plan.ascended:
+    if combination.reads_ascent and plan.ascended and numbers.all_finite("ascent_loss", "ascent_sq_norms"):
         of_ascended = numbers.by_arm("ascent_sq_norms", plan.ascended)
         ascent_norm = _norm({arm: of_ascended[arm] for arm in plan.updated})
     factor = combination.factor(ascent_norm, norm)

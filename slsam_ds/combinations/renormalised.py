@@ -15,4 +15,4 @@ class Renormalised(Combination):
     reads_ascent: ClassVar[bool] = True
 
     def factor(self, ascent_norm: float | None, descent_norm: float) -> float:
-        return ascent_norm / descent_norm if ascent_norm is not None and descent_norm > 0 else 1.0
+        return ascent_norm / descent_norm if ascent_norm and descent_norm > 0 else 1.0  # no norm, no perturbation

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from slsam_ds.assembly import assemble, split_by_layer
@@ -18,6 +19,7 @@ from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import check_complete, is_stock, last_complete_checkpoint
+from slsam_ds.integrations.collation import sized_batches, take_sizes
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.num_steps import check_batches, check_steps_asked_for, check_steps_taken
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
@@ -45,6 +47,10 @@ class SLSAMMixin(_TrainerMethods):
     every micro-batch of both passes, so what a derived trainer computes there or in `compute_loss` stays as it is; only
     the backward underneath is ours, and one window of micro-batches becomes one SL-SAM step.
 
+    That step is over, and its gradients are gone, when callbacks hear of `on_pre_optimizer_step` and
+    `on_optimizer_step`. What they would read of them is in the logs (`grad_norm`) and, for each layer, in
+    `slsam_steps.jsonl`; the gradients themselves are seen by `Tensor.register_hook` on a parameter, in both passes.
+
     Args:
         *args: The trainer's own.
         slsam: SL-SAM's knobs; None takes the `slsam` block of the DeepSpeed JSON, or the defaults.
@@ -58,6 +64,7 @@ class SLSAMMixin(_TrainerMethods):
     """Training ended because some rank was asked to stop by `request_stop`."""
 
     _stop_requested = False
+    _divides = False  # the ascent takes a part of the samples
     _is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step is under way
 
     def __init__(self, *args: Any, slsam: SLSAMConfig | Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -72,6 +79,8 @@ class SLSAMMixin(_TrainerMethods):
         self._step_writer: StepWriter | None = None
         self._resumed_from: str | None = None
         self._window: list[Any] = []
+        self._sizes: list[int] | None = None
+        self._divides = self.slsam_config.ascent_fraction < 1
         self._grad_norm = 0.0
         self._slsam_metrics = MetricMeans()
         self._num_seen = 0
@@ -146,9 +155,16 @@ class SLSAMMixin(_TrainerMethods):
             accept_other_ranks(self.accelerator.deepspeed_engine_wrapped.engine)
         return super().create_scheduler(*args, **kwargs)
 
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own; where the ascent takes a part of the samples, its batches say how many there are."""
+        streamed = isinstance(self.train_dataset, IterableDataset)  # Accelerate may join and divide its batches
+        with sized_batches(self) if self._divides and not streamed else contextlib.nullcontext():
+            return super().get_train_dataloader()
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """The micro-batches of the next optimizer step; kept, because SL-SAM passes over them twice."""
         self._window, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._sizes = take_sizes(self._window, self._train_batch_size) if self._divides else None
         self._num_seen = 0
         return self._window, num_items_in_batch
 
@@ -175,6 +191,7 @@ class SLSAMMixin(_TrainerMethods):
             num_items = num_items_in_batch
             if not is_window and num_items is not None:
                 num_items = self._get_num_items_in_batch(micro_batches, self.args.device)
+                num_items = num_items if num_items is None else max(num_items, 1)  # there may be no label among them
 
             def forward_backward(micro_batch: Any) -> Tensor:
                 self._is_repeated = not is_window or id(micro_batch) in passed
@@ -187,7 +204,7 @@ class SLSAMMixin(_TrainerMethods):
 
         assert self.slsam is not None
         try:
-            result = self.slsam.step_with(self._window, begin_pass)
+            result = self.slsam.step_with(self._window, begin_pass, sizes=self._sizes)
         finally:
             self._is_repeated = None
         self.was_stopped |= result.stop_requested

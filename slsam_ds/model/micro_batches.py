@@ -63,23 +63,38 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def first_samples(micro_batch: Any, share: float) -> Any:
+def first_samples(micro_batch: Any, share: float, size: int | None = None) -> Any:
     """The first samples of a micro-batch, at least one; the micro-batch itself where it cannot be divided.
+
+    A pair may be two rows: those of all chosen completions, then those of all rejected ones, as TRL puts them.
 
     Args:
         micro_batch: A nest. Where all its tensors have the same first dimension, that counts the samples; anything else
             in it is kept as it is.
         share: Of the samples, in (0, 1].
+        size: How many samples it has, where that is known: each may then be a pair of rows.
     """
-    length = num_samples(micro_batch)
+    length = num_samples(micro_batch, size)
     kept = num_kept(share, length)
-    return micro_batch if kept == length else map_tensors(micro_batch, lambda tensor: tensor[:kept])
+
+    def divide(tensor: Tensor) -> Tensor:
+        halves = tensor.split(length)
+        return tensor[:kept] if len(halves) == 1 else torch.cat([half[:kept] for half in halves])
+
+    return micro_batch if kept == length else map_tensors(micro_batch, divide)
 
 
-def num_samples(micro_batch: Any) -> int:
-    """The first dimension of all its tensors; 0 where they differ, and nobody can tell."""
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors_in(micro_batch)}
-    return lengths.pop() if len(lengths) == 1 else 0
+def num_samples(micro_batch: Any, size: int | None = None) -> int:
+    """How many samples a micro-batch can be divided into: the rows of all its tensors; 0 where nobody can tell.
+
+    `size`: As for `first_samples`. Of pairs all rows are there twice, but for numbers that a pair has once.
+    """
+    tensors = list(tensors_in(micro_batch))
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if size is None or lengths == {size}:
+        return lengths.pop() if len(lengths) == 1 else 0
+    of_rows = {len(tensor) for tensor in tensors if tensor.ndim > 1}
+    return size if of_rows == {2 * size} and lengths <= {size, 2 * size} else 0
 
 
 def num_kept(share: float, num_samples: int) -> int:

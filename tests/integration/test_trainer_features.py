@@ -25,7 +25,7 @@ from transformers import (
 
 from slsam_ds.integrations.huggingface import SLSAMMixin, SLSAMTrainer
 from slsam_ds.records.files import read_steps
-from tests.distributed.training import whole
+from tests.distributed.training import slow, whole
 from tests.integration.engines import ENGINES
 from tests.models import NUM_BLOCKS, VOCABULARY, arms_of_llama, tiny_llama
 from tests.ranks import run_on_ranks
@@ -424,3 +424,30 @@ def test_sequence_to_sequence_trains_and_generates(engine: str, tmp_path: Path) 
     assert [len(record["active"]) for record in records] == [2] * 4
     assert all(math.isfinite(record["loss"]) and record["ascent_loss"] > 0 for record in records)
     assert metrics["eval_longest"] > 1
+
+
+# What has no label to learn from
+
+
+def first_without_labels(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The first row of a batch has none, and the ascent takes that row."""
+    batch = collate(samples)
+    batch["labels"][0] = IGNORED
+    return batch
+
+
+def unlabelled_climb(output_dir: str) -> tuple[list[dict[str, Any]], float]:
+    knobs = {**KNOBS, "ascent_fraction": 0.5}
+    settings = {"gradient_accumulation_steps": 1, "max_steps": 3, "data_collator": first_without_labels}
+    trainer = make(output_dir, slsam=knobs, **settings)
+    before = weights(trainer.model)
+    trainer.train()
+    return trainer.state.log_history, distance(before, weights(trainer.model))
+
+
+@pytest.mark.parametrize("num_ranks", [1, slow(2)])
+def test_a_climb_without_a_label_does_not_skip_the_step(num_ranks: int, tmp_path: Path) -> None:
+    for history, moved in run_on_ranks(num_ranks, unlabelled_climb, str(tmp_path)):
+        assert all(math.isfinite(entry["loss"]) for entry in history if "loss" in entry)
+        assert moved > 0
+    assert [record["skipped"] for record in read_steps(tmp_path)] == [False] * 3

@@ -11,8 +11,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from transformers import LlamaForSequenceClassification, TrainerCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
@@ -24,7 +33,7 @@ from tests.ranks import run_on_ranks
 from tests.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 
 STEPS, ACCUMULATION = 3, 2
-KNOBS = {"active_layers": 2, "rho": 0.02, "seed": 1}
+KNOBS = {"active_layers": 2, "rho": 0.02, "seed": 1, "prefix_reuse": False}  # passes are counted
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 PAIR = {"prompt": "what ", "chosen": "yes please ", "rejected": "no "}
 
@@ -35,6 +44,10 @@ class SLSAMSFTTrainer(SLSAMMixin, SFTTrainer):
 
 class SLSAMDPOTrainer(SLSAMMixin, DPOTrainer):
     """As the README writes it."""
+
+
+class SLSAMRewardTrainer(SLSAMMixin, RewardTrainer):
+    """Likewise."""
 
 
 class SLSAMGRPOTrainer(SLSAMMixin, GRPOTrainer):
@@ -191,3 +204,40 @@ def refusal(output_dir: str, kind: str) -> str:
 def test_trainers_that_generate_while_they_step_are_refused(kind: str, tmp_path: Path) -> None:
     message = run_on_ranks(1, functools.partial(refusal, kind=kind), str(tmp_path))[0]
     assert "generates its data while it steps" in message
+
+
+def climbed(output_dir: str, kind: str, num_pairs: int, fraction: float) -> list[tuple[Tensor, Tensor]]:
+    """Rows that the ascent and the descent were given in each step, of windows of one micro-batch."""
+    passes: list[Tensor] = []
+    base: Any = SLSAMDPOTrainer if kind == "dpo" else SLSAMRewardTrainer
+
+    class Noting(base):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            passes.append(inputs["input_ids"])
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    settings = {"output_dir": output_dir, "per_device_train_batch_size": num_pairs, "max_steps": 2, "report_to": []}
+    settings |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+    rows = [{name: part + sentence(index) for name, part in PAIR.items()} for index in range(2 * num_pairs)]
+    given: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
+    given["slsam"] = {**KNOBS, "ascent_fraction": fraction}
+    if kind == "dpo":
+        given |= {"model": tiny_llama(), "ref_model": tiny_llama(), "args": DPOConfig(**settings)}
+    else:
+        config = tiny_llama().config
+        config.num_labels, config.pad_token_id = 1, 0
+        given |= {"model": LlamaForSequenceClassification(config), "args": RewardConfig(**settings)}
+    trainer = Noting(**given)
+    trainer.train()
+    assert not any(record["skipped"] for record in read_steps(output_dir))
+    return list(zip(passes[::2], passes[1::2], strict=True))
+
+
+@pytest.mark.parametrize(("num_pairs", "fraction"), [(4, 0.5), (2, 0.25)])
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_the_ascent_takes_whole_pairs(kind: str, num_pairs: int, fraction: float, tmp_path: Path) -> None:
+    steps = run_on_ranks(1, climbed, str(tmp_path), kind, num_pairs, fraction)[0]
+    kept = max(1, round(fraction * num_pairs))
+    for ascent, descent in steps:
+        assert len(descent) == 2 * num_pairs
+        assert torch.equal(ascent, torch.cat([descent[:kept], descent[num_pairs : num_pairs + kept]]))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slsam_ds.model.micro_batches import first_samples
+from slsam_ds.model.micro_batches import first_samples, num_samples
 
 
 @given(num_samples=st.integers(1, 64), share=st.floats(0.001, 1.0))
@@ -46,3 +46,16 @@ def test_a_whole_micro_batch_is_the_same_object() -> None:
 def test_nothing_is_copied() -> None:
     tokens: Tensor = torch.zeros(4, 2)
     assert first_samples({"x": tokens}, 0.5)["x"].data_ptr() == tokens.data_ptr()
+
+
+def test_pairs_stay_together() -> None:
+    """The rows of all chosen completions come before those of all rejected ones."""
+    batch = {"input_ids": torch.arange(8).view(8, 1), "margin": torch.arange(4.0)}
+    first = first_samples(batch, 0.5, 4)
+    assert first["input_ids"].flatten().tolist() == [0, 1, 4, 5]
+    assert first["margin"].tolist() == [0, 1]
+    assert num_samples(batch, 4) == 4
+    assert first_samples({"input_ids": torch.zeros(4, 1)}, 0.25, 2)["input_ids"].shape == (2, 1)  # of two pairs, one
+    assert first_samples(batch, 0.5, 3) is batch  # of three samples, nobody knows which rows
+    images = {"input_ids": torch.zeros(4, 8), "pixel_values": torch.zeros(8, 3, 2, 2)}  # two of each sample
+    assert first_samples(images, 0.5, 4) is images

@@ -114,3 +114,21 @@ def test_the_example_in_the_docstring() -> None:
     slsam = SLSAM(model, torch.optim.SGD(model.parameters(), lr=0.1), SLSAMConfig(rho=0.5, update_scale="none"))
     slsam.step([None], loss_fn=lambda model, _: (model[0].weight ** 2).sum() / 2, active=[0])
     assert weights[0].tolist() == pytest.approx([2.67, 3.56])
+
+
+@pytest.mark.parametrize("settings", [{}, {"ascent_scope": "rank"}, {"descend_along": "renormalised"}], ids=str)
+def test_a_climbing_part_without_a_label_is_not_climbed_on(settings: dict[str, Any]) -> None:
+    """Its mean loss is no number; that of all samples is one."""
+    (batch,) = window(1, 0, 1)
+    labels = batch["labels"].clone()
+    labels[0] = -100
+    slsam = trained(ascent_fraction=0.5, **settings)
+    plain = trained(rho=0.0)
+    result = slsam.step([{**batch, "labels": labels}], active=[1, 3])
+    expected = plain.step([{**batch, "labels": labels}], active=[1, 3])
+    assert not result.skipped
+    assert result.ascent_loss is None
+    assert result.loss == pytest.approx(expected.loss)
+    assert result.perturbation_norm == 0
+    assert all(map(torch.equal, slsam.model.parameters(), plain.model.parameters()))
+    assert slsam.step([{**batch, "labels": torch.full_like(labels, -100)}], active=[1, 3]).skipped
