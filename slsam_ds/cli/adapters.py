@@ -1,6 +1,5 @@
 """LoRA adapters: new ones around a model, and saved ones that are trained on."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "lora_dropout": 0.05,
     "lora_target_modules": ["all-linear"],
 }
+_ADAPTER_NAME = "default"  # peft's own, which checkpoints leave out of the weights' names
 _FAILURES = (ValueError, TypeError, KeyError, OSError, RuntimeError)  # what peft raises on what does not fit together
 
 
@@ -74,13 +74,17 @@ class SavedAdapter:
         Raises:
             UsageError: It is another model's.
         """
-        from peft import PeftModel
+        from peft import get_peft_model
 
         prefix = f"--model_name_or_path {self.name}: the adapter does not fit its model {self.base}: "
-        with refusals(*_FAILURES, UserWarning, prefix=prefix), warnings.catch_warnings():
-            # peft would go on, and start what it did not find from scratch.
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, self.name, is_trainable=True)
+        with refusals(*_FAILURES, prefix=prefix):
+            adapted = get_peft_model(model, self.config)
+            # By itself, because `PeftModel.from_pretrained` does not tell what was left over.
+            report = adapted.load_adapter(self.name, _ADAPTER_NAME, is_trainable=True)
+        strange = [*report.missing_keys, *report.unexpected_keys]
+        if strange:
+            raise UsageError(f"{prefix}{len(strange)} weights are in one of them only, like {strange[0]}")
+        return adapted
 
 
 def holds_adapter(flag: str, name: str) -> bool:
@@ -114,6 +118,9 @@ def find_adapter(name: str, arguments: ModelArguments) -> SavedAdapter | None:
         )
     with refusals(*_FAILURES, AttributeError, prefix=f"{flag}: its adapter_config.json cannot be used: "):
         config = PeftConfig.from_pretrained(name)
+        if config.peft_type is None:
+            raise ValueError("it names no peft_type")
+    config.inference_mode = False  # as which all are saved
     if config.peft_type != "LORA":
         raise UsageError(
             f"{flag}: is an adapter of the kind {config.peft_type.value}; only LoRA adapters can be trained on"

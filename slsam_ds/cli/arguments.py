@@ -104,7 +104,7 @@ class DataArguments:
         metadata={
             "metavar": "COLUMN",
             "help": "Conversations, [{role, content}, ...], put through the tokenizer's chat template; the loss is on "
-            "the assistant's turns. Default: messages, where there is such a column.",
+            "the assistant's turns, but for those of weight 0. Default: messages, where there is such a column.",
         },
     )
     tools_column: str | None = field(

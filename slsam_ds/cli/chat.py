@@ -63,7 +63,7 @@ class Conversations:
         """Token ids, labels, and the number of assistant turns that could not be located.
 
         Args:
-            messages: At least one; see `read_messages`.
+            messages: At least one; see `read_messages`. Turns of weight 0 are not learned.
             tools: What the assistant may call; see `read_tools`.
             where: Names the row in messages.
 
@@ -73,7 +73,8 @@ class Conversations:
         with refusals(Exception, prefix=f"{where}: the chat template refuses it: "):  # it may compute anything
             self._check_complete(messages, tools, where)
             template = self._tokenizer.get_chat_template(tools=tools)
-            if "{% generation" in template.replace("{%-", "{%"):
+            leaves_out = any(message.get("weight") == 0 for message in messages)  # which marks cannot tell
+            if "{% generation" in template.replace("{%-", "{%") and not leaves_out:
                 out = self._tokenizer.apply_chat_template(
                     messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
                 )
@@ -82,7 +83,7 @@ class Conversations:
             text = self._render(messages, tools)
             spans = []
             for turn, message in enumerate(messages):
-                if message["role"] == "assistant":
+                if message["role"] == "assistant" and message.get("weight") != 0:
                     before = self._render(messages[:turn], tools, add_generation_prompt=True) if turn else ""
                     spans.append((before, self._render(messages[: turn + 1], tools)))
         ids = self._ids(text)

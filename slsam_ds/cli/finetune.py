@@ -87,7 +87,8 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 "or a data set with a split validation"
             )
         padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-        with refusals(ValueError):
+        # Not only of bad values: --push_to_hub makes its repository now, and --use_liger_kernel imports it.
+        with refusals(ValueError, OSError, ImportError):
             trainer = SLSAMTrainer(
                 model=model,
                 args=args,

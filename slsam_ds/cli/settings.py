@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import DeepSpeedPlugin
-from transformers import Trainer, TrainingArguments
+from transformers import IntervalStrategy, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from slsam_ds.cli.adapters import given_lora_flags
 from slsam_ds.cli.arguments import DEMO_DEFAULTS, DataArguments, ModelArguments, describe_unknown
@@ -142,6 +143,8 @@ def _check_combinations(given: Any, *, with_deepspeed: bool) -> None:
     ):
         if getattr(given, name) < 1:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a number of at least 1")
+    if not 0 <= given.seed < 2**32:  # numpy's range
+        raise UsageError(f"--seed {given.seed}: choose a number from 0 to {2**32 - 1}")
     for name in _FINITE:
         if not 0 <= getattr(given, name) < math.inf:
             raise UsageError(f"--{name} {getattr(given, name)}: choose a finite number of at least 0")
@@ -217,6 +220,8 @@ def _check_training(training: TrainingArguments) -> None:
             f"--metric_for_best_model {training.metric_for_best_model}: not measured here; an evaluation gives "
             + ", ".join(f"eval_{name}" for name in _EVAL_METRICS)
         )
+    if training.save_strategy == SaveStrategy.BEST and training.eval_strategy == IntervalStrategy.NO:
+        raise UsageError("--save_strategy best: nothing would be saved without evaluation: give --eval_strategy too")
     available = get_available_reporting_integrations()
     for name in training.report_to:
         if name not in available:

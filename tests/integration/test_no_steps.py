@@ -29,7 +29,7 @@ CASES: list[tuple[dict[str, Any], type, str | None]] = [
     ({"dataloader_drop_last": True, "per_device_train_batch_size": 4, "max_steps": -1}, Few, "leave out dataloader_dr"),
     ({"max_steps": 0}, Few, "max_steps=0 with num_train_epochs=3: no step would be taken"),
     ({"max_steps": -1, "num_train_epochs": 0}, Few, "max_steps=-1 with num_train_epochs=0: no step would be taken"),
-    ({}, Nothing, "training ended without a step"),
+    ({"accelerator_config": {"dispatch_batches": False}}, Nothing, "training ended without a step"),
     ({"dataloader_drop_last": True, "per_device_train_batch_size": 3, "max_steps": 1}, Few, None),
     ({"per_device_train_batch_size": 4, "max_steps": 1}, Few, None),
 ]

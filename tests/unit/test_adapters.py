@@ -90,7 +90,8 @@ def test_adapters_that_cannot_be_trained_on_are_one_sentence(base: Path, adapter
     assert "does not name its model" in refusal(with_settings(base_model_name_or_path=None))
     assert "its model /nowhere: no such folder" in refusal(with_settings(base_model_name_or_path="/nowhere"))
     assert "is an adapter itself" in refusal(with_settings(base_model_name_or_path=str(adapter)))
-    for name, size in (("deeper", {"num_blocks": 5}), ("wider", {"hidden": 64})):
+    others = {"deeper": {"num_blocks": 5}, "shallower": {"num_blocks": 3}, "wider": {"hidden": 64}}
+    for name, size in others.items():
         tiny_llama(**size).save_pretrained(tmp_path / name)  # type: ignore[arg-type]
         assert "does not fit its model" in refusal(with_settings(base_model_name_or_path=str(tmp_path / name)))
     tiny_llama().save_pretrained(adapter)

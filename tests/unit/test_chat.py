@@ -22,7 +22,7 @@ TOOLS_TEMPLATE = (
     "{% for call in m.tool_calls or [] %}call {{ call.function.name }}"
     "{% for key, value in call.function.arguments|items %} {{ key }}={{ value }}{% endfor %}{% endfor %}"
     "</s>{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}"
-    "\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 UNMARKED_TOOLS_TEMPLATE = TOOLS_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
@@ -61,10 +61,18 @@ def test_tools_and_calls_are_written_and_only_the_assistant_is_learned(template:
     assert learned.replace("\n", "") == "call weather city=rome</s>yes</s>"
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE], ids=["no marks", "marks"])
+def test_turns_of_weight_zero_are_not_learned(template: str) -> None:
+    turns = [("user", "one", None), ("assistant", "two", 0), ("user", "three", None), ("assistant", "four", 1)]
+    messages = [{"role": role, "content": content, "weight": weight} for role, content, weight in turns]
+    assert encode({"messages": messages}, template)[1].strip() == "four</s>"
+
+
 def test_what_arrow_fills_in_is_not_written(tmp_path: Path) -> None:
     """In a parquet file all structs of a column have all keys."""
     other = {"type": "function", "function": {"name": "time", "arguments": {"zone": "utc"}}}
-    conversations = [CONVERSATION, [CONVERSATION[0], {"role": "assistant", "content": None, "tool_calls": [other]}]]
+    asked = {"role": "user", "content": "is it hot"}  # nor can a column hold both text and parts
+    conversations = [[asked, *CONVERSATION[1:]], [asked, {"role": "assistant", "content": None, "tool_calls": [other]}]]
     table = Dataset.from_list([{"messages": messages, "tools": TOOLS} for messages in conversations])
     table.to_parquet(tmp_path / "a.parquet")
     for rows in (read_files("--train_file", [str(tmp_path / "a.parquet")]), Rows.of_table("data", table)):

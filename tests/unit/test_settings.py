@@ -114,6 +114,10 @@ def _json(path: Path, **changes: object) -> str:
             ["--metric_for_best_model", "accuracy"],
             "--metric_for_best_model accuracy: not measured here; an evaluation gives eval_loss, eval_runtime",
         ),
+        (
+            ["--save_strategy", "best", "--metric_for_best_model", "loss"],
+            "--save_strategy best: nothing would be saved",
+        ),
         (["--max_steps", "0"], "max_steps=0 with num_train_epochs=3: no step would be taken"),
         (["--num_train_epochs", "0"], "max_steps=-1 with num_train_epochs=0: no step would be taken"),
         (["--warmup_steps", "-1"], "warmup_steps"),
@@ -121,6 +125,7 @@ def _json(path: Path, **changes: object) -> str:
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: choose a number of at least 1"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: choose"),
         (["--learning_rate=-1"], "--learning_rate -1.0: choose a finite number of at least 0"),
+        (["--seed", "-1"], "--seed -1: choose a number from 0 to 4294967295"),
         (["--learning_rate", "nan"], "--learning_rate nan: choose"),
         (["--optim", "lion_8bit"], "--optim lion_8bit: "),
         (["--output_dir", "/dev/null/run"], "--output_dir /dev/null/run: cannot be written to (Not a directory)"),
