@@ -8,6 +8,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from slsam_ds.engines.deepspeed.config import take_block
 from slsam_ds.engines.ranks import ProcessGroupRanks
+from slsam_ds.model.compiled import whole_graph
 
 
 def check_trainer(trainer: Any, mixin: type) -> None:
@@ -74,7 +75,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
         ValueError: Naming the setting and what to use.
     """
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError("dynamo_backend: a graph of the whole model fits one sample of layers; leave it out")
+        raise whole_graph("dynamo_backend")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     if accelerator.mixed_precision not in ("no", "bf16"):

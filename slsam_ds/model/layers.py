@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slsam_ds.config import OtherParameters, SLSAMConfig
+from slsam_ds.model.compiled import check_not_compiled
 from slsam_ds.model.forward_order import used_before
 from slsam_ds.shards import whole_shape
 
@@ -121,14 +122,16 @@ def find_layers(
 
     Raises:
         ValueError: No stack of blocks or several comparable ones, a pattern that matches nothing trainable, a
-            parameter matched by two patterns, or no arm at all.
+            parameter matched by two patterns, no arm at all, or several arms in one compiled graph.
     """
     stack = None
     if patterns is None:
         path, stack = _find_stack(model)
+        check_not_compiled(model, [list(block.parameters()) for block in stack.children()])
         arms, others = _arms_by_structure(model, path, stack, with_others=other_parameters == "arms")
     else:
         arms, others = _arms_by_pattern(model, patterns)
+        check_not_compiled(model, [[parameter for _, parameter in named] for _, _, named in arms])
     filled = [(name, tuple(parameters), depth) for name, depth, parameters in arms if parameters]
     if not filled:
         raise ValueError(
