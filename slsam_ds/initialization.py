@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.model.compiled import whole_graph
 from slsam_ds.model.micro_batches import LossFunction
 from slsam_ds.plan import StepResult
 from slsam_ds.records.metrics import step_metrics
@@ -81,6 +82,14 @@ class SLSAMEngine:
         if result is not None:
             self._tell_monitor(result)
         return result
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            ValueError: Saying what to compile instead.
+        """
+        raise whole_graph("engine.compile()")
 
     def save_checkpoint(
         self,
@@ -175,11 +184,18 @@ def initialize(
     model: nn.Module | None = None,
     optimizer: Any = None,
     model_parameters: Any = None,
-    *,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Any = None,
     config: Any = None,
+    mesh_param: Any = None,
+    config_params: Any = None,
+    *,
     slsam: SLSAMConfig | Mapping[str, Any] | None = None,
     total_steps: int | None = None,
-    **kwargs: Any,
 ) -> tuple[SLSAMEngine, Any, Any, Any]:
     """`deepspeed.initialize`, with SL-SAM's step in the engine it returns.
 
@@ -188,10 +204,17 @@ def initialize(
         model: The module to train.
         optimizer: A torch optimizer, or a function from parameter groups to one; None: the JSON's, or AdamW.
         model_parameters: What to train, where the optimizer does not say; None: all trainable parameters.
+        training_data: As in `deepspeed.initialize`, like all that is not described here.
+        lr_scheduler: A scheduler, or a function from the optimizer to one; None: the JSON's, or none.
+        distributed_port: Likewise.
+        mpu: Likewise.
+        dist_init_required: Likewise.
+        collate_fn: Likewise.
         config: DeepSpeed's JSON (path or dict). Its `slsam` block holds SL-SAM's knobs; "auto" values are resolved.
+        mesh_param: As in `deepspeed.initialize`.
+        config_params: An older name of `config`.
         slsam: SL-SAM's knobs, in place of the block.
-        total_steps: Length of the run; `gamma="auto"` needs it.
-        **kwargs: Everything else that `deepspeed.initialize` takes: `training_data`, `lr_scheduler`, ...
+        total_steps: Length of the run; `gamma="auto"` needs it, and so do some schedulers.
 
     Returns:
         engine, optimizer, dataloader, scheduler.
@@ -204,16 +227,27 @@ def initialize(
 
     if model is None:
         raise ValueError("slsam_ds.initialize needs a model")
-    config = config if config is not None else getattr(args, "deepspeed_config", None)
-    if config is None:
+    configs = [each for each in (config, config_params, getattr(args, "deepspeed_config", None)) if each is not None]
+    if not configs:
         raise ValueError("slsam_ds.initialize needs a DeepSpeed configuration: config=PATH or a dict")
-    ds_config, block = read_config(config)
+    ds_config, block = read_config(configs[0])
     knobs = SLSAMConfig.of(slsam, block)
-    lr_scheduler = kwargs.get("lr_scheduler")
     built = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
     layer_map = split_by_layer(model, built, knobs, lr_scheduler if hasattr(lr_scheduler, "step") else None)
     engine, zero, loader, scheduler = build_engine(
-        model, ds_config, layer_map, optimizer=optimizer, model_parameters=model_parameters, **kwargs
+        model,
+        ds_config,
+        layer_map,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        distributed_port=distributed_port,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        mesh_param=mesh_param,
+        total_steps=total_steps,
     )
     return (
         SLSAMEngine(engine, assemble(engine, None, knobs, layer_map, total_steps=total_steps)),

@@ -1,17 +1,21 @@
 """Building a DeepSpeedEngine whose optimizer keeps one parameter group per arm."""
 
+import functools
 import logging
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from slsam_ds.engines.deepspeed.config import check_config
+from slsam_ds.engines.deepspeed.config import check_config, offload_device
 from slsam_ds.engines.deepspeed.operator_locks import warn_of_abandoned_locks
+from slsam_ds.engines.deepspeed.settings import value_at, without_auto
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import split_param_groups
 
@@ -34,6 +38,7 @@ def build_engine(
     optimizer: Any = None,
     model_parameters: Any = None,
     lr_scheduler: Any = None,
+    total_steps: int | None = None,
     **kwargs: Any,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
     """`deepspeed.initialize` with parameter groups split by arm, and AdamW where no optimizer is given.
@@ -45,13 +50,17 @@ def build_engine(
         optimizer: A torch optimizer whose groups are split by arm, or a function from parameter groups to one.
         model_parameters: What an optimizer from the JSON or from a function trains, as in `deepspeed.initialize`.
         lr_scheduler: A scheduler, or a function from the optimizer to one.
+        total_steps: Length of the run, for a scheduler of the JSON that leaves it open.
         **kwargs: Passed on to `deepspeed.initialize`.
 
     Returns:
         engine, optimizer, dataloader, scheduler: as `deepspeed.initialize`.
+
+    Raises:
+        ValueError: A setting that is not supported, or that DeepSpeed refuses.
     """
-    config = _resolve_auto(config, model)
     check_config(config)
+    config = _resolve_auto(config, model, optimizer, total_steps)
     if isinstance(model, PipelineModule):
         raise ValueError("PipelineModule: pipeline parallelism is not supported; pass a module that runs as a whole")
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -59,25 +68,25 @@ def build_engine(
         model_parameters = split_param_groups(trained, layer_map)
         if optimizer is None and "optimizer" not in config:
             logger.info("no optimizer given: AdamW with lr=%g", _DEFAULT_LEARNING_RATE)
-            if _offloads_optimizer(config):  # torch's would be slow on the CPU, DeepSpeed has one of its own
+            if (
+                offload_device(config, "offload_optimizer") != "none"
+            ):  # torch's would be slow on the CPU, DeepSpeed has one of its own
                 config["optimizer"] = {"type": "AdamW", "params": {"lr": _DEFAULT_LEARNING_RATE, "weight_decay": 0.01}}
             else:
                 optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
     warn_of_abandoned_locks()
-    engine, *others = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=model_parameters,
-        lr_scheduler=lr_scheduler,
-        config=config,
-        **kwargs,
-    )
+    try:
+        engine, *others = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            lr_scheduler=lr_scheduler,
+            config=config,
+            **kwargs,
+        )
+    except (AssertionError, DeepSpeedConfigError) as error:  # by either, DeepSpeed refuses a configuration
+        raise ValueError(f"deepspeed.initialize: {str(error) or 'refused'}") from error
     return engine, *others
-
-
-def _offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
 
 
 def _trained_parameters(layer_map: LayerMap) -> list[nn.Parameter]:
@@ -85,19 +94,35 @@ def _trained_parameters(layer_map: LayerMap) -> list[nn.Parameter]:
     return in_arms + [parameter for _, parameter in layer_map.always]
 
 
-def _resolve_auto(config: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Fill in the "auto" values that Hugging Face's Trainer would; other "auto"s give way to DeepSpeed's defaults."""
+def _resolve_auto(
+    config: Mapping[str, Any], model: nn.Module, optimizer: Any = None, total_steps: int | None = None
+) -> dict[str, Any]:
+    """Fill in the "auto" values that Hugging Face's Trainer would; other "auto"s give way to DeepSpeed's defaults.
+
+    Raises:
+        ValueError: A scheduler that needs the length of the run, which nobody tells.
+    """
     dtype = next(model.parameters()).dtype
-    precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    resolved: dict[str, Any] = {}
-    for key, value in config.items():
-        if value == "auto":
-            if key in _AUTO_DEFAULTS:
-                resolved[key] = _AUTO_DEFAULTS[key]
-                logger.info("%s=auto: using %s", key, resolved[key])
-        elif isinstance(value, Mapping):
-            filled = {inner: precision[key] for inner in value if key in precision and value[inner] == "auto"}
-            resolved[key] = {inner: item for inner, item in value.items() if item != "auto"} | filled
-        else:
-            resolved[key] = value
+    rates = [getattr(optimizer, "defaults", {}).get("lr"), value_at(config, "optimizer.params.lr")]
+    rate = next((each for each in rates if each not in (None, "auto")), _DEFAULT_LEARNING_RATE)
+    filled: dict[str, Any] = {
+        **_AUTO_DEFAULTS,
+        "bf16.enabled": dtype == torch.bfloat16,
+        "fp16.enabled": dtype == torch.float16,
+        "optimizer.params.lr": _DEFAULT_LEARNING_RATE,
+        "optimizer.params.weight_decay": 0.0,
+        "scheduler.params.warmup_min_lr": 0.0,
+        "scheduler.params.warmup_max_lr": rate,
+        "scheduler.params.warmup_num_steps": 1,  # none is refused by DeepSpeed
+        "scheduler.params.total_num_steps": total_steps,
+    }
+    resolved = without_auto(config)
+    for path, value in filled.items():
+        if value_at(config, path) != "auto":
+            continue
+        if value is None:
+            raise ValueError(f'{path}="auto": give a number, or total_steps to slsam_ds.initialize')
+        *outer, key = path.split(".")
+        functools.reduce(operator.getitem, outer, resolved)[key] = value
+        logger.info("%s=auto: using %s", path, value)
     return resolved

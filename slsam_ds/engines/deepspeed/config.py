@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -9,17 +10,16 @@ from typing import Any, get_args
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from pydantic import BaseModel, ValidationError
 
 from slsam_ds.engines.deepspeed.internals import check_version
+from slsam_ds.engines.deepspeed.settings import REFUSED, SECTIONS, VALUES, check_settings, without_auto
 
-_SECTIONS = (
-    "zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "activation_checkpointing", "checkpoint",
-    "hybrid_engine",
-)  # fmt: skip
-_NUMBERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-_USUAL_KEYS = (*_SECTIONS, *_NUMBERS, "slsam")
-_SURELY = 0.8  # no other key that DeepSpeed 0.19 reads is so similar to one of these
+logger = logging.getLogger(__name__)
+
+_KNOWN = (*SECTIONS, *VALUES, "slsam")
+_SURELY = 0.85  # so similar to one of these, it was meant as that
 _MODELS: Mapping[str, type[DeepSpeedConfigModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
@@ -77,35 +77,42 @@ def check_config(config: Mapping[str, Any]) -> None:
         ValueError: Naming the setting, its value and what to use.
     """
     check_version()
-    _refuse_misspelt(config)
-    for name in _SECTIONS:
-        if not isinstance(config.get(name, {}), Mapping):
-            raise ValueError(f"{name}={config[name]!r}: expected a section, like {{...}}")
+    _look_for_unknown(config)
+    config = without_auto(config)  # whoever resolves those keeps to what is allowed
+    check_settings(config)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_optimization.stage={stage}: choose 0, 1, 2 or 3")
-    parsed = {name: _parse_section(name, config.get(name, {})) for name in _MODELS}
+    for name in _MODELS:
+        _parse_section(name, config.get(name, {}))
     for name in ("offload_optimizer", "offload_param"):
-        offload = getattr(parsed["zero_optimization"], name)  # where older spellings of it have gone, too
-        if offload is not None and offload.device not in ("none", "cpu"):
-            raise ValueError(f"zero_optimization.{name}.device={offload.device}: not supported yet; use cpu")
-    if config.get("checkpoint", {}).get("load_universal") is True:  # its step counters are another layer's
-        raise ValueError(
-            "checkpoint.load_universal=true: not supported; leave it out, slsam_ds loads plain checkpoints of any "
-            "number of ranks"
-        )
-    if config.get("hybrid_engine", {}).get("enabled") is True:
-        raise ValueError("hybrid_engine.enabled=true: not supported; switch it off")
+        if offload_device(config, name) not in ("none", "cpu"):
+            device = offload_device(config, name)
+            raise ValueError(f"zero_optimization.{name}.device={device}: not supported yet; use cpu")
     if stage == 0 and config.get("fp16", {}).get("enabled") is True:
         raise ValueError("fp16.enabled=true: needs zero_optimization.stage 1, 2 or 3; or use bf16 or float32")
 
 
-def _refuse_misspelt(config: Mapping[str, Any]) -> None:
+def offload_device(config: Mapping[str, Any], name: str) -> str:
+    """Where it is offloaded to, also where the configuration says so in an older way (`"cpu_offload": true`).
+
+    Args:
+        config: DeepSpeed's.
+        name: `"offload_optimizer"` or `"offload_param"`.
+    """
+    offload = getattr(_parse_section("zero_optimization", config.get("zero_optimization", {})), name)
+    return "none" if offload is None else str(OffloadDeviceEnum(offload.device).value)
+
+
+def _look_for_unknown(config: Mapping[str, Any]) -> None:
     """Refuse what was surely meant as another key: DeepSpeed ignores, without a word, any that it does not know."""
     for key in config:
-        near = difflib.get_close_matches(key, _USUAL_KEYS, n=1, cutoff=_SURELY)
-        if key not in _USUAL_KEYS and near:
+        if key in _KNOWN or key in REFUSED:
+            continue
+        near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=_SURELY)
+        if near:
             raise ValueError(f"{key}: unknown key; did you mean {near[0]!r}?")
+        logger.warning("%s: DeepSpeed reads no such key of its configuration", key)
 
 
 def _parse_section(name: str, values: Mapping[str, Any]) -> DeepSpeedConfigModel:
