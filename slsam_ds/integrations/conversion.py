@@ -49,8 +49,8 @@ class ConvertedTrainer(SLSAMMixin):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the original class, which is the one to be found by its name; made anew, it is converted anew."""
-        make, (_, *given), *state = super().__reduce_ex__(protocol)
-        return make, (self._original, *given), *state
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _make_anew, (self._original,), *state
 
 
 @functools.cache
@@ -71,6 +71,11 @@ def converted(trainer_class: type[Trainer], choose: Choose) -> type[Trainer]:
     same = {name: getattr(trainer_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"_choose": staticmethod(choose), "_original": trainer_class}
     return type(trainer_class.__name__, (ConvertedTrainer, trainer_class), same | own)
+
+
+def _make_anew(trainer_class: type[Trainer]) -> Trainer:
+    """For `pickle` and `copy`: an instance without attributes, which they set."""
+    return trainer_class.__new__(trainer_class)
 
 
 def _changed(config: SLSAMConfig) -> str:
