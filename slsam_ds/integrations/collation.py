@@ -53,8 +53,9 @@ def take_sizes(batches: Sequence[Any], batch_size: int) -> list[int] | None:
     Raises:
         ValueError: It is not told, and there are more rows than samples.
     """
-    sizes = [batch.pop(_SIZE, None) if isinstance(batch, MutableMapping) else None for batch in batches]
-    if None not in sizes:
+    told = (batch.pop(_SIZE, None) if isinstance(batch, MutableMapping) else None for batch in batches)
+    sizes = [int(size) for size in told if size is not None]
+    if len(sizes) == len(batches):
         return sizes
     rows = max(map(num_samples, batches), default=0)
     if rows > batch_size:

@@ -73,9 +73,10 @@ def converted(trainer_class: type[Trainer], choose: Choose) -> type[Trainer]:
     return type(trainer_class.__name__, (ConvertedTrainer, trainer_class), same | own)
 
 
-def _make_anew(trainer_class: type[Trainer]) -> Trainer:
+def _make_anew(trainer_class: Any) -> Trainer:
     """For `pickle` and `copy`: an instance without attributes, which they set."""
-    return trainer_class.__new__(trainer_class)
+    made: Trainer = trainer_class.__new__(trainer_class)
+    return made
 
 
 def _changed(config: SLSAMConfig) -> str:
