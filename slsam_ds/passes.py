@@ -146,10 +146,8 @@ def _climbed_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) 
     if plan.ascent_fraction == 1:
         return window
     num, share = ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch")
-    known: Sequence[int | None] = sizes or [None] * len(window)
-    return [
-        first_samples(micro_batch, share, size) for micro_batch, size in zip(window[:num], known[:num], strict=True)
-    ]
+    size_of = dict(enumerate(sizes or ()))
+    return [first_samples(window[place], share, size_of.get(place)) for place in range(num)]
 
 
 @contextlib.contextmanager

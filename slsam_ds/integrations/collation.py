@@ -53,10 +53,10 @@ def take_sizes(batches: Sequence[Any], batch_size: int) -> list[int] | None:
     Raises:
         ValueError: It is not told, and there are more rows than samples.
     """
-    told = (batch.pop(_SIZE, None) if isinstance(batch, MutableMapping) else None for batch in batches)
-    sizes = [int(size) for size in told if size is not None]
-    if len(sizes) == len(batches):
-        return sizes
+    sizes = [batch.pop(_SIZE, None) if isinstance(batch, MutableMapping) else None for batch in batches]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(batches):
+        return known
     rows = max(map(num_samples, batches), default=0)
     if rows > batch_size:
         raise ValueError(

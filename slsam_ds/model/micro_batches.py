@@ -78,8 +78,8 @@ def first_samples(micro_batch: Any, share: float, size: int | None = None) -> An
     kept = num_kept(share, length)
 
     def divide(tensor: Tensor) -> Tensor:
-        halves = [tensor[start : start + kept] for start in range(0, len(tensor), length)]
-        return halves[0] if len(halves) == 1 else torch.cat(halves)
+        halves = torch.split(tensor, length)
+        return tensor[:kept] if len(halves) == 1 else torch.cat([half[:kept] for half in halves])
 
     return micro_batch if kept == length else map_tensors(micro_batch, divide)
 
