@@ -12,9 +12,11 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PYTEST := pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What `make test-quick` compares with.
 BASE ?= HEAD
-# Another make, whose environment is fresh and has the newest versions.
+# Another make, whose environment is fresh and has the newest versions of all but torch: without a pin, pip takes a
+# build with gigabytes of CUDA.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 NEWEST := .venv-newest
-WITH_NEWEST := env -u TORCH_EXTENSIONS_DIR $(MAKE) VENV=$(NEWEST) CONSTRAINTS=
+WITH_NEWEST := env -u TORCH_EXTENSIONS_DIR $(MAKE) VENV=$(NEWEST) CONSTRAINTS=$(NEWEST).txt
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Where DeepSpeed compiles its operators: two environments that share a place compile theirs in turn, again and again.
@@ -52,12 +54,14 @@ test-slow: $(INSTALLED)  ## the slow tests
 test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
 	$(PYTEST)
 
-test-versions:  ## `make test` with the newest version of everything, in an environment of its own
+test-versions:  ## `make test` with the newest version of everything but torch, in an environment of its own
 	rm -rf $(NEWEST)
+	echo "torch==$(TORCH)" > $(NEWEST).txt
 	$(WITH_NEWEST) test
 
-constraints:  ## renew constraints.txt: the newest versions, once everything has passed with them
+constraints:  ## renew constraints.txt: the newest versions, of torch TORCH's, once everything has passed with them
 	rm -rf $(NEWEST)
+	echo "torch==$(TORCH)" > $(NEWEST).txt
 	$(WITH_NEWEST) lint test-full
 	echo "# Everything passed with these versions on $$(date +%F). \`make constraints\` renews them." > constraints.txt
 	$(NEWEST)/bin/python -m pip list --format freeze --exclude-editable --exclude pip \
@@ -87,5 +91,5 @@ format: $(INSTALLED)  ## let ruff rewrite
 	ruff format .
 
 clean:  ## remove .venv, caches and the outputs of runs
-	rm -rf $(VENV) $(NEWEST) outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(NEWEST).txt outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
