@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.on_meta import OnMeta
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.pricing.calibration import calibrate, requiring_grad
+from slsam_ds.pricing.calibration import calibrate, flop_counter, requiring_grad
 from slsam_ds.pricing.cost import CostModel, PriceList
 from slsam_ds.protocol import ALWAYS, Engine
 
@@ -103,7 +102,7 @@ def count(
         activations = PriceList(tuple(base + recomputed for base in kept.base), kept.share)
     costs = calibrate(engine, model, layers, run)
     engine.end_step()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         run()
     blocks = tuple(_num_weights(block) for block in layers.stack.children())
     return Counted(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap
@@ -61,6 +61,21 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
     return places.solve(_Flops.read(deepest), _Flops.read(in_the_middle), middle, ends=ends)
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's own, with the backward of grouped convolutions put right."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(
+    grad_shape: Any, input_shape: Any, weight_shape: Any, *others: Any, out_shape: Any = None
+) -> int:
+    """Either gradient costs what the forward does. torch (2.13) counts a weight's for every pair of channels, also
+    where groups keep them apart: as many times too dear as there are groups.
+    """
+    *_, transposed, _output_padding, _groups, needed = others  # as `aten.convolution_backward` has them
+    return int(conv_flop_count(input_shape, weight_shape, grad_shape, transposed) * sum(needed[:2]))
+
+
 @contextlib.contextmanager
 def requiring_grad(block: nn.Module) -> Iterator[list[bool]]:
     """Within, notes for each run of the block whether its input requires a gradient.
@@ -86,7 +101,7 @@ def _count(model: nn.Module, blocks: Sequence[nn.Module], run: Callable[[], obje
     Columns: all, and products with weights alone. Forward's rows leave out what backward runs a second time. Shape
     (len(blocks) + 3, 2), float64.
     """
-    counter = FlopCounterMode(display=False)
+    counter = flop_counter()
     flops = torch.zeros(len(blocks) + 3, 2, dtype=torch.float64)
 
     def now() -> Tensor:

@@ -20,6 +20,7 @@ from transformers import (
     ResNetConfig,
     SwinConfig,
     Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
 )
 
 from slsam_ds.cli.estimate import main
@@ -31,6 +32,7 @@ from slsam_ds.estimate.counting import Counted, count
 from slsam_ds.estimate.draws import find_draws
 from slsam_ds.estimate.modes import Mode, compare
 from slsam_ds.estimate.sharding import RunSetup
+from slsam_ds.model.forward_order import example_inputs
 from slsam_ds.model.layers import map_layers
 from slsam_ds.pricing.cost import PriceList
 from slsam_ds.protocol import ALWAYS
@@ -264,7 +266,7 @@ OTHER_SHAPES: dict[str, tuple[PreTrainedConfig, int]] = {
         ResNetConfig(**VISION, embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 2, 1, 1]),
         224,
     ),
-    "SwinForImageClassification": (SwinConfig(**VISION, image_size=64, embed_dim=12, depths=[1, 1, 2, 1]), 64),
+    "SwinForImageClassification": (SwinConfig(**VISION, embed_dim=12, depths=[1, 1, 2, 1]), 224),
     "ConvNextForImageClassification": (
         ConvNextConfig(**VISION, image_size=64, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 2, 1]),
         64,
@@ -281,8 +283,10 @@ OTHER_SHAPES: dict[str, tuple[PreTrainedConfig, int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("architecture", OTHER_SHAPES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [*itertools.product(OTHER_SHAPES, ["bf16"]), ("ResNetForImageClassification", "fp32")],
+)
 def test_models_of_other_shapes_are_estimated(
     architecture: str, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,23 +302,18 @@ def test_models_of_other_shapes_are_estimated(
     inputs = torch.zeros(1, size, dtype=torch.long) if flags else torch.zeros(1, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(inputs)
-    # Backward takes twice as much, but for the first layer, whose input needs no gradient.
-    assert 2.5 < found["modes"][0]["flops"]["mean"] / counter.get_total_flops() < 3.3
+    # Backward takes twice as much; once for the first layer, whose input needs no gradient (half of this ResNet), and
+    # two and a half times for fused attention, which computes scores again.
+    assert 2 < found["modes"][0]["flops"]["mean"] / counter.get_total_flops() < 3.5
 
 
-@pytest.mark.parametrize(
-    ("config", "architecture", "sentence"),
-    [
-        (Wav2Vec2Config(), "Wav2Vec2ForSequenceClassification", "takes input_values; known are input_ids and pixel_v"),
-    ],
-)
-def test_models_that_take_something_else_are_refused_in_a_true_sentence(
-    config: PreTrainedConfig, architecture: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config.architectures = [architecture]
-    config.save_pretrained(tmp_path)
-    assert main(["--model", str(tmp_path)]) == 2
-    assert f"error: --model {tmp_path}: {architecture} {sentence}" in capsys.readouterr().err
+def test_models_that_take_something_else_are_refused_in_a_true_sentence() -> None:
+    with torch.device("meta"):
+        model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(num_hidden_layers=1))
+    with pytest.raises(
+        ValueError, match="Wav2Vec2ForSequenceClassification takes input_values; known are input_ids and"
+    ):
+        example_inputs(model)
 
 
 @pytest.mark.parametrize(
