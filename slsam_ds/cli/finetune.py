@@ -87,8 +87,7 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
                 "or a data set with a split validation"
             )
         padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-        # Not only of bad values: --push_to_hub makes its repository now, and --use_liger_kernel imports it.
-        with refusals(ValueError, OSError, ImportError):
+        with refusals(ValueError, OSError):  # the second: --push_to_hub makes its repository now
             trainer = SLSAMTrainer(
                 model=model,
                 args=args,

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +103,6 @@ def test_everything_that_cannot_be_is_refused_before_training(world_size: int, f
         ({"output_dir": "/proc/self"}, [], "--output_dir /proc/self: cannot be written to"),
         ({}, ["--eval_strategy", "steps"], "--eval_strategy steps: there is nothing to evaluate on: give --val"),
     ]
-    if find_spec("liger_kernel") is None:
-        cases.append(({}, ["--use_liger_kernel", "True"], "`use_liger_kernel`"))
     runs = [[*make_flags(folder, **({"output_dir": "refused"} | changes)), *extra] for changes, extra, _ in cases]
     first, *others = run_on_ranks(world_size, _refuse_each, str(folder), runs, timeout=120)
     for (_, _, sentence), (code, printed) in zip(cases, first, strict=True):

@@ -25,7 +25,9 @@ TOOLS_TEMPLATE = (
     "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 UNMARKED_TOOLS_TEMPLATE = TOOLS_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("weather", "time")]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("weather", "time")
+]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "rome"}}}
 CONVERSATION = [
     {"role": "user", "content": [{"type": "text", "text": "is it "}, {"type": "text", "text": "hot"}]},
