@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DummyOptim
+from accelerate.utils import DummyOptim, DummyScheduler
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
+import slsam_ds
 from slsam_ds.integrations.accelerate import prepare
 from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
 from tests.distributed.training import Setup, follow_reference, slow
@@ -101,3 +103,66 @@ def test_the_optimizer_of_the_json_is_split_by_layer(tmp_path: Path) -> None:
     assert arms == sorted(set(arms))
     assert len(arms) > 1
     assert stepped
+
+
+EVERYTHING = {
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+    },
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False},
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "steps_per_print": 2000,
+    "slsam": {"rho": 0.02, "active_layers": 2},
+}
+WARMUP, STEPS = 2, 6
+
+
+def trained_by_a_json_that_says_everything() -> tuple[list[float], list[tuple[int, float]], str]:
+    accelerator = Accelerator(
+        gradient_accumulation_steps=ACCUMULATION, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=EVERYTHING)
+    )
+    model = tiny_llama()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = DummyOptim(groups, lr=1e-3)
+    scheduler = DummyScheduler(optimizer, total_num_steps=STEPS, warmup_num_steps=WARMUP)
+    batches = [micro_batch(step, 0, 0) for step in range(ACCUMULATION * STEPS)]
+    rows = [{name: tokens[row] for name, tokens in batch.items()} for batch in batches for row in range(2)]
+    loaders = [torch.utils.data.DataLoader(rows, batch_size=2) for _ in range(2)]
+    slsam, model, optimizer, loader, held_out, scheduler = prepare(accelerator, model, optimizer, *loaders, scheduler)
+    rates = []
+    for window in slsam_ds.windows(loader, accelerator.gradient_accumulation_steps):
+        assert not slsam.step(window).skipped
+        optimizer.step()  # which a loop may keep: Accelerate's do nothing here
+        scheduler.step()
+        optimizer.zero_grad()
+        rates.append(optimizer.param_groups[0]["lr"])
+    model.eval()
+    with torch.no_grad():
+        assert model(**next(iter(held_out))).loss.isfinite()
+    model.train()
+    with pytest.raises(RuntimeError) as raised:  # and what a loop must not keep
+        accelerator.backward(model(**next(iter(loader))).loss)
+    decays = [(group["arm"], group["weight_decay"]) for group in optimizer.param_groups]
+    return rates, decays, str(raised.value)
+
+
+def test_a_json_that_says_everything_with_placeholders_as_in_accelerates_example() -> None:
+    rates, decays, refusal = run_on_ranks(1, trained_by_a_json_that_says_everything)[0]
+    alone = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    schedule = WarmupDecayLR(alone, total_num_steps=STEPS, warmup_max_lr=1e-3, warmup_num_steps=WARMUP)
+    expected = []
+    for _ in range(STEPS):
+        schedule.step()
+        expected.append(alone.param_groups[0]["lr"])
+    assert rates == pytest.approx(expected)
+    assert len(set(rates)) > 2
+    assert {decay for _, decay in decays} == {0.1, 0.0}
+    assert [arm for arm, _ in decays] == sorted(arm for arm, _ in decays)
+    assert "slsam.step(window)" in refusal

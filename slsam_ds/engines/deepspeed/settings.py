@@ -131,7 +131,7 @@ def _check_type(
 ) -> None:
     """Refuse a section that names nothing that DeepSpeed could build, or nothing at all: it would be passed over."""
     section = config.get(name)
-    if not section:
+    if section is None:
         return
     asked = section.get("type")
     if not isinstance(asked, str):
