@@ -22,7 +22,7 @@ from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap, map_layers
 from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
-from slsam_ds.model.param_groups import regroup
+from slsam_ds.model.param_groups import regroup, sets_own_rate
 from slsam_ds.model.reuse import PrefixReuse
 from slsam_ds.passes import BeginPass, ForwardBackward
 from slsam_ds.plan import StepResult
@@ -99,6 +99,13 @@ class SLSAM:
             )
         guard(model, optimizer)
         engine.end_step()
+        if config.update_scale != "none" and sets_own_rate(engine.optimizer.param_groups):
+            logger.warning(
+                "%s sets its own learning rate: slsam.update_scale=%s has no effect, layers that are seldom updated "
+                "learn more slowly",
+                type(engine.optimizer).__name__,
+                config.update_scale,
+            )
         engine.optimizer_state_home = torch.device("cpu") if config.offload_state else None
         self._fingerprint = layers.fingerprint()
         selector = make_selector(config, len(layers), total_steps=total_steps)

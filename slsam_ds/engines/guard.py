@@ -74,7 +74,7 @@ def _refuse_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
         return
     _, *closure = args
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    at_no_rate = all(group.get("lr") == 0 for group in optimizer.param_groups)
+    at_no_rate = all(not group.get("lr") for group in optimizer.param_groups)  # None: its own
     if any(given is not None for given in (*closure, *kwargs.values())):
         raise _refusal(optimizer, "step")
     if gradients and not (

@@ -125,17 +125,18 @@ def complete_state(optimizer: torch.optim.Optimizer, *, also: Mapping[str, torch
 
 
 def _step_at_no_rate(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter]) -> None:
-    """Only the optimizer itself knows what its state looks like; at a learning rate of 0 it changes no weight."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    """Only the optimizer itself knows what its state looks like; without rate, decay and gradient no weight changes."""
+    keys = ("lr", "weight_decay")  # a rate that is None is the optimizer's own
+    given = [(g, key, g[key]) for g in optimizer.param_groups for key in keys if g.get(key) is not None]
     try:
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * 0.0
+        for group, key, value in given:
+            group[key] = value * 0.0
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         if parameters:
             optimizer.step()
     finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        for group, key, value in given:
+            group[key] = value
         for parameter in parameters:
             parameter.grad = None

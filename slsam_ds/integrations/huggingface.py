@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,10 @@ class SLSAMMixin(_TrainerMethods):
         self._slsam_metrics = MetricMeans()
         self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
+        self._given = (self.optimizer, self.lr_scheduler)
+        # Whoever has the last word in what these make: a derived trainer may override either of them.
+        for name in ("create_optimizer", "create_optimizer_and_scheduler"):
+            setattr(self, name, functools.partial(self._split_created, getattr(self, name)))
 
     def _choose_knobs(
         self, given: SLSAMConfig | Mapping[str, Any] | None, block: Mapping[str, Any] | None
@@ -95,7 +100,8 @@ class SLSAMMixin(_TrainerMethods):
     def layer_map(self) -> LayerMap:
         """The model's arms; found once per model, because a step leaves only its own trainable."""
         if self._mapped is None or self._mapped[0] is not self.model:  # `model_init` makes another
-            self._mapped = (self.model, split_by_layer(self.model, None, self.slsam_config))
+            layer_map = split_by_layer(self.model, self.optimizer, self.slsam_config, self.lr_scheduler)
+            self._mapped = (self.model, layer_map)
         return self._mapped[1]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -142,12 +148,15 @@ class SLSAMMixin(_TrainerMethods):
         check_batches(args, dataloader)
         return super().set_initial_training_values(args, dataloader, *more)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's optimizer, its parameter groups split by layer."""
+    def _split_created(self, create: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What creates the trainer's optimizer, and perhaps its scheduler; then the groups are split by layer."""
+        optimizer, lr_scheduler = self._given  # transformers forgets them under DeepSpeed
+        self.optimizer = self.optimizer if self.optimizer is not None else optimizer
+        self.lr_scheduler = self.lr_scheduler if self.lr_scheduler is not None else lr_scheduler
         layer_map = self.layer_map  # first: it freezes what the optimizer should not get to see
-        optimizer = super().create_optimizer(*args, **kwargs)
-        regroup(optimizer, layer_map)
-        return optimizer
+        created = create(*args, **kwargs)
+        regroup(created if created is not None else self.optimizer, layer_map, self.lr_scheduler)
+        return created
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own. The engine is made by then, and its checkpoint not yet loaded."""

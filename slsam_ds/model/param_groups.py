@@ -106,15 +106,23 @@ def regroup(optimizer: Any, layer_map: LayerMap, lr_scheduler: Any = None) -> No
 
 @contextlib.contextmanager
 def scaled_learning_rates(param_groups: list[dict[str, Any]], scale: Mapping[int, float]) -> Iterator[None]:
-    """Multiply each group's learning rate by its arm's factor, for the duration; schedulers never see it."""
-    original = [group["lr"] for group in param_groups]
-    for group in param_groups:
-        group["lr"] = group["lr"] * scale.get(group["arm"], 1.0)
+    """Multiply each group's learning rate by its arm's factor, for the duration; schedulers never see it.
+
+    A rate that is None is the optimizer's own business: see `sets_own_rate`.
+    """
+    original = [(group, group["lr"]) for group in param_groups if group.get("lr") is not None]
+    for group, rate in original:
+        group["lr"] = rate * scale.get(group["arm"], 1.0)
     try:
         yield
     finally:
-        for group, learning_rate in zip(param_groups, original, strict=True):
-            group["lr"] = learning_rate
+        for group, rate in original:
+            group["lr"] = rate
+
+
+def sets_own_rate(param_groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the optimizer finds a learning rate of its own, as Adafactor does with `relative_step`."""
+    return any(group.get("lr") is None or group.get("relative_step", False) for group in param_groups)
 
 
 def stepped_parameters(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> list[Tensor]:
