@@ -61,6 +61,9 @@ class SLSAMMixin(_TrainerMethods):
         ValueError: Bad knobs, or an engine that is not supported.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     was_stopped = False
     """Training ended because some rank was asked to stop by `request_stop`."""
 
