@@ -33,7 +33,7 @@ from slsam_ds.protocol import Engine
 from slsam_ds.records.files import StepWriter, write_layers
 from slsam_ds.records.metrics import MetricMeans, step_metrics
 from slsam_ds.slsam import SLSAM
-from slsam_ds.state.files import check_state, read_state, write_state
+from slsam_ds.state.files import SPLIT_VERSION, check_state, read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import Trainer as _TrainerMethods
@@ -308,7 +308,9 @@ class SLSAMMixin(_TrainerMethods):
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
             kept = {} if is_stock(checkpoint) else DIRECTIONS[self.slsam_config.ascent_source].kept
             complete_state(self.optimizer.optimizer, also=kept)
-        with self._given_groups():
+        is_ours = checkpoint is not None and not is_stock(checkpoint)
+        is_split = is_ours and read_state(checkpoint)["version"] == SPLIT_VERSION
+        with contextlib.nullcontext() if is_split else self._given_groups():
             super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
 

@@ -110,12 +110,17 @@ def _with_nested(lr_scheduler: Any) -> Iterator[Any]:
 def split_loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """Hook before `load_state_dict`: split what was saved with the groups that the optimizer was given.
 
+    What was saved split may not say of which groups: an older slsam_ds did not ask.
+
     Raises:
         ValueError: It was saved with others.
     """
     pieces, saved = optimizer.param_groups, state_dict["param_groups"]
-    if not is_split(pieces) or is_split(saved):
+    if not is_split(pieces):
         return None
+    if is_split(saved):
+        groups = [{**group, GIVEN: piece[GIVEN]} for group, piece in zip(saved, pieces, strict=False)]
+        return {**state_dict, "param_groups": groups} if len(groups) == len(saved) else None
     expected, found = list(given_of(pieces[0]).sizes), [len(group["params"]) for group in saved]
     if found != expected:
         raise ValueError(

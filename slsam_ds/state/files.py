@@ -18,6 +18,8 @@ from slsam_ds.selectors import make_selector
 
 STATE_FILE = "slsam_state.json"
 STATE_VERSION = 3
+SPLIT_VERSION = 2
+"""With this one, the optimizer's file beside the state had a group for each layer, and did not say what was given."""
 
 
 def write_state(
@@ -107,9 +109,9 @@ def check_layers(state: Mapping[str, Any], layer_map: LayerMap) -> None:
     Raises:
         ValueError: Saying what differs.
     """
-    if state.get("version") != STATE_VERSION:
+    if state.get("version") not in (SPLIT_VERSION, STATE_VERSION):
         raise ValueError(
-            f"slsam state version {state.get('version')!r}, this slsam_ds reads {STATE_VERSION}: "
+            f"slsam state version {state.get('version')!r}, this slsam_ds reads {SPLIT_VERSION} and {STATE_VERSION}: "
             "resume with the slsam_ds that saved it"
         )
     if state["layers"] == layer_map.fingerprint():
