@@ -308,9 +308,10 @@ class SLSAMMixin(_TrainerMethods):
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
             kept = {} if is_stock(checkpoint) else DIRECTIONS[self.slsam_config.ascent_source].kept
             complete_state(self.optimizer.optimizer, also=kept)
-        is_ours = checkpoint is not None and not is_stock(checkpoint)
-        is_split = is_ours and read_state(checkpoint)["version"] == SPLIT_VERSION
-        with contextlib.nullcontext() if is_split else self._given_groups():
+        was_split = (
+            checkpoint is not None and not is_stock(checkpoint) and read_state(checkpoint)["version"] == SPLIT_VERSION
+        )
+        with contextlib.nullcontext() if was_split else self._given_groups():
             super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed_from = checkpoint
 
