@@ -75,7 +75,7 @@ def step_in_autocast(setup: Setup) -> tuple[Tensor, StepResult]:
     projection.register_forward_hook(lambda module, inputs, output: read.append(module.weight.detach().clone()))
 
     result = training.step(training.window(1), loss_fn=loss_in_autocast, active=[3])
-    at_weights, above = read
+    at_weights, *_, above = read  # between them: whether the descent may start above the blocks below is tried
     assert not torch.equal(at_weights, above)
     return above, result
 
