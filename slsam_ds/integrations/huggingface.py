@@ -67,6 +67,8 @@ class SLSAMMixin(_TrainerMethods):
     was_stopped = False
     """Training ended because some rank was asked to stop by `request_stop`."""
 
+    optimizer: Any
+    lr_scheduler: Any
     _stop_requested = False
     _divides = False  # the ascent takes a part of the samples
     _is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step is under way

@@ -122,16 +122,14 @@ def find_layers(
 
     Raises:
         ValueError: No stack of blocks or several comparable ones, a pattern that matches nothing trainable, a
-            parameter matched by two patterns, no arm at all, or several arms in one compiled graph.
+            parameter matched by two patterns, or no arm at all.
     """
     stack = None
     if patterns is None:
         path, stack = _find_stack(model)
-        check_not_compiled(model, [list(block.parameters()) for block in stack.children()])
         arms, others = _arms_by_structure(model, path, stack, with_others=other_parameters == "arms")
     else:
         arms, others = _arms_by_pattern(model, patterns)
-        check_not_compiled(model, [[parameter for _, parameter in named] for _, _, named in arms])
     filled = [(name, tuple(parameters), depth) for name, depth, parameters in arms if parameters]
     if not filled:
         raise ValueError(
@@ -150,12 +148,16 @@ def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Opt
         model: The module, not yet wrapped.
         config: Says how layers are found and what becomes of the other parameters.
         optimizer: Where given, parameters it does not hold are frozen: nothing would ever update them.
+
+    Raises:
+        ValueError: As `find_layers`; or several arms are in one compiled graph.
     """
     if optimizer is not None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in held)
     layer_map = find_layers(model, other_parameters=config.other_parameters, patterns=config.layers)
+    check_not_compiled(model, [[parameter for _, parameter in layer.parameters] for layer in layer_map])
     for _, parameter in layer_map.frozen:
         parameter.requires_grad_(False)
     return layer_map
