@@ -67,8 +67,6 @@ class SLSAMMixin(_TrainerMethods):
     was_stopped = False
     """Training ended because some rank was asked to stop by `request_stop`."""
 
-    optimizer: Any
-    lr_scheduler: Any
     _stop_requested = False
     _divides = False  # the ascent takes a part of the samples
     _is_repeated: bool | None = None  # whether this pass over a micro-batch is its second; None: no step is under way
@@ -92,9 +90,14 @@ class SLSAMMixin(_TrainerMethods):
         self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
         self._given = (self.optimizer, self.lr_scheduler)
-        # Whoever has the last word in what these make: a derived trainer may override either of them.
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Split what the optimizer's makers make, whoever has the last word: a derived trainer may override either."""
+        super().__init_subclass__(**kwargs)
         for name in ("create_optimizer", "create_optimizer_and_scheduler"):
-            setattr(self, name, functools.partial(self._split_created, getattr(self, name)))
+            make = getattr(cls, name, None)  # of a class beside the trainer, none
+            if make is not None and not hasattr(make, "splits"):
+                setattr(cls, name, _splitting(make))
 
     def _choose_knobs(
         self, given: SLSAMConfig | Mapping[str, Any] | None, block: Mapping[str, Any] | None
@@ -323,6 +326,17 @@ class SLSAMMixin(_TrainerMethods):
             return given_schedule(self.lr_scheduler, self.optimizer.param_groups)
         optimizer: Any = self.optimizer
         return given_groups(getattr(optimizer, "optimizer", optimizer), self.lr_scheduler)
+
+
+def _splitting(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A trainer's method that makes its optimizer, whose groups are then split by layer."""
+
+    @functools.wraps(make)
+    def making(trainer: SLSAMMixin, *args: Any, **kwargs: Any) -> Any:
+        return trainer._split_created(functools.partial(make, trainer), *args, **kwargs)
+
+    making.splits = True  # type: ignore[attr-defined]
+    return making
 
 
 class SLSAMTrainer(SLSAMMixin, Trainer):

@@ -57,12 +57,13 @@ def example_inputs(model: nn.Module, batch_size: int = 1, length: int = 4) -> di
     Raises:
         ValueError: It takes something else.
     """
-    name, config = str(model.main_input_name), model.config
+    name = str(model.main_input_name)
     if name == "input_ids":
         return {name: torch.empty(batch_size, length, dtype=torch.long, device="meta")}
     if name != "pixel_values":
         raise ValueError(f"{type(model).__name__} takes {name}; known are input_ids and pixel_values")
-    size: Any = getattr(config, "image_size", _USUAL_IMAGE_SIZE)
+    config: Any = model.config
+    size = getattr(config, "image_size", _USUAL_IMAGE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size
     shape = batch_size, getattr(config, "num_channels", 3), height, width
     return {name: torch.empty(shape, dtype=next(model.parameters()).dtype, device="meta")}
