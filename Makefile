@@ -2,7 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-# The interpreter to build .venv with, and the versions to install into it; CONSTRAINTS= takes the newest.
+# The interpreter to build .venv with, and the versions to install into it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS ?= constraints.txt
 INSTALLED := $(VENV)/.installed
@@ -17,6 +17,8 @@ BASE ?= HEAD
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 NEWEST := .venv-newest
 WITH_NEWEST := env -u TORCH_EXTENSIONS_DIR $(MAKE) VENV=$(NEWEST) CONSTRAINTS=$(NEWEST).txt
+# Rows of tests/versions/rows.toml for `make test-versions`; none: all.
+ROWS ?=
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Where DeepSpeed compiles its operators: two environments that share a place compile theirs in turn, again and again.
@@ -42,7 +44,7 @@ $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
 	deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
 
-test: $(INSTALLED)  ## all tests but the slow ones: about ten minutes on two cores
+test: $(INSTALLED)  ## all tests but the slow ones: about a quarter of an hour on two cores
 	$(PYTEST) -m "not slow"
 
 test-quick: $(INSTALLED)  ## the tests nearest to what changed since BASE (default: HEAD): about a minute
@@ -54,10 +56,8 @@ test-slow: $(INSTALLED)  ## the slow tests
 test-full: $(INSTALLED)  ## all tests: every engine, size, window and precision
 	$(PYTEST)
 
-test-versions:  ## `make test` with the newest version of everything but torch, in an environment of its own
-	rm -rf $(NEWEST)
-	echo "torch==$(TORCH)" > $(NEWEST).txt
-	$(WITH_NEWEST) test
+test-versions:  ## reference and Trainer tests with other versions, old to new: an hour; writes docs/versions.md
+	env -u TORCH_EXTENSIONS_DIR $(PYTHON) -m tests.versions $(if $(ROWS),--only $(ROWS))
 
 constraints:  ## renew constraints.txt: the newest versions, of torch TORCH's, once everything has passed with them
 	rm -rf $(NEWEST)
@@ -91,5 +91,5 @@ format: $(INSTALLED)  ## let ruff rewrite
 	ruff format .
 
 clean:  ## remove .venv, caches and the outputs of runs
-	rm -rf $(VENV) $(NEWEST) $(NEWEST).txt outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(NEWEST).txt .venv-versions outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,7 +63,7 @@ def holder(name: str, **changes: Any) -> Any:
 def test_whatever_is_missing_is_named(name: str) -> None:
     check_internals(holder(name), name, offloaded=True)
     for path in tables_names(INTERNALS[name]):
-        if path in INTERNALS[name].keys:
+        if path in INTERNALS[name].keys or not INTERNALS[name].exists(path):
             continue
         lacking = holder(name)
         *parents, last = path.split(".")
@@ -88,8 +88,8 @@ def test_a_name_may_be_of_some_versions_only(monkeypatch: pytest.MonkeyPatch) ->
     assert table.group_lists(offloaded=False) == ["always", "new"]
 
 
-@pytest.mark.parametrize("version", ["0.19.7", "0.20.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.18.5", "0.20.0", "1.0"])
 def test_an_unknown_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deepspeed.__version__", version)
-    with pytest.raises(ValueError, match=rf"supports deepspeed >=0\.19\.8,<0\.20; found {version}"):
+    with pytest.raises(ValueError, match=rf"supports deepspeed >=0\.18\.6,<0\.20; found {version}"):
         check_version()

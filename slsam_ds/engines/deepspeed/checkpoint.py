@@ -25,6 +25,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from slsam_ds.engines.deepspeed.compatibility import paddings_of
 from slsam_ds.engines.deepspeed.partitions import (
     BASE,
     MASTERS,
@@ -267,8 +268,7 @@ def _layout_of(engine: DeepSpeedEngine) -> Layout:
     if _stage(engine) == 3:
         return Layout(shapes=shapes, num_ranks=num_ranks)
     sizes = [partition.numel() for partition in zero.single_partition_of_fp32_groups]
-    paddings = getattr(zero, "round_robin_bit16_padding", None)  # older versions have none
-    return Layout(shapes=shapes, num_ranks=num_ranks, sizes=sizes, paddings=paddings)
+    return Layout(shapes=shapes, num_ranks=num_ranks, sizes=sizes, paddings=paddings_of(zero))
 
 
 def _cut_anew(engine: DeepSpeedEngine, shapes: Shapes, saved: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from packaging import version
 
 Version = tuple[int, int, int]
 
-OLDEST: Version = (0, 19, 8)
+OLDEST: Version = (0, 18, 6)
 """The first version of DeepSpeed that these tables were read in."""
 
 FIRST_UNKNOWN: Version = (0, 20, 0)
@@ -84,7 +84,6 @@ INTERNALS: Mapping[str, Internals] = {
             "bfloat16_enabled",
             "checkpoint_engine.is_decoupled",
             "checkpoint_engine.load",
-            "coalesce_grad_reduction",
             "enable_backward_allreduce",
             "fp16_enabled",
             "has_moe_layers",
@@ -107,6 +106,7 @@ INTERNALS: Mapping[str, Internals] = {
             "zero_optimization_stage",
         ),
         keys=("dp_world_size", "ds_config", "frozen_param_fragments", "optimizer_state_dict", "param_shapes"),
+        since={"managed_gradient_accumulation": (0, 19, 4)},
     ),
     "DeepSpeedZeroOptimizer": Internals(
         source="deepspeed/runtime/zero/stage_1_and_2.py",
@@ -142,19 +142,23 @@ INTERNALS: Mapping[str, Internals] = {
         ),
         offloaded_lists=("param_buffer_of_bit16_for_cpu_offload_groups",),
         names=(
-            "_coalesce_grad_reduction",
             "_hp_optimizer_states_linked",
             "_update_scale",
             "allgather_bucket_size",
             "dp_process_group",
             "dtype",
             "exit_backward",
+            "get_gradient_for_reduction",
             "get_param_id",
             "gradient_accumulation_dtype",
             "loss_scale",
             "nccl_start_alignment_factor",
             "optimizer",
+            "overlapping_partition_gradients_reduce_epilogue",
+            "process_gradients",
+            "reduce_ready_partitions_and_remove_grads",
             "sequence_parallel_size",
+            "setup_buckets",
             "torch_autocast_gradscaler",
             "zenflow",
         ),
@@ -173,6 +177,11 @@ INTERNALS: Mapping[str, Internals] = {
             "partition_count",
             "single_partition_of_fp32_groups",
         ),
+        since={
+            "_wait_for_offload_copies": (0, 19, 8),
+            "round_robin_bit16_offsets": (0, 19, 7),
+            "round_robin_bit16_padding": (0, 19, 7),
+        },
     ),
     "DeepSpeedZeroOptimizer_Stage3": Internals(
         source="deepspeed/runtime/zero/stage3.py",
@@ -192,7 +201,6 @@ INTERNALS: Mapping[str, Internals] = {
         offloaded_dicts=("subgroup_to_device",),
         names=(
             "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
-            "_coalesce_grad_reduction",
             "_get_fp32_grad_state_partition",
             "_update_scale",
             "all2all_process_group",
@@ -203,6 +211,7 @@ INTERNALS: Mapping[str, Internals] = {
             "get_param_id",
             "grad_position",
             "gradient_accumulation_dtype",
+            "independent_gradient_partition_epilogue",
             "ipg_buckets",
             "loss_scale",
             "optimizer",
@@ -216,6 +225,7 @@ INTERNALS: Mapping[str, Internals] = {
             "parameter_offload.timers",
             "parameter_offload.zero_quantized_weights",
             "params_in_nvme_and_cpu",
+            "reduce_ready_partitions_and_remove_grads",
             "sequence_parallel_size",
             "sub_group_to_group_id",
             "swap_optimizer",
@@ -226,6 +236,7 @@ INTERNALS: Mapping[str, Internals] = {
         ),
         offloaded_names=("norm_for_param_grads", "partial_offload"),
         keys=("fp32_flat_groups", "optimizer_state_dict"),
+        since={"sub_group_partition_counts": (0, 19, 3), "sub_group_process_groups": (0, 19, 3)},
     ),
     "FP16_UnfusedOptimizer": Internals(
         source="deepspeed/runtime/fp16/unfused_optimizer.py",

@@ -5,6 +5,8 @@ from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from slsam_ds.engines.deepspeed.compatibility import accumulation_is_unmanaged
+
 
 def refuse(features: Mapping[str, bool], *, remedy: str) -> None:
     """Refuse features that would end in a silent dense or wrong step.
@@ -26,7 +28,7 @@ def unsupported_of(engine: DeepSpeedEngine) -> dict[str, bool]:
     return {
         "mixture-of-experts parameter groups": engine.has_moe_layers,
         "tensor or sequence parallelism": engine.mp_world_size > 1 or engine.sequence_parallel_size > 1,
-        "managed_gradient_accumulation=false": not engine.managed_gradient_accumulation(),
+        "managed_gradient_accumulation=false": accumulation_is_unmanaged(engine),
         "DeepCompile": engine.is_deepcompile_enabled(),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
-from slsam_ds.engines.deepspeed.step import DeepSpeedStep, narrowed, overlaid
+from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed, overlaid
 from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_of
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
@@ -39,6 +39,9 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     zero_class: ClassVar[type[ZeROOptimizer]]
     """Its table in `INTERNALS` says what it keeps per group."""
+
+    reducing_hook: ClassVar[str]
+    """What the optimizer's gradient hooks call to reduce a gradient: a method of it."""
 
     may_skip_modules = False
 
@@ -80,7 +83,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     def begin_micro_batch(self, *, last: bool) -> None: ...
 
     def backward(self, loss: Tensor) -> None:
-        with _reduction_held(self._engine):
+        with self._reduction_held():
             self._run_backward(loss)
         if self._reduces_every_micro_batch and not self._gradients_stay_local:
             self._flush()
@@ -126,6 +129,10 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     @abstractmethod
     def _param_group(self, group: int) -> int:
         """Which of the inner optimizer's parameter groups a group belongs to."""
+
+    @abstractmethod
+    def _reduce_held(self) -> None:
+        """Reduce the gradients that are on the parameters of all groups there are, as DeepSpeed's hooks would."""
 
     @abstractmethod
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
@@ -200,10 +207,20 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
             self._zero.exit_backward()  # DeepSpeed would believe itself in the middle of a backward for ever
             raise
 
+    @contextlib.contextmanager
+    def _reduction_held(self) -> Iterator[None]:
+        """Within, backward leaves local gradients on the parameters and sends nothing.
+
+        `DeepSpeedEngine.coalesce_grad_reduction` does the same since 0.19, but reduces on the way out even when the
+        pass raised, and then hangs the ranks where it did not.
+        """
+        with overlaid(self._zero, self.reducing_hook, _keep), overlaid(self._engine, "inside_no_sync_ctxt", True):
+            yield
+
     def _flush(self) -> None:
         """Let DeepSpeed average what the backward passes left on the parameters of the active arms."""
-        with self._narrowed_to(self._active), self._engine.coalesce_grad_reduction():
-            pass  # the reduction happens on the way out
+        with self._narrowed_to(self._active), boundary(self._engine, True):
+            self._reduce_held()
 
     @contextlib.contextmanager
     def _narrowed_to(self, arms: Collection[int]) -> Iterator[None]:
@@ -221,17 +238,5 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
             yield
 
 
-@contextlib.contextmanager
-def _reduction_held(engine: DeepSpeedEngine) -> Iterator[None]:
-    """Within, backward leaves local gradients on the parameters and sends nothing.
-
-    These are the two flags of `DeepSpeedEngine.coalesce_grad_reduction` (deepspeed/runtime/engine.py, 0.19.8), which
-    itself would reduce on the way out even when the pass raised, and then hang the ranks where it did not.
-    """
-    engine.optimizer._coalesce_grad_reduction = True
-    engine.inside_no_sync_ctxt = True
-    try:
-        yield
-    finally:
-        engine.optimizer._coalesce_grad_reduction = False
-        engine.inside_no_sync_ctxt = False
+def _keep(*args: Any) -> None:
+    """In the place of what would reduce a gradient."""

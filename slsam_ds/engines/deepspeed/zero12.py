@@ -12,6 +12,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
+from slsam_ds.engines.deepspeed.compatibility import wait_for_offload
 from slsam_ds.engines.deepspeed.zero import ZeroEngine
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.protocol import Piece, Shard
@@ -21,6 +22,7 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
     """SL-SAM's view of a DeepSpeedEngine with ZeRO stage 1 or 2. Its groups are the optimizer's parameter groups."""
 
     zero_class = DeepSpeedZeroOptimizer
+    reducing_hook = "process_gradients"
 
     may_skip_modules = True
 
@@ -72,6 +74,15 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
                 parameter.grad = torch.zeros_like(parameter)
         super()._flush()
 
+    def _reduce_held(self) -> None:
+        zero = self._zero
+        zero.setup_buckets()
+        for group, parameters in enumerate(zero.bit16_groups):
+            for parameter in parameters:
+                if zero.get_gradient_for_reduction(parameter) is not None:
+                    zero.reduce_ready_partitions_and_remove_grads(parameter, group)
+        zero.overlapping_partition_gradients_reduce_epilogue()
+
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
         weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
         master = self._zero.single_partition_of_fp32_groups[group]
@@ -81,7 +92,7 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
         """This rank's partition of a group, in the pieces DeepSpeed keeps its reduced gradient in (no copy)."""
         (partition,) = self._pieces(arm, group)
         if self._offloaded:
-            self._zero._wait_for_offload_copies()
+            wait_for_offload(self._zero)
             gradients = [self._zero.single_partition_of_fp32_groups[group].grad]
         else:
             gradients = self._zero.averaged_gradients[group]

@@ -32,6 +32,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     """SL-SAM's view of a DeepSpeedEngine with ZeRO stage 3. Its groups are DeepSpeed's sub-groups."""
 
     zero_class = DeepSpeedZeroOptimizer_Stage3
+    reducing_hook = "reduce_ready_partitions_and_remove_grads"
 
     may_skip_modules = True
     sends_during_backward = True  # weights in every backward, gradients in the window's last
@@ -95,6 +96,8 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         written: Iterator[Any] = self._parameters_of(arms)
         for parameter in written:
             if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered as they were
+                # Before 0.19.3, DeepSpeed believes that modules which backward has not reached go on using theirs.
+                parameter.ds_active_sub_modules.clear()
                 parameter.partition()
         self._traces.fetch_after_writes()
 
@@ -118,6 +121,14 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
             "zero_optimization.zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
             "zero_optimization.zero_quantized_gradients": zero.all2all_process_group is not None,
         }
+
+    def _reduce_held(self) -> None:
+        zero = self._zero
+        for parameters in zero.fp16_groups:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    zero.reduce_ready_partitions_and_remove_grads(parameter)
+        zero.independent_gradient_partition_epilogue()
 
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
         stepped = self._zero.fp32_partitioned_groups_flat[group]
