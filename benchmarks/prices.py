@@ -3,6 +3,7 @@
 from typing import Any
 
 from slsam_ds import SLSAM
+from slsam_ds.engines.guard import stepping
 from slsam_ds.model.micro_batches import model_loss
 from slsam_ds.pricing.calibration import calibrate
 from slsam_ds.pricing.cost import CostModel
@@ -10,6 +11,7 @@ from slsam_ds.pricing.cost import CostModel
 
 def count_costs(slsam: SLSAM, micro_batch: Any) -> CostModel:
     """FLOPs of the parts of a step on such micro-batches."""
-    return calibrate(
-        slsam.engine, slsam.model, slsam.layers, lambda: slsam.engine.backward(model_loss(slsam.model, micro_batch))
-    )
+    with stepping():  # nothing is updated
+        return calibrate(
+            slsam.engine, slsam.model, slsam.layers, lambda: slsam.engine.backward(model_loss(slsam.model, micro_batch))
+        )
