@@ -68,6 +68,7 @@ class SLSAM:
         layers: The arms.
         policy: Chooses them, and learns.
         engine: Where their shards are.
+        forwards: What the model's forwards find besides the weights.
         progress: How far the run has come.
 
     Raises:
@@ -113,8 +114,8 @@ class SLSAM:
         schedule = make_schedule(config.ascend_when, total_steps=total_steps)
         self._direction = DIRECTIONS[config.ascent_source](engine)
         self._combination = make_combination(config.descend_along)
-        self._forwards = ForwardState(model, engine.device)
-        self._prefixes = PrefixReuse(config, layers, self._forwards, may_skip_modules=engine.may_skip_modules)
+        self.forwards = ForwardState(model, engine.device)
+        self._prefixes = PrefixReuse(config, layers, self.forwards, may_skip_modules=engine.may_skip_modules)
         self._pricing = Pricing(config, layers, self.policy.use_prices, ascent_share=schedule.share)
         self._planner = Planner(
             config,
@@ -221,7 +222,7 @@ class SLSAM:
             plan,
             window,
             begin_pass,
-            state=self._forwards,
+            state=self.forwards,
             direction=self._direction,
             combination=self._combination,
             prefix=prefix,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from slsam_ds.engines.guard import is_stepping, stepping
+from slsam_ds.model.forward_state import Snapshot
 from slsam_ds.model.micro_batches import check_loss
 from slsam_ds.model.nests import map_tensors, tensors_in
 from slsam_ds.passes import ForwardBackward
@@ -59,9 +60,8 @@ class StockLoop:
     def __init__(self, engine: Any, slsam: SLSAM) -> None:
         self._engine, self._slsam = engine, slsam
         self._returned = WeakIdKeyDictionary()  # losses that nobody holds any more take their inputs along
-        self._window: list[_Call] = []
-        self._divisors: list[float] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # and what they held before the window's first forward
+        self._window: list[tuple[_Call, float]] = []  # and what its loss is divided by
+        self._begin: Snapshot | None = None  # what the window's first forward found
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the engine returns; in training, without a graph."""
@@ -69,11 +69,9 @@ class StockLoop:
         in_training = torch.is_grad_enabled() and engine.module.training and not is_stepping()
         if not in_training or any(tensor.requires_grad for tensor in tensors_in(inputs)):
             return engine(*args, **kwargs)
-        if not self._buffers:
-            self._buffers = [(buffer, buffer.clone()) for buffer in engine.module.buffers()]
-        call = _Call(
-            map_tensors(inputs, torch.clone), RandomState.capture(self._slsam.engine.device), self._autocasts()
-        )
+        if self._begin is None:
+            self._begin = self._slsam.forwards.capture()
+        call = _Call(map_tensors(inputs, torch.clone), self._slsam.forwards.random(), self._autocasts())
         with torch.no_grad():
             output = engine(*args, **kwargs)
         loss = _loss_of(output)
@@ -95,8 +93,7 @@ class StockLoop:
                 "call engine.train_step(window, loss_fn=...) in place of forward, backward and step"
             )
         divisor = self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1
-        self._window.append(call)
-        self._divisors.append(divisor)
+        self._window.append((call, divisor))
         return loss / divisor
 
     def step(self, lr_kwargs: Any = None) -> StepResult | None:
@@ -117,23 +114,23 @@ class StockLoop:
             return None
         if lr_kwargs:
             raise ValueError("engine.step(lr_kwargs): not supported; give the scheduler what it needs beforehand")
-        num_steps, now = engine.micro_steps, RandomState.capture(self._slsam.engine.device)
-        for buffer, before in self._buffers:
-            buffer.copy_(before)
+        micro_steps, now = engine.micro_steps, self._slsam.forwards.random()
+        assert self._begin is not None
+        self._begin.replay()
         try:
-            result = self._slsam.step_with([call.inputs for call in self._window], self._begin_pass)
+            result = self._slsam.step_with([call.inputs for call, _ in self._window], self._begin_pass)
         finally:
             now.replay()
-            engine.micro_steps = num_steps  # the others of the window were counted when they came
+            engine.micro_steps = micro_steps  # the others of the window were counted when they came
             self._returned.clear()
-            for kept in (self._window, self._divisors, self._buffers):
-                kept.clear()
+            self._window.clear()
+            self._begin = None
         engine.micro_steps += 1
         return result
 
     def _begin_pass(self, micro_batches: Sequence[Any]) -> ForwardBackward:
         # The ascent may take the first of them only, and of each the first samples only.
-        calls = dict(zip(map(id, micro_batches), zip(self._window, self._divisors, strict=True), strict=False))
+        calls = dict(zip(map(id, micro_batches), self._window, strict=False))
 
         def forward_backward(micro_batch: Any) -> Tensor:
             call, divisor = calls[id(micro_batch)]

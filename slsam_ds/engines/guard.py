@@ -73,14 +73,19 @@ def _refuse_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
     if is_stepping():
         return
     _, *closure = args
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    at_no_rate = all(not group.get("lr") for group in optimizer.param_groups)  # None: its own
-    if any(given is not None for given in (*closure, *kwargs.values())):
+    computes_gradients = any(given is not None for given in (*closure, *kwargs.values()))
+    if computes_gradients or (_gradients(optimizer) and not _makes_state(optimizer)):
         raise _refusal(optimizer, "step")
-    if gradients and not (
-        at_no_rate and not any(local_elements(gradient.contiguous()).any() for gradient in gradients)
-    ):
-        raise _refusal(optimizer, "step")
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    if any(group.get("lr") for group in optimizer.param_groups):  # None: its own
+        return False
+    return not any(local_elements(gradient.contiguous()).any() for gradient in _gradients(optimizer))
 
 
 def _refusal(holder: Any, name: str) -> RuntimeError:

@@ -19,18 +19,21 @@ DROPOUT = {"dropout": 0.2}
 
 
 class Counting(nn.Module):
-    """A model whose buffer counts its forwards in training, and whose loss depends on the count."""
+    """Its loss depends on a buffer that counts its forwards in training, and on noise of a generator of its own."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__()
         self.llama = tiny_llama(**kwargs)
         self.register_buffer("num_forwards", torch.zeros(()))
+        self.noise = torch.Generator().manual_seed(0)
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
         output = self.llama(**batch)
+        noise = torch.zeros(())
         if self.training:
             self.num_forwards += 1
-        return output.loss * (1 + 0.01 * self.num_forwards), output.logits
+            noise = torch.rand((), generator=self.noise)
+        return output.loss * (1 + 0.01 * self.num_forwards + 0.1 * noise), output.logits
 
 
 class CountingSetup(Setup):

@@ -68,9 +68,8 @@ def build_engine(
         model_parameters = split_param_groups(trained, layer_map)
         if optimizer is None and "optimizer" not in config:
             logger.info("no optimizer given: AdamW with lr=%g", _DEFAULT_LEARNING_RATE)
-            if (
-                offload_device(config, "offload_optimizer") != "none"
-            ):  # torch's would be slow on the CPU, DeepSpeed has one of its own
+            # On the CPU, torch's would be slow, and DeepSpeed has one of its own.
+            if offload_device(config, "offload_optimizer") != "none":
                 config["optimizer"] = {"type": "AdamW", "params": {"lr": _DEFAULT_LEARNING_RATE, "weight_decay": 0.01}}
             else:
                 optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)

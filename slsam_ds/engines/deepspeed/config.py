@@ -86,8 +86,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     for name in _MODELS:
         _parse_section(name, config.get(name, {}))
     for name in ("offload_optimizer", "offload_param"):
-        if offload_device(config, name) not in ("none", "cpu"):
-            device = offload_device(config, name)
+        device = offload_device(config, name)
+        if device not in ("none", "cpu"):
             raise ValueError(f"zero_optimization.{name}.device={device}: not supported yet; use cpu")
     if stage == 0 and config.get("fp16", {}).get("enabled") is True:
         raise ValueError("fp16.enabled=true: needs zero_optimization.stage 1, 2 or 3; or use bf16 or float32")
