@@ -103,14 +103,14 @@ class SLSAMEngine:
 
         The file `latest` is changed when all else is written, so that it always names a checkpoint that is whole.
         """
-        from slsam_ds.engines.deepspeed.checkpoint import given_schedule_of, setup_of, writes_for_its_node
+        from slsam_ds.engines.deepspeed.checkpoint import saved_as_given, setup_of, writes_for_its_node
 
         tag = str(tag) if tag is not None else f"global_step{self._engine.global_steps}"  # DeepSpeed's own choice
         folder = Path(save_dir, tag)
         folder.mkdir(parents=True, exist_ok=True)
         self.slsam.save_random_state(folder)
         later = self._engine.checkpoint_engine.is_decoupled()  # then DeepSpeed alone knows when all is written
-        with given_schedule_of(self._engine):
+        with saved_as_given(self._engine):
             saved = self._engine.save_checkpoint(
                 str(save_dir),
                 tag=tag,

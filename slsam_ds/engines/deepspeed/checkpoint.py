@@ -38,7 +38,7 @@ from slsam_ds.engines.deepspeed.partitions import (
     settings_by_group,
 )
 from slsam_ds.engines.deepspeed.step import overlaid
-from slsam_ds.model.given_groups import GIVEN, given_schedule, is_split
+from slsam_ds.model.given_groups import GIVEN, given_groups, given_schedule, is_split
 from slsam_ds.state.enums import enum_member
 
 _SAVED_BY_DEEPSPEED = [
@@ -80,7 +80,14 @@ def accept_other_ranks(engine: DeepSpeedEngine) -> None:
     engine.load_checkpoint = functools.partial(_load_checkpoint, engine)
 
 
-def given_schedule_of(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[None]:
+def saved_as_given(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[None]:
+    """Within, the engine saves what a run without SL-SAM loads, as far as its files can be that: see `to_stock`."""
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # in float32 without ZeRO, the file is torch's
+        return given_groups(engine.optimizer, engine.lr_scheduler)
+    return _given_schedule_of(engine)
+
+
+def _given_schedule_of(engine: DeepSpeedEngine) -> contextlib.AbstractContextManager[None]:
     """Within, the engine's scheduler is saved and loaded as in a run without SL-SAM."""
     return given_schedule(engine.lr_scheduler, engine.optimizer.param_groups)
 
@@ -98,7 +105,7 @@ def _load_checkpoint(
     folder = checkpoint_folder(load_dir, tag)
     if folder is None:
         return stock(tag=tag)
-    with _any_ranks_files(engine), given_schedule_of(engine):
+    with _any_ranks_files(engine), _given_schedule_of(engine):
         name = engine._get_ckpt_name(str(folder.parent), folder.name)
         if not Path(name).is_file():
             raise ValueError(f"{name}: is missing: resume with the ZeRO stage that saved the checkpoint")
