@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
 	deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
 
-test: $(INSTALLED)  ## all tests but the slow ones: about a quarter of an hour on two cores
+test: $(INSTALLED)  ## all tests but the slow ones: eight minutes on two cores
 	$(PYTEST) -m "not slow"
 
 test-quick: $(INSTALLED)  ## the tests nearest to what changed since BASE (default: HEAD): about a minute

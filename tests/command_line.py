@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "train.py"
 NUM_STEPS = 6
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-"""Variables of a run whose sums must be equal, to the last bit, to those of a run by another launcher."""
+"""Of every run: ranks with a thread per core wait for each other's, and sums in another order are other sums."""
 
 
 def make_folder(folder: Path) -> Path:
@@ -123,6 +123,7 @@ def make_environment(folder: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "DS_ACCELERATOR": "cpu",
+        **ONE_THREAD,
     }
 
 

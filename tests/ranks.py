@@ -113,6 +113,7 @@ def _enter(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if device == "cpu":
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # else Accelerate gives each rank a thread per core, and they spin
     else:
         torch.cuda.set_device(rank)
     backend = {"cpu": "gloo", "cuda": "nccl"}[device]

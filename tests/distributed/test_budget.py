@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds import SLSAM, SLSAMConfig
-from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error, slow
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, LlamaSetup, Setup, Training, max_error, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 
-NUM_BLOCKS = 12
+NUM_BLOCKS = 8
 
 
 def make(window_length: int = 1, *, tied: bool = False, lora: bool = False, **knobs: Any) -> SLSAM:
@@ -116,7 +116,7 @@ def test_every_engine_chooses_alike(engine: str, knobs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_is_counted(reentrant: bool) -> None:
     # Backward goes all the way down: less than 1.5 of AdamW's price is not to be had.
-    setup = Setup(engine="zero2", slsam={"budget": 1.7}, model={"num_blocks": 6})
+    setup = LlamaSetup(engine="zero2", slsam={"budget": 1.7}, model={"num_blocks": 6})
     active, _ = run_on_ranks(2, train, setup, 6, reentrant)[0]
     assert all(active)
 

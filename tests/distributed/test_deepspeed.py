@@ -14,6 +14,7 @@ from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
+    LlamaSetup,
     Setup,
     Training,
     follow_reference,
@@ -195,7 +196,7 @@ def train_checkpointed(setup: Setup, reentrant: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("reentrant", [slow(False), True])
 @pytest.mark.parametrize("engine", STAGES)
 def test_gradient_checkpointing(engine: str, reentrant: bool) -> None:
-    setup = Setup(engine=engine, accumulation=2)
+    setup = LlamaSetup(engine=engine, accumulation=2)
     expected, _ = follow_reference(setup, 2, SAMPLES)
     assert max_error(run_on_ranks(2, train_checkpointed, setup, reentrant)[0], expected) <= TOLERANCE
 

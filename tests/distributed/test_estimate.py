@@ -18,7 +18,7 @@ from slsam_ds.estimate.memory import memory
 from slsam_ds.estimate.sharding import RunSetup, StepUse
 from slsam_ds.estimate.traffic import gathered, reduced
 from slsam_ds.model.layers import map_layers
-from tests.distributed.training import Setup, Training, slow
+from tests.distributed.training import LlamaSetup, Setup, Training, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
@@ -141,12 +141,12 @@ SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
 @pytest.mark.parametrize(
     "setup",
     [
-        Setup(engine="zero2", model=MODEL),
-        slow(Setup(engine="zero2", model=MODEL, dtype=torch.bfloat16, accumulation=2)),
-        slow(Setup(engine="zero3", model=MODEL)),
-        slow(Setup(engine="zero3", model=MODEL, accumulation=2)),
-        slow(Setup(engine="fsdp2", model=MODEL)),
-        slow(Setup(engine="fsdp2", model=MODEL, accumulation=2)),
+        LlamaSetup(engine="zero2", model=MODEL),
+        slow(LlamaSetup(engine="zero2", model=MODEL, dtype=torch.bfloat16, accumulation=2)),
+        slow(LlamaSetup(engine="zero3", model=MODEL)),
+        slow(LlamaSetup(engine="zero3", model=MODEL, accumulation=2)),
+        slow(LlamaSetup(engine="fsdp2", model=MODEL)),
+        slow(LlamaSetup(engine="fsdp2", model=MODEL, accumulation=2)),
     ],
     ids=lambda setup: f"{setup.engine}-{setup.dtype}-{setup.accumulation}",
 )

@@ -15,6 +15,7 @@ from tests.distributed.training import (
     ALSO_ZERO1,
     ALSO_ZERO3,
     LOSS_SCALE_POWER,
+    LlamaSetup,
     Setup,
     Training,
     follow_reference,
@@ -270,7 +271,7 @@ def replay_dropout(setup: Setup) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_descent_draws_the_dropout_masks_of_the_ascent(engine: str) -> None:
-    setup = Setup(engine=engine, accumulation=2, model={"dropout": 0.5}, slsam={"rho": 1e-7})
+    setup = LlamaSetup(engine=engine, accumulation=2, model={"dropout": 0.5}, slsam={"rho": 1e-7})
     ascent, descent, next_ascent = run_on_ranks(2, replay_dropout, setup)[0]
     assert descent == pytest.approx(ascent, abs=1e-5)
     assert abs(next_ascent - ascent) > 1e-3  # and the next step draws others

@@ -15,7 +15,16 @@ from torch.distributed.fsdp import (
 )
 
 from slsam_ds import SLSAM
-from tests.distributed.training import ADAMW, Setup, Training, follow_reference, follow_samples, max_error, slow
+from tests.distributed.training import (
+    ADAMW,
+    LlamaSetup,
+    Setup,
+    Training,
+    follow_reference,
+    follow_samples,
+    max_error,
+    slow,
+)
 from tests.models import SAMPLES, tiny_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -25,7 +34,7 @@ MIXED = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dt
 
 
 def test_hybrid_sharding_counts_every_element_once() -> None:
-    setup = Setup(engine="fsdp2", replicas=2, accumulation=2)
+    setup = LlamaSetup(engine="fsdp2", replicas=2, accumulation=2)
     expected, reported = follow_reference(setup, 4, SAMPLES)
     for weights, results in run_on_ranks(4, follow_samples, setup):
         assert max_error(weights, expected) <= TOLERANCE
@@ -42,7 +51,7 @@ def follow_with_shard_sizes(setup: Setup) -> tuple[dict[str, Tensor], list[int]]
 
 
 def test_a_rank_may_hold_nothing_of_a_parameter() -> None:
-    setup = Setup(engine="fsdp2", model={"hidden": 8}, accumulation=2)
+    setup = LlamaSetup(engine="fsdp2", model={"hidden": 8}, accumulation=2)
     expected, _ = follow_reference(setup, 3, SAMPLES)
     per_rank = run_on_ranks(3, follow_with_shard_sizes, setup)
     assert 0 in per_rank[2][1]
@@ -50,13 +59,13 @@ def test_a_rank_may_hold_nothing_of_a_parameter() -> None:
 
 
 def test_tied_embeddings() -> None:
-    setup = Setup(engine="fsdp2", model={"tied": True}, accumulation=2)
+    setup = LlamaSetup(engine="fsdp2", model={"tied": True}, accumulation=2)
     expected, _ = follow_reference(setup, 2, SAMPLES)
     assert all(max_error(weights, expected) <= TOLERANCE for weights, _ in run_on_ranks(2, follow_samples, setup))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpointed(Setup):
+class Checkpointed(LlamaSetup):
     """With gradient checkpointing, switched on as transformers' Trainer does."""
 
     reentrant: bool
@@ -74,15 +83,15 @@ class Checkpointed(Setup):
 def test_gradient_checkpointing(reentrant: bool, fsdp: dict[str, Any]) -> None:
     setup = Checkpointed(engine="fsdp2", reentrant=reentrant, accumulation=2, fsdp=fsdp)
     if fsdp:  # the same arithmetic as without checkpoints, but for the order in which gradients add up
-        expected, _ = run_on_ranks(2, follow_samples, Setup(engine="fsdp2", accumulation=2, fsdp=fsdp))[0]
+        expected, _ = run_on_ranks(2, follow_samples, LlamaSetup(engine="fsdp2", accumulation=2, fsdp=fsdp))[0]
     else:
-        expected, _ = follow_reference(Setup(engine="fsdp2", accumulation=2), 2, SAMPLES)
+        expected, _ = follow_reference(LlamaSetup(engine="fsdp2", accumulation=2), 2, SAMPLES)
     for weights, _ in run_on_ranks(2, follow_samples, setup):
         assert max_error(weights, expected) <= TOLERANCE
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Setup):
+class LowRank(LlamaSetup):
     """LoRA adapters on a frozen base; there are no arms but the blocks."""
 
     blocks: ClassVar[str] = "base_model.model.model.layers"
@@ -120,8 +129,8 @@ def follow_without_the_head(setup: Setup) -> dict[str, Tensor]:
 
 
 def test_a_rank_whose_data_skips_a_parameter_takes_part() -> None:
-    expected = run_on_ranks(2, follow_without_the_head, Setup(engine="local"))[0]
-    for weights in run_on_ranks(2, follow_without_the_head, Setup(engine="fsdp2")):
+    expected = run_on_ranks(2, follow_without_the_head, LlamaSetup(engine="local"))[0]
+    for weights in run_on_ranks(2, follow_without_the_head, LlamaSetup(engine="fsdp2")):
         assert max_error(weights, expected) <= TOLERANCE
 
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from slsam_ds import SLSAM, StepResult
 from tests.distributed.test_bf16 import RoundingReference, follow_bf16
 from tests.distributed.test_frozen import changes
-from tests.distributed.training import Setup, Training, follow_samples, max_error, slow
+from tests.distributed.training import LlamaSetup, Setup, Training, follow_samples, max_error, slow
 from tests.models import SAMPLES, arms_of_llama, loss_in_autocast, tiny_llama, window
 from tests.ranks import run_on_ranks
 
@@ -89,7 +89,7 @@ def test_autocast_around_float32_shards_reads_the_whole_perturbation() -> None:
 
 
 def test_perturbed_float32_shards_are_what_their_cast_makes_of_them() -> None:
-    _, _, perturbed, _ = run_on_ranks(2, follow_bf16, Setup(engine="fsdp2", fsdp=MIXED))[0]
+    _, _, perturbed, _ = run_on_ranks(2, follow_bf16, LlamaSetup(engine="fsdp2", fsdp=MIXED))[0]
     arms = arms_of_llama(tiny_llama())
     for sample, weights in zip(SAMPLES, perturbed, strict=True):
         active = [weights[name] for arm in sample for name in arms[arm]]

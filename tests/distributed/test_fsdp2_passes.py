@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from slsam_ds import SLSAM
-from tests.distributed.training import Setup, Training, follow_reference, max_error, slow
+from tests.distributed.training import LlamaSetup, Setup, Training, follow_reference, max_error, slow
 from tests.models import SAMPLES, window
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
@@ -42,7 +42,7 @@ STATISTICS = 400  # bytes: the agreement check, norms, losses
 @pytest.mark.parametrize("accumulation", [slow(1), 3])
 def test_only_sampled_layers_are_reduced_and_once_per_window(accumulation: int) -> None:
     samples = [[2], [0, 5], [1, 3, 4], range(6)]
-    seen = run_on_ranks(2, traffic_of_steps, Setup(engine="fsdp2", accumulation=accumulation), samples)[0]
+    seen = run_on_ranks(2, traffic_of_steps, LlamaSetup(engine="fsdp2", accumulation=accumulation), samples)[0]
     for sample, (traffic, still_gathered) in zip(samples, seen, strict=True):
         passes = 2 * sum(NUMEL[arm] for arm in sample)
         assert passes <= traffic["reduce"] <= passes + STATISTICS
@@ -59,11 +59,11 @@ def test_only_what_a_pass_needs_and_does_not_have_is_gathered() -> None:
     # With the prefix reused, that does not gather the blocks below either, where they are two or more.
     left_out = [4 * BLOCK, 3 * BLOCK, 0, 0, 0]
     both = [2 * (forward + below) - kept for below, kept in zip(backward, stays, strict=True)]
-    setup = Setup(engine="fsdp2", slsam={"prefix_reuse": False})
+    setup = LlamaSetup(engine="fsdp2", slsam={"prefix_reuse": False})
     seen = run_on_ranks(2, traffic_of_steps, setup, samples)[0]
     assert [traffic["gather"] for traffic, _ in seen] == both
     # The first time, each prefix is tried.
-    seen = run_on_ranks(2, traffic_of_steps, Setup(engine="fsdp2"), [*samples, *samples])[0][len(samples) :]
+    seen = run_on_ranks(2, traffic_of_steps, LlamaSetup(engine="fsdp2"), [*samples, *samples])[0][len(samples) :]
     assert [traffic["gather"] for traffic, _ in seen] == [a - b for a, b in zip(both, left_out, strict=True)]
 
 
@@ -71,7 +71,7 @@ def traffic_with_room_for(num_bytes: int, sample: Sequence[int]) -> int:
     from slsam_ds.engines import fsdp2
 
     fsdp2.MAX_KEPT_BYTES = num_bytes
-    return traffic_of_steps(Setup(engine="fsdp2"), [sample])[0][0]["gather"]
+    return traffic_of_steps(LlamaSetup(engine="fsdp2"), [sample])[0][0]["gather"]
 
 
 def test_what_stays_gathered_is_bounded() -> None:
@@ -99,13 +99,13 @@ def follow_with_evaluations(setup: Setup) -> dict[str, Tensor]:
 
 
 def test_an_evaluation_leaves_nothing_stale() -> None:
-    expected, _ = follow_reference(Setup(engine="fsdp2"), 2, SAMPLES)
-    for weights in run_on_ranks(2, follow_with_evaluations, Setup(engine="fsdp2")):
+    expected, _ = follow_reference(LlamaSetup(engine="fsdp2"), 2, SAMPLES)
+    for weights in run_on_ranks(2, follow_with_evaluations, LlamaSetup(engine="fsdp2")):
         assert max_error(weights, expected) <= TOLERANCE
 
 
 def publish_what_is_gathered() -> tuple[list[str], list[str]]:
-    training = Training(Setup(engine="fsdp2"))
+    training = Training(LlamaSetup(engine="fsdp2"))
     with torch.no_grad():
         training.model(**window(1, 0, 1)[0])
     before = gathered(training.model)
@@ -152,7 +152,7 @@ def fail_inside(setup: Setup, where: str, call: int) -> tuple[dict[str, Tensor],
 @pytest.mark.parametrize("call", [slow(1), slow(2), slow(3), 4])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_exception_halfway_leaves_nothing_behind(where: str, call: int) -> None:
-    setup = Setup(engine="fsdp2", accumulation=2)  # four forwards: two ascend, two descend
+    setup = LlamaSetup(engine="fsdp2", accumulation=2)  # four forwards: two ascend, two descend
     expected, _ = follow_reference(setup, 2, [[1, 3, 5]])
     for weights, still_gathered, without_gradient in run_on_ranks(2, fail_inside, setup, where, call):
         assert max_error(weights, expected) <= TOLERANCE
@@ -161,7 +161,7 @@ def test_an_exception_halfway_leaves_nothing_behind(where: str, call: int) -> No
 
 
 def leave_out_a_block() -> tuple[bool, float]:
-    training = Training(Setup(engine="fsdp2"))
+    training = Training(LlamaSetup(engine="fsdp2"))
     training.step(training.window(1), active=[4])
     before = training.weights()
     training.model.config.num_hidden_layers = 3  # FSDP2 never hears that the last block is frozen now
@@ -178,7 +178,7 @@ def test_a_frozen_layer_that_a_pass_leaves_out_stays_as_it_is() -> None:
 
 
 def keep_prefetch() -> bool:
-    training = Training(Setup(engine="fsdp2"))
+    training = Training(LlamaSetup(engine="fsdp2"))
     blocks = training.model.model.layers
     blocks[2].set_modules_to_backward_prefetch([blocks[1], blocks[0]])
     own = list(blocks[2]._get_fsdp_state()._states_to_backward_prefetch)

@@ -9,6 +9,7 @@ from tests.distributed.training import (
     ALSO_ZERO0,
     ALSO_ZERO1,
     ALSO_ZERO3,
+    LlamaSetup,
     Setup,
     Training,
     follow_reference,
@@ -31,7 +32,7 @@ TOLERANCE = 1e-6
 )
 @pytest.mark.parametrize("engine", ["local", "fsdp2", "zero0", "zero1", "zero2", "zero3", *ALSO_OFFLOADED])
 def test_forced_samples(engine: str, world_size: int, accumulation: int) -> None:
-    setup = Setup(engine=engine, accumulation=accumulation)
+    setup = LlamaSetup(engine=engine, accumulation=accumulation)
     expected, reported = follow_reference(setup, world_size, SAMPLES)
     per_rank = run_on_ranks(world_size, follow_samples, setup)
     for weights, results in per_rank:

@@ -24,6 +24,7 @@ from tests.distributed.training import (
     ALSO_ZERO0,
     ALSO_ZERO1,
     ALSO_ZERO3,
+    LlamaSetup,
     Setup,
     Training,
     max_error,
@@ -82,7 +83,7 @@ def resumed_by(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_resume_is_bit_identical(engine: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Each rank has data and dropout masks of its own, and the bandit chooses."""
-    setup = Setup(engine=engine, dtype=dtype, slsam={"active_layers": 2, "rho": 0.02}, model={"dropout": 0.2})
+    setup = LlamaSetup(engine=engine, dtype=dtype, slsam={"active_layers": 2, "rho": 0.02}, model={"dropout": 0.2})
     error, whole, resumed = resumed_by(2, setup, tmp_path, [None] * 8, own_data=True)
     assert error == 0.0
     assert resumed == whole

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, Setup, Training, slow
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, LlamaSetup, Setup, Training, slow
 from tests.models import loss_in_autocast, micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
 
@@ -36,7 +36,7 @@ class Counting(nn.Module):
         return output.loss * (1 + 0.01 * self.num_forwards + 0.1 * noise), output.logits
 
 
-class CountingSetup(Setup):
+class CountingSetup(LlamaSetup):
     def build_model(self) -> nn.Module:
         return Counting(**self.model).to(self.dtype)
 
@@ -102,7 +102,7 @@ def between(engine: Any) -> Iterator[None]:
 
 @pytest.mark.parametrize("engine", [ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3"])
 def test_a_stock_loop_takes_the_steps_of_train_step(engine: str) -> None:
-    setup = Setup(engine=engine, accumulation=ACCUMULATION, model=DROPOUT, slsam={"seed": 1, "active_layers": 2})
+    setup = LlamaSetup(engine=engine, accumulation=ACCUMULATION, model=DROPOUT, slsam={"seed": 1, "active_layers": 2})
     compare(setup)
 
 
@@ -117,7 +117,7 @@ def test_a_stock_loop_takes_the_steps_of_train_step(engine: str) -> None:
     ],
 )
 def test_so_it_does_with_other_knobs(knobs: dict[str, Any]) -> None:
-    compare(Setup(engine="zero2", accumulation=ACCUMULATION, slsam={"seed": 1, **knobs}))
+    compare(LlamaSetup(engine="zero2", accumulation=ACCUMULATION, slsam={"seed": 1, **knobs}))
 
 
 def compare(setup: Setup) -> None:
@@ -189,7 +189,7 @@ def step_on(training: Training) -> None:
 
 
 def refusals_everywhere() -> dict[str, dict[str, str]]:
-    setup = Setup(engine="zero0")
+    setup = LlamaSetup(engine="zero0")
     return {
         name: refusals(replace(setup, engine=name)) for name in ("local", "fsdp2", "zero0", "zero1", "zero2", "zero3")
     }
@@ -219,7 +219,7 @@ def other_forwards() -> tuple[Any, Any]:
 
 
 def in_autocast() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    setup = Setup(engine="zero1", slsam={"rounding": "nearest"})
+    setup = LlamaSetup(engine="zero1", slsam={"rounding": "nearest"})
     windows, stock = Training(setup), Training(setup)
     windows.step(windows.window(1), loss_in_autocast)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from transformers import Adafactor
 
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
-from tests.distributed.training import ADAMW, ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, max_error, slow
+from tests.distributed.training import (
+    ADAMW,
+    ALSO_ZERO0,
+    ALSO_ZERO1,
+    ALSO_ZERO3,
+    LlamaSetup,
+    Setup,
+    Training,
+    max_error,
+    slow,
+)
 from tests.models import window
 from tests.ranks import run_on_ranks
 
@@ -21,7 +31,7 @@ SAMPLES = ([0], [2], [1, 3], [0, 1, 2, 3], [3], [0, 2])
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 
-class Lora(Setup):
+class Lora(LlamaSetup):
     blocks = "base_model.model.model.layers"
 
     def build_model(self) -> nn.Module:
@@ -32,7 +42,7 @@ class Lora(Setup):
         return get_peft_model(model, lora)
 
 
-class PartlyFrozen(Setup):
+class PartlyFrozen(LlamaSetup):
     """The user has frozen the embeddings, the head, and a matrix of every block."""
 
     def build_model(self) -> nn.Module:
@@ -85,17 +95,19 @@ def judge(
 
 UNTESTED = {"zero_allow_untested_optimizer": True}
 VARIANTS: dict[str, tuple[Setup, MakeOptimizer]] = {
-    "tied embeddings": (Setup(engine="", model={"tied": True}), adamw),
+    "tied embeddings": (LlamaSetup(engine="", model={"tied": True}), adamw),
     "lora": (Lora(engine="", slsam={"rho": 0.02}), adamw),
     "frozen by the user": (PartlyFrozen(engine=""), adamw),
-    "others always": (Setup(engine="", slsam={"other_parameters": "always"}), adamw),
-    "others frozen": (Setup(engine="", slsam={"other_parameters": "freeze"}), adamw),
+    "others always": (LlamaSetup(engine="", slsam={"other_parameters": "always"}), adamw),
+    "others frozen": (LlamaSetup(engine="", slsam={"other_parameters": "freeze"}), adamw),
     "patterns": (
-        Setup(engine="", slsam={"layers": ("model.layers.2", r".*\.0\.mlp.*", r".*[13]\.self_attn\.o.*", "lm_head")}),
+        LlamaSetup(
+            engine="", slsam={"layers": ("model.layers.2", r".*\.0\.mlp.*", r".*[13]\.self_attn\.o.*", "lm_head")}
+        ),
         adamw,
     ),
-    "momentum": (Setup(engine="", deepspeed=UNTESTED), momentum),
-    "rmsprop": (Setup(engine="", deepspeed=UNTESTED), rmsprop),
+    "momentum": (LlamaSetup(engine="", deepspeed=UNTESTED), momentum),
+    "rmsprop": (LlamaSetup(engine="", deepspeed=UNTESTED), rmsprop),
 }
 
 
@@ -124,7 +136,7 @@ def test_every_engine_trains_alike(variant: str, engine: str, world_size: int) -
 
 @pytest.mark.parametrize("engine", [slow(engine) if engine == "fsdp2" else engine for engine in ENGINES])
 def test_the_bandit_selects_the_same_layers_on_every_engine(engine: str) -> None:
-    setup = Setup(engine=engine, accumulation=2, slsam={"active_layers": 2, "seed": 11, "rho": 0.02})
+    setup = LlamaSetup(engine=engine, accumulation=2, slsam={"active_layers": 2, "seed": 11, "rho": 0.02})
     expected, judged = judge(setup, adamw, world_size=2, free_steps=30)
     weights, results = run_on_ranks(2, follow, setup, adamw, 30)[0]
     assert [result.active for result in results] == [result.active for result in judged]
@@ -136,7 +148,7 @@ def test_the_bandit_selects_the_same_layers_on_every_engine(engine: str) -> None
 @pytest.mark.parametrize("engine", ["local", "zero2"])
 def test_adafactor_trains(engine: str) -> None:
     """No other engine's equal: ZeRO lays parameters out flat, where Adafactor has nothing to factor."""
-    setup = Setup(engine=engine, deepspeed=UNTESTED)
+    setup = LlamaSetup(engine=engine, deepspeed=UNTESTED)
     weights, results = run_on_ranks(2, follow, setup, adafactor)[0]
     assert all(weight.isfinite().all() for weight in weights.values())
     assert not any(result.skipped for result in results)

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from slsam_ds import StepResult
 from tests.distributed.test_frozen import optimizer_entries, same_bits
-from tests.distributed.training import ADAMW, Setup, Training, follow_reference, follow_samples, max_error, slow
+from tests.distributed.training import (
+    ADAMW,
+    LlamaSetup,
+    Setup,
+    Training,
+    follow_reference,
+    follow_samples,
+    max_error,
+    slow,
+)
 from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -181,8 +190,10 @@ def leave_head_out(setup: Setup) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("engine", ["zero3", slow("zero3_offload")])
 def test_what_takes_no_part_has_no_gradient_left_from_the_step_before(engine: str) -> None:
-    expected = run_on_ranks(2, leave_head_out, Setup(engine="local", accumulation=2))[0]
-    assert max_error(run_on_ranks(2, leave_head_out, Setup(engine=engine, accumulation=2))[0], expected) <= TOLERANCE
+    expected = run_on_ranks(2, leave_head_out, LlamaSetup(engine="local", accumulation=2))[0]
+    assert (
+        max_error(run_on_ranks(2, leave_head_out, LlamaSetup(engine=engine, accumulation=2))[0], expected) <= TOLERANCE
+    )
 
 
 def whole_gradients(setup: Setup) -> list[int]:
@@ -264,7 +275,7 @@ def test_uneven_shards(accumulation: int) -> None:
         assert [result.grad_norms for result in results] == [result.grad_norms for result in per_rank[0][1]]
 
 
-class BornSharded(Setup):
+class BornSharded(LlamaSetup):
     def build_model(self) -> nn.Module:
         import deepspeed
 
@@ -272,7 +283,7 @@ class BornSharded(Setup):
             return super().build_model()
 
 
-class LoadedSharded(Setup):
+class LoadedSharded(LlamaSetup):
     """As Hugging Face's Trainer has models loaded, once its TrainingArguments name a ZeRO-3 configuration."""
 
     folder: str

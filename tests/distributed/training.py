@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import slsam_ds
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
-from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
+from tests.models import SAMPLES, arms_of_llama, tiny_decoder, tiny_llama, window
 from tests.reference import Reference
 
 
@@ -47,7 +47,7 @@ class Setup:
         deepspeed: Further DeepSpeed settings.
         fsdp: Further arguments of `fully_shard`.
         replicas: FSDP2 only: how many ranks hold the same shard.
-        model: Arguments of `tiny_llama`.
+        model: Arguments of `tiny_decoder`.
     """
 
     engine: str
@@ -64,7 +64,7 @@ class Setup:
 
     def build_model(self) -> nn.Module:
         """The model before anything was wrapped; the same on every rank."""
-        return tiny_llama(**self.model).to(self.dtype)
+        return tiny_decoder(**self.model).to(self.dtype)
 
     def shard(self, model: nn.Module) -> None:
         """`fully_shard` on each block, then on the whole, as FSDP2's own documentation does it."""
@@ -103,6 +103,13 @@ class Setup:
             if stage == 3:
                 section["offload_param"] = {"device": "cpu"}
         return section | settings
+
+
+class LlamaSetup(Setup):
+    """A real Llama, where attention, dropout or what else transformers' models do is needed."""
+
+    def build_model(self) -> nn.Module:
+        return tiny_llama(**self.model).to(self.dtype)
 
 
 class Training:

@@ -16,12 +16,13 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 import slsam_ds
 from slsam_ds.integrations.accelerate import prepare
 from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
-from tests.distributed.training import Setup, follow_reference, slow
+from tests.command_line import ONE_THREAD
+from tests.distributed.training import LlamaSetup, follow_reference, slow
 from tests.models import SAMPLES, micro_batch, tiny_llama
 from tests.ranks import free_port, run_on_ranks
 
 ROOT = Path(__file__).parents[2]
-SETUP = Setup(engine="local", accumulation=ACCUMULATION, clip=CLIP, slsam={"rho": 0.02})
+SETUP = LlamaSetup(engine="local", accumulation=ACCUMULATION, clip=CLIP, slsam={"rho": 0.02})
 
 
 def launch(plugin: str, module: str, *arguments: str, folder: Path) -> None:
@@ -42,6 +43,7 @@ def launch(plugin: str, module: str, *arguments: str, folder: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "DS_ACCELERATOR": "cpu",
         "ACCELERATE_USE_CPU": "true",
+        **ONE_THREAD,
     }
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", module, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)

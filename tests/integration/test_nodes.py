@@ -14,7 +14,7 @@ from deepspeed.launcher.runner import fetch_hostfile
 from safetensors.torch import load_file
 
 from slsam_ds.records.files import read_steps
-from tests.command_line import NUM_STEPS, ONE_THREAD, ROOT, SCRIPT, launch, make_environment, make_flags, make_folder
+from tests.command_line import NUM_STEPS, ROOT, SCRIPT, launch, make_environment, make_flags, make_folder
 from tests.nodes import Node, nodes_started
 from tests.ranks import free_port
 from tests.step_records import without_times
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    return make_environment(folder) | ONE_THREAD
+    return make_environment(folder)
 
 
 def _run(commands: Sequence[Sequence[str]], folders: Sequence[Path], folder: Path, *flags: str) -> list[Node]:
@@ -82,7 +82,7 @@ def _run(commands: Sequence[Sequence[str]], folders: Sequence[Path], folder: Pat
 @pytest.fixture(scope="module")
 def on_one_node(folder: Path) -> Path:
     """The output of the same training by two ranks of one node."""
-    run = launch("forked", folder, *make_flags(folder, "one"), *KNOBS, variables=ONE_THREAD)
+    run = launch("forked", folder, *make_flags(folder, "one"), *KNOBS)
     assert run.returncode == 0, run.stdout + run.stderr
     return folder / "one"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slsam_ds.records.files import read_steps
-from tests.command_line import ONE_THREAD, ROOT, launch_script
+from tests.command_line import ROOT, launch_script
 from tests.integration.engines import ENGINES
 
 SOURCE = (ROOT / "tests" / "stock" / "two_trainers_script.py").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def changed_by_hand() -> str:
 
 def run(launcher: str, folder: Path, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
     (folder / "ds.json").write_text(json.dumps(ENGINES["zero2"]["deepspeed"]))
-    return launch_script(launcher, folder, *flags, variables=ONE_THREAD, **options)
+    return launch_script(launcher, folder, *flags, **options)
 
 
 def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
