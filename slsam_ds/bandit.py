@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class FixedCount:
     """k of `num_arms` arms, checked; unless overridden, nothing is learned and all arms are included equally often."""
 
     kind: str
+    rewarded_by: ClassVar[Literal["rewards", "ascent_norms"]] = "rewards"
 
     def __init__(self, num_arms: int, k: int) -> None:
         if num_arms < 1:
@@ -102,10 +103,10 @@ class Exp3M(FixedCount):
         if len(set(active)) != len(active) or len(chances) != len(active):
             raise ValueError(f"active={list(active)}: give distinct arms from 0 to {self.num_arms - 1}")
         if probabilities is not None:
-            chances = _numbers("probabilities", probabilities, active)
+            chances = checked_numbers("probabilities", probabilities, active)
             if not all(0 < chance <= 1 for chance in chances):
                 raise ValueError(f"probabilities={chances}: give numbers in (0, 1]")
-        gains = _numbers("rewards", rewards, active)
+        gains = checked_numbers("rewards", rewards, active)
         if not all(0 <= gain <= 1 for gain in gains):
             raise ValueError(f"rewards={gains}: give finite numbers in [0, 1]")
 
@@ -127,16 +128,16 @@ class Exp3M(FixedCount):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._log_weights = _numbers("log_weights", state["log_weights"], range(self.num_arms))
+        self._log_weights = checked_numbers("log_weights", state["log_weights"], range(self.num_arms))
 
     def _marginals(self) -> tuple[list[float], frozenset[int]]:
         """Inclusion probabilities of all arms, and the arms held at 1 by the cap."""
         return capped_marginals(self._log_weights, self.k, self.gamma)
 
 
-def counter_generator(seed: int, step: int) -> random.Random:
+def counter_generator(seed: int, step: int, purpose: str = "selection") -> random.Random:
     """A fresh generator keyed by (seed, step): no state to save, to broadcast or to leave out of step."""
-    key = hashlib.blake2b(f"slsam selection {seed} {step}".encode(), digest_size=16).digest()
+    key = hashlib.blake2b(f"slsam {purpose} {seed} {step}".encode(), digest_size=16).digest()
     return random.Random(int.from_bytes(key, "big"))
 
 
@@ -216,7 +217,7 @@ def _log_add(a: float, b: float) -> float:
     return max(a, b) + math.log1p(math.exp(min(a, b) - max(a, b)))
 
 
-def _numbers(name: str, values: Numbers, arms: Sequence[int]) -> list[float]:
+def checked_numbers(name: str, values: Numbers, arms: Sequence[int]) -> list[float]:
     numbers = [float(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
     if len(numbers) != len(arms):
         raise ValueError(f"{name}={numbers}: expected {len(arms)} numbers, one for each of the arms {list(arms)}")

@@ -18,26 +18,19 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 from slsam_ds.choices import read_choice
 from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
+from slsam_ds.metrics import METRICS
+from slsam_ds.recipes import PRESETS
 from slsam_ds.schedules import SCHEDULES
 
-SelectorName = Literal["exp3m", "uniform", "cyclic", "all", "top_k"]
+Granularity = Literal["block", "tensor"]
+SelectorName = Literal["exp3m", "uniform", "cyclic", "all", "top_k", "bernoulli", "depth"]
+Spread = Literal["sample", "above", "all"]
+PerturbSpread = Literal["sample", "above", "all", "norm_layers"]
 Reward = Literal["grad_norm", "grad_rms", "grad_norm_per_cost"]
 AscentScope = Literal["global", "rank", "micro_batch"]
 UpdateScale = Literal["inverse_probability", "none"]
 Rounding = Literal["stochastic", "nearest"]
 OtherParameters = Literal["arms", "always", "freeze"]
-
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "single_pass": {
-        "active_layers": 0.5,
-        "ascent_source": "previous",
-        "ascent_fraction": 1.0,
-        "ascent_scope": "global",
-    },
-    "adamw_price": {"budget": 1.0, "selector": "exp3m", "ascent_source": "current", "ascent_fraction": 0.25},
-}
-"""Settings under one name, for a block's key `preset`: knobs given beside it win. What they were seen to do is in
-docs/settings.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +45,21 @@ class SLSAMConfig:
     """Perturbation radius in parameter units (L2 over the active layers). 0 switches the ascent pass off."""
 
     active_layers: int | float = 0.2
-    """Layers per step: a fraction in (0, 1] of all arms, or a whole number of arms."""
+    """Layers per step: a fraction in (0, 1] of all arms, or a whole number of arms. With the selectors "bernoulli" and
+    "depth", the expected number."""
+
+    granularity: Granularity = "block"
+    """What an arm is: a block of the model, or every parameter tensor by itself."""
 
     selector: SelectorName = "exp3m"
-    """How layers are chosen: EXP3.M bandit, uniformly, in turn, all of them, or the largest norms last seen."""
+    """How layers are chosen: "exp3m", a bandit; "uniform"; "cyclic", in turn; "all"; "top_k", the largest norms last
+    seen; "bernoulli", each by itself, by the bandit of the SL-SAM paper; "depth", a lowest layer and all above it."""
+
+    perturb: PerturbSpread = "sample"
+    """Which layers are perturbed: those drawn; these and all "above" the lowest of them; "all"; or "norm_layers"."""
+
+    update: Spread = "sample"
+    """Which layers are updated: those drawn; these and all "above" the lowest of them; or "all"."""
 
     gamma: float | Literal["auto"] = 0.1
     """EXP3 exploration in (0, 1]: every arm keeps probability ≥ k·gamma/L. "auto" needs a known run length."""
@@ -76,15 +80,19 @@ class SLSAMConfig:
     ascent_source: str = "current"
     """What the perturbation climbs along: "current", the gradient of a pass over the window; or, in a single pass,
     "previous", the gradient that each layer last descended along, or "momentum", the optimizer's first moment. In a
-    single pass a layer is not perturbed the first time."""
+    single pass a layer is not perturbed the first time. "friendly": the current gradient less its running mean."""
+
+    metric: str = "euclidean"
+    """How far, and in which geometry: "euclidean"; "adaptive", by the size of each weight; "preconditioned", less where
+    Adam has seen large gradients; "by_layer", rho being a share of the norm of each layer's weights."""
 
     ascend_when: str | dict[str, Any] = "always"
-    """Which steps perturb: "always"; {"every": m}: one step in m; {"last": share}: the last part of the run. In the
-    others rho is 0."""
+    """Which steps perturb: "always"; {"every": m}: one step in m; {"last": share}: the last part of the run;
+    {"probability": q}: each with that probability. In the others rho is 0."""
 
     descend_along: str | dict[str, Any] = "perturbed"
     """What the update follows: "perturbed", the gradient h at the perturbed point; "renormalised": h with the norm of
-    the gradient at the weights."""
+    the gradient g at the weights; {"mixed": a}: (1 - a) g + a h."""
 
     budget: float | None = None
     """Expected price of a step, AdamW's on the same parameters being 1, in FLOPs; replaces `active_layers`."""
@@ -141,6 +149,7 @@ class SLSAMConfig:
                 except (re.error, OverflowError, RecursionError) as error:
                     raise ValueError(f"slsam.layers: {pattern!r} is not a regular expression ({error})") from None
         _require(self, "ascent_source", self.ascent_source in DIRECTIONS, f"expected {_one_of(DIRECTIONS)}")
+        _require(self, "metric", self.metric in METRICS, f"expected {_one_of(METRICS)}")
         for name, members in (("ascend_when", SCHEDULES), ("descend_along", COMBINATIONS)):
             try:
                 read_choice(getattr(self, name), members)
@@ -151,13 +160,30 @@ class SLSAMConfig:
             for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
                 reason = f'ascent_source="{self.ascent_source}" has no ascent pass; use {_shown(needed)}'
                 _require(self, name, getattr(self, name) == needed, reason)
+        if self.ascent_source == "friendly":
+            reason = 'ascent_source="friendly" keeps one mean for all ranks; use "global"'
+            _require(self, "ascent_scope", self.ascent_scope == "global", reason)
         if combination.reads_ascent:
             reason = "needs the gradient at the weights over the whole window and all ranks; use"
             _require(self, "descend_along", direction.needs_pass, f'{reason} ascent_source="current"')
             _require(self, "descend_along", self.ascent_scope == "global", f'{reason} ascent_scope="global"')
+        self._check_spread()
+
+    def _check_spread(self) -> None:
+        """Who is drawn, perturbed and updated must go together."""
         if self.budget is not None:
-            _require(self, "selector", self.selector == "exp3m", 'slsam.budget chooses the layers; use "exp3m"')
+            reason = 'slsam.budget chooses the layers; use "exp3m" or "depth"'
+            _require(self, "selector", self.selector in ("exp3m", "depth"), reason)
             _require(self, "layers", self.layers is None, "slsam.budget needs layers found in the model; use null")
+            for name in ("perturb", "update"):
+                _require(self, name, getattr(self, name) == "sample", 'slsam.budget chooses these layers; use "sample"')
+        if self.perturb == "norm_layers":
+            reason = 'needs every tensor to be an arm; use granularity="tensor"'
+            _require(self, "perturb", self.granularity == "tensor", reason)
+        if self.update == "above":
+            known = self.update_scale == "none" or self.selector == "all"
+            reason = 'how likely each layer is to be updated is not known; use selector="depth", or update_scale="none"'
+            _require(self, "update", known, reason)
 
     @classmethod
     def of(
@@ -229,6 +255,14 @@ class SLSAMConfig:
         """
         if self.selector == "all":
             return num_arms
+        return max(1, round(self.expected_active(num_arms)))
+
+    def expected_active(self, num_arms: int) -> float:
+        """How many of `num_arms` arms a step activates on average, where that need not be a whole number.
+
+        Raises:
+            ValueError: As `num_active`.
+        """
         if isinstance(self.active_layers, int):
             if self.active_layers > num_arms:
                 raise ValueError(
@@ -236,7 +270,7 @@ class SLSAMConfig:
                     f"choose a fraction in (0, 1] or a count from 1 to {num_arms}"
                 )
             return self.active_layers
-        return max(1, round(self.active_layers * num_arms))
+        return self.active_layers * num_arms
 
 
 _LARGEST = sys.float_info.max  # JSON may hold larger integers

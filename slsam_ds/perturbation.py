@@ -79,11 +79,11 @@ def perturb_(
         read_dtype: Dtype in which forward reads the weight; None: its own.
 
     Returns:
-        Local ⟨applied, ε⟩ and ‖applied‖² of the change that forward sees. Shape (2,), float64.
+        Local ⟨applied, ε⟩ and ‖applied‖² of the change that forward sees, and ‖ε‖². Shape (3,), float64.
     """
     read_dtype = read_dtype or weight.dtype
     scale = scale.to(weight.device, torch.float32)
-    measured = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    measured = torch.zeros(3, dtype=torch.float64, device=weight.device)
     size = _CHUNK_NUMEL_ON_CPU if weight.device.type == "cpu" else _CHUNK_NUMEL
     chunks = zip(*(torch.split(tensor, size) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
@@ -96,6 +96,7 @@ def perturb_(
         applied = weight_chunk.to(read_dtype).to(torch.float32) - before
         measured[0] += torch.dot(applied, epsilon)
         measured[1] += torch.dot(applied, applied)
+        measured[2] += torch.dot(epsilon, epsilon)
     return measured
 
 

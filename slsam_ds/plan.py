@@ -12,16 +12,20 @@ class Choice:
     """Who takes part in a step. SL-SAM perturbs and updates the same arms; nothing relies on that.
 
     Attributes:
+        sampled: Arms drawn, ascending; the updated ones where the choice was forced.
         perturbed: Arms moved to x + ε for the descent pass, ascending.
         updated: Arms that the optimizer steps, ascending.
         probability: Of each updated arm: how likely it was to be updated; 1 where it was forced.
         probabilities: Inclusion probability of every arm when the sample was drawn; they sum to the expected number.
+        forced: The caller's own choice.
     """
 
+    sampled: tuple[int, ...]
     perturbed: tuple[int, ...]
     updated: tuple[int, ...]
     probability: Mapping[int, float]
     probabilities: tuple[float, ...]
+    forced: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +100,12 @@ class StepResult:
         perturbed: Arms perturbed, ascending; those of `active` unless they were chosen apart.
         probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.
         grad_norms: Descent-gradient norm by updated arm, before clipping.
+        ascent_norms: Norm of the gradient at the weights, over all ranks and what the ascent took of the window, by arm
+            of the ascent pass; empty where there was none, or one of each rank's own.
         rho: Radius asked for; 0 where the step was not to be perturbed.
         perturbation_norm: Norm of the change really made to the weights, rounding noise included.
-        perturbation_projection: ⟨applied, ε⟩ / rho²: 1 where the perturbation arrived whole; None without one.
+        perturbation_projection: ⟨applied, ε⟩ / ‖ε‖²: 1 where the perturbation arrived whole; None without one. ‖ε‖ is
+            rho in the Euclidean metric.
         skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
         bad_numbers: Where it was; None also where DeepSpeed alone found an overflow.
         price: FLOPs of the step, a step of AdamW on the same parameters being 1; None where it is not known.
@@ -115,6 +122,7 @@ class StepResult:
     perturbed: tuple[int, ...]
     probabilities: tuple[float, ...]
     grad_norms: Mapping[int, float] = field(default_factory=dict)
+    ascent_norms: Mapping[int, float] = field(default_factory=dict)
     rho: float
     perturbation_norm: float = 0.0
     perturbation_projection: float | None = None

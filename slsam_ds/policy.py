@@ -1,8 +1,9 @@
 """Who takes part in a step, and what is learned from it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from slsam_ds.config import PerturbSpread, Spread
 from slsam_ds.plan import Choice
 from slsam_ds.pricing.cost import PriceList
 from slsam_ds.rewards import RewardScale
@@ -10,23 +11,43 @@ from slsam_ds.selectors import Selector
 
 
 class Policy:
-    """A selector with its rewards: what it samples is perturbed and updated.
+    """A selector with its rewards, and what becomes of a sample: who is perturbed, and who is updated.
 
     Args:
         selector: Draws samples and learns from rewards.
         rewards: Makes rewards of gradient norms.
+        perturb: Who is perturbed, given the sample.
+        update: Who is updated, likewise.
+        norm_layers: The arms that are weights of normalisation layers, ascending.
+
+    Raises:
+        ValueError: There are none, and they are to be perturbed.
     """
 
-    def __init__(self, selector: Selector, rewards: RewardScale) -> None:
+    def __init__(
+        self,
+        selector: Selector,
+        rewards: RewardScale,
+        *,
+        perturb: PerturbSpread = "sample",
+        update: Spread = "sample",
+        norm_layers: Sequence[int] = (),
+    ) -> None:
         self.selector, self.rewards = selector, rewards
+        self._perturb, self._update, self._norm_layers = perturb, update, tuple(norm_layers)
+        if perturb == "norm_layers" and not self._norm_layers:
+            raise ValueError('slsam.perturb="norm_layers": the model trains no weights of normalisation layers')
 
     def choose(self, step: int) -> Choice:
         """The choice for a step (from 1): a pure function of the state, the seed and the step."""
         sample, probabilities = self.selector.sample(step), self._probabilities()
+        updated = self._spread(self._update, sample)
+        drawn = self._update == "sample"
         return Choice(
-            perturbed=sample,
-            updated=sample,
-            probability={arm: min(1.0, probabilities[arm]) for arm in sample},
+            sampled=sample,
+            perturbed=self._spread(self._perturb, sample),
+            updated=updated,
+            probability={arm: min(1.0, probabilities[arm]) if drawn else 1.0 for arm in updated},
             probabilities=probabilities,
         )
 
@@ -54,19 +75,29 @@ class Policy:
         else:
             perturbed, updated = self._checked("perturbed", perturbed), self._checked("updated", updated)
         return Choice(
+            sampled=updated,
             perturbed=perturbed,
             updated=updated,
             probability=dict.fromkeys(updated, 1.0),
             probabilities=self._probabilities(),
+            forced=True,
         )
 
-    def learn(self, choice: Choice, grad_norms: Mapping[int, float]) -> None:
+    def learn(self, choice: Choice, grad_norms: Mapping[int, float], ascent_norms: Mapping[int, float]) -> None:
         """Learn from a step that was taken.
 
         Args:
             choice: Its choice.
             grad_norms: Descent-gradient norms; of the updated arms at least.
+            ascent_norms: Norms of the gradient at the weights, of the ascended arms; empty where there are none.
         """
+        if self.selector.rewarded_by == "ascent_norms":
+            # Without an ascent pass, the descent's gradient is the one at the weights, or the nearest to it.
+            norms = ascent_norms or grad_norms
+            seen = tuple(arm for arm in choice.sampled if arm in norms)
+            chances = [1.0 if choice.forced else choice.probabilities[arm] for arm in seen]
+            self.selector.update(seen, [norms[arm] for arm in seen], probabilities=chances)
+            return
         norms = {arm: grad_norms[arm] for arm in choice.updated}
         rewards = self.rewards.rewards(norms)
         self.selector.observe(norms)
@@ -100,6 +131,17 @@ class Policy:
 
     def _probabilities(self) -> tuple[float, ...]:
         return tuple(self.selector.probabilities().tolist())
+
+    def _spread(self, spread: PerturbSpread, sample: tuple[int, ...]) -> tuple[int, ...]:
+        match spread:
+            case "sample":
+                return sample
+            case "above":
+                return tuple(range(sample[0], self.selector.num_arms))
+            case "all":
+                return tuple(range(self.selector.num_arms))
+            case "norm_layers":
+                return self._norm_layers
 
     def _checked(self, name: str, arms: Iterable[int]) -> tuple[int, ...]:
         checked = tuple(sorted({int(arm) for arm in arms}))

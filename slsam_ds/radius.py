@@ -1,24 +1,7 @@
-"""How far a step climbs.
-
-A metric is a function from the squared gradient norms of the perturbed arms to the factor by which each arm's gradient
-becomes its part of the perturbation.
-"""
+"""How far a step climbs: rho over the length of what it climbs along."""
 
 import torch
 from torch import Tensor
-
-
-def euclidean(global_sq_norms: Tensor, *, rho: float) -> Tensor:
-    """One sphere of radius rho around the weights of all perturbed arms together.
-
-    Args:
-        global_sq_norms: Squared L2 norms of the ascent gradient by arm, over all ranks. Shape (n,), float64.
-        rho: Radius in parameter units.
-
-    Returns:
-        The factor of each arm, the same for all: see `perturbation_scale`. Shape (n,), float64.
-    """
-    return perturbation_scale(global_sq_norms.sum(), rho=rho).expand(global_sq_norms.shape)
 
 
 def perturbation_scale(global_sq_norm: Tensor, *, rho: float) -> Tensor:

@@ -19,8 +19,9 @@ from slsam_ds.engines import release_gathered, select_engine
 from slsam_ds.engines.agreement import checksum
 from slsam_ds.engines.guard import guard, stepping
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
+from slsam_ds.metrics import METRICS
 from slsam_ds.model.forward_state import ForwardState
-from slsam_ds.model.layers import LayerMap, map_layers
+from slsam_ds.model.layers import LayerMap, map_layers, norm_layers
 from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
 from slsam_ds.model.param_groups import regroup, sets_own_rate
 from slsam_ds.model.reuse import PrefixReuse
@@ -110,9 +111,16 @@ class SLSAM:
         engine.optimizer_state_home = torch.device("cpu") if config.offload_state else None
         self._fingerprint = layers.fingerprint()
         selector = make_selector(config, len(layers), total_steps=total_steps)
-        self.policy = Policy(selector, RewardScale(config.reward, layers.numels))
-        schedule = make_schedule(config.ascend_when, total_steps=total_steps)
+        self.policy = Policy(
+            selector,
+            RewardScale(config.reward, layers.numels),
+            perturb=config.perturb,
+            update=config.update,
+            norm_layers=norm_layers(model, layers) if config.perturb == "norm_layers" else (),
+        )
+        schedule = make_schedule(config.ascend_when, total_steps=total_steps, seed=config.seed)
         self._direction = DIRECTIONS[config.ascent_source](engine)
+        self._metric = METRICS[config.metric](engine)
         self._combination = make_combination(config.descend_along)
         self.forwards = ForwardState(model, engine.device)
         self._prefixes = PrefixReuse(config, layers, self.forwards, may_skip_modules=engine.may_skip_modules)
@@ -224,6 +232,7 @@ class SLSAM:
             begin_pass,
             state=self.forwards,
             direction=self._direction,
+            metric=self._metric,
             combination=self._combination,
             prefix=prefix,
             sizes=sizes,
@@ -234,7 +243,7 @@ class SLSAM:
             limit = self.config.max_skipped_steps
             report_skipped(result, self.layers, in_a_row=self.progress.skipped_in_a_row, limit=limit)
         else:
-            self.policy.learn(choice, result.grad_norms)  # 6 reward
+            self.policy.learn(choice, result.grad_norms, result.ascent_norms)  # 6 reward
         return dataclasses.replace(result, seconds=time.perf_counter() - started)
 
     def workload(self, window: Sequence[Any], sizes: Sequence[int] | None = None) -> Workload:

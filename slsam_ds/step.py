@@ -30,13 +30,13 @@ from torch import Tensor
 from slsam_ds.combinations import Combination
 from slsam_ds.directions import Direction
 from slsam_ds.gradient import Gradient
+from slsam_ds.metrics import Metric
 from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.prefix import Prefix
 from slsam_ds.passes import BeginPass, Part, Passes
 from slsam_ds.perturbation import perturb_, preserved, rounding_generator
 from slsam_ds.plan import BadNumbers, Plan, StepResult
-from slsam_ds.protocol import Engine, Shard
-from slsam_ds.radius import euclidean
+from slsam_ds.protocol import ALWAYS, Engine, Shard
 from slsam_ds.records.stopwatch import Stopwatch
 from slsam_ds.tally import Numbers, Tally, local_sq_norms
 from slsam_ds.trial import try_prefix
@@ -50,6 +50,7 @@ def take_step(
     *,
     state: ForwardState,
     direction: Direction,
+    metric: Metric,
     combination: Combination,
     prefix: Prefix | None = None,
     sizes: Sequence[int] | None = None,
@@ -66,6 +67,7 @@ def take_step(
         begin_pass: Runs them.
         state: What their forwards find besides the weights: both passes the same, and they leave that of one behind.
         direction: Where to climb.
+        metric: How far.
         combination: What the update descends along.
         prefix: The blocks that the descent need not run again.
         sizes: See `SLSAM.step_with`.
@@ -73,7 +75,8 @@ def take_step(
     Raises:
         RanksDisagreeError: Before any gradient travels.
     """
-    step = _Step(engine, plan, Passes(engine, plan, window, begin_pass, prefix, sizes), direction)
+    passes = Passes(engine, plan, window, begin_pass, prefix, sizes)
+    step = _Step(engine, plan, passes, direction, metric, share_of_ascent=combination.share_of_ascent)
     with _left_clean(engine):
         engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
         for part in step.passes.parts():
@@ -125,11 +128,24 @@ class _Step:
         plan: Likewise.
         passes: Runs the micro-batches.
         direction: As for `take_step`.
+        metric: Likewise.
+        share_of_ascent: How much of the descent is the gradient at x.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, passes: Passes, direction: Direction) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        passes: Passes,
+        direction: Direction,
+        metric: Metric,
+        *,
+        share_of_ascent: float,
+    ) -> None:
         self.passes = passes
-        self._engine, self._plan, self._direction = engine, plan, direction
+        self._engine, self._plan, self._direction, self._metric = engine, plan, direction, metric
+        self._share_of_ascent = share_of_ascent
+        self._at_x: dict[tuple[Tensor, int], Tensor] = {}  # of the updated arms, by what is stepped and the place there
         self._tally, self._clock = Tally(engine.ranks, engine.device), Stopwatch(engine.device)
 
     def ascend(self, part: Part) -> Gradient | None:
@@ -171,6 +187,8 @@ class _Step:
         engine, tally = self._engine, self._tally
         self.passes.await_agreement()
         shards = engine.reduce()
+        if self._share_of_ascent:
+            self._mix(shards, during)
         bad = torch.zeros(engine.ranks.world_size, dtype=torch.float64, device=engine.device)
         bad[engine.ranks.rank] = tally.local_sum("ascent_loss", "loss").isfinite().logical_not()
         tally.add(f"{during}_bad", bad)
@@ -205,6 +223,15 @@ class _Step:
             **told,
         )
 
+    def _mix(self, shards: Sequence[Shard], during: Literal["ascent", "descent"]) -> None:
+        """Keep what the ascent found of the updated arms, and mix it with what the descent finds."""
+        for shard in shards:
+            place = shard.piece.stepped, shard.piece.offset
+            if during == "ascent" and shard.piece.arm in self._plan.updated:
+                self._at_x[place] = shard.gradient.clone()
+            elif during == "descent" and place in self._at_x:  # not where the step does not ascend
+                shard.gradient.lerp_(self._at_x.pop(place), self._share_of_ascent)
+
     def _global_ascent(self, part: Part) -> Gradient:
         """The gradient over the window and all ranks."""
         self._tally.add("ascent_loss", self.passes.ascend(part) / self._engine.ranks.world_size)
@@ -225,16 +252,16 @@ class _Step:
     def _climb(self, ascent: Gradient, part: Part) -> None:
         """Add ε to the weights, and count what arrived."""
         engine, plan, tally = self._engine, self._plan, self._tally
-        scales = euclidean(ascent.sq_norms, rho=plan.rho)
+        scales = self._metric.scales(ascent, rho=plan.rho, over_ranks=plan.scope == "global")
         scale_of = dict(zip(ascent.arms, scales / ascent.loss_scale, strict=True))
-        tally.add("applied", torch.zeros(2, device=engine.device))  # also by a rank that holds nothing of these arms
+        tally.add("applied", torch.zeros(3, device=engine.device))  # also by a rank that holds nothing of these arms
         for number, shard in enumerate(ascent.shards):
             piece = shard.piece
             key = (plan.seed, plan.step, piece.owner, part.num_left, number)
             measured = perturb_(
                 piece.weight,
                 piece.master,
-                shard.gradient,
+                self._metric.stretched(shard),
                 scale=scale_of[piece.arm],
                 rounding=plan.rounding,
                 generator=rounding_generator(piece.weight.device, *key),
@@ -256,11 +283,14 @@ def _measured(plan: Plan, numbers: Numbers) -> dict[str, Any]:
     """Norms and the perturbation, of a step whose numbers are all finite."""
     sq_norms = numbers.by_arm("descent_sq_norms", plan.updated)
     told: dict[str, Any] = {"grad_norms": {arm: math.sqrt(sq_norms[arm]) for arm in plan.choice.updated}}
+    if numbers.all_finite("ascent_sq_norms") and "ascent_sq_norms" in numbers:
+        of_ascended = numbers.by_arm("ascent_sq_norms", plan.ascended)
+        told["ascent_norms"] = {arm: math.sqrt(of_ascended[arm]) for arm in plan.ascended if arm != ALWAYS}
     count = numbers.get("num_perturbations")
     if count:
-        projection, sq_norm = (each / count for each in numbers.vector("applied"))
+        projection, sq_norm, asked_for = (each / count for each in numbers.vector("applied"))
         told["perturbation_norm"] = math.sqrt(sq_norm)
-        told["perturbation_projection"] = projection / plan.rho**2
+        told["perturbation_projection"] = projection / asked_for if asked_for > 0 else None
     return told
 
 

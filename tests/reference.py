@@ -25,8 +25,11 @@ class Reference:
     eps: float = 1e-4
     weight_decay: float = 0.1
     clip: float = 0.0
-    direction: str = "current"  # or "previous" (what a layer last descended along, in bf16) or "momentum"
-    descend_along: str = "perturbed"  # or "renormalised"
+    # "previous" (what a layer last descended along, in bf16), "momentum", "friendly" (less its running mean, in bf16)
+    direction: str = "current"
+    metric: str = "euclidean"  # or "adaptive", "preconditioned", "by_layer"
+    descend_along: str | dict = "perturbed"  # or "renormalised", or {"mixed": a}
+    means: Tensors = field(default_factory=dict)
     previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
 
@@ -55,14 +58,40 @@ class Reference:
             moments = {name: self.moments[name][0] for name in names if name in self.moments}
             return moments, norm_of(moments), 0.0
         ascent, loss = self.gradient(names, batches)
+        if self.direction == "friendly":
+            means = {name: self.means.get(name) for name in names}
+            for name, mean in means.items():
+                self.means[name] = (
+                    (ascent[name] if mean is None else 0.9 * mean + 0.1 * ascent[name]).bfloat16().float()
+                )
+            ascent = {name: ascent[name] - (0.0 if mean is None else mean) for name, mean in means.items()}
         return ascent, norm_of(ascent), loss
 
+    def epsilon(self, perturbed: Sequence[int], ascent: Tensors, norm: float) -> Tensors:
+        weights = dict(self.model.named_parameters())
+        stretch = {name: torch.ones_like(tensor) for name, tensor in ascent.items()}
+        for arm in perturbed:
+            for name in [name for name in self.arms[arm] if name in ascent]:
+                if self.metric == "adaptive":
+                    stretch[name] = weights[name].detach() ** 2
+                elif self.metric == "preconditioned":
+                    _, v, count = self.moments.get(name, (None, torch.tensor(torch.inf), 1))
+                    stretch[name] = 1 / ((v / (1 - self.betas[1] ** count)).sqrt() + self.eps) * stretch[name]
+                elif self.metric == "by_layer":
+                    whole = [norm_of({name: tensors[name] for name in self.arms[arm]}) for tensors in (weights, ascent)]
+                    stretch[name] *= whole[0] / whole[1]
+        if self.metric == "by_layer":
+            return {name: self.rho * stretch[name] * tensor for name, tensor in ascent.items()}
+        if self.metric != "euclidean":
+            norm = norm_of({name: tensor * stretch[name].sqrt() for name, tensor in ascent.items()})
+        return {name: (self.rho / norm if norm > 0 else 0.0) * stretch[name] * g for name, g in ascent.items()}
+
     @torch.no_grad()
-    def add(self, direction: Tensors, scale: float) -> Tensors:
+    def add(self, epsilon: Tensors) -> Tensors:
         parameters = dict(self.model.named_parameters())
-        before = {name: parameters[name].clone() for name in direction}
-        for name, tensor in direction.items():
-            parameters[name] += scale * tensor
+        before = {name: parameters[name].clone() for name in epsilon}
+        for name, tensor in epsilon.items():
+            parameters[name] += tensor
         return before
 
     def step(
@@ -83,7 +112,7 @@ class Reference:
             ascent, norm, part_ascent_loss = {}, 0.0, 0.0
             if ascends:
                 ascent, norm, part_ascent_loss = self.climb(perturbed, climbed[number] if climbed else part)
-            before = self.add(ascent, self.rho / norm if norm > 0 else 0.0)
+            before = self.add(self.epsilon(perturbed, ascent, norm))
             part_descent, part_loss = self.gradient(self.names(updated), part)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
@@ -91,6 +120,10 @@ class Reference:
                         parameter.copy_(before[name])
             descent = {name: descent.get(name, 0.0) + share * grad for name, grad in part_descent.items()}
             ascent_loss, loss = ascent_loss + share * part_ascent_loss, loss + share * part_loss
+        if isinstance(self.descend_along, dict) and ascends:
+            at_x, _ = self.gradient(self.names(updated), batches)
+            share = self.descend_along["mixed"]
+            descent = {name: (1 - share) * at_x[name] + share * grad for name, grad in descent.items()}
         for name, grad in descent.items():
             self.previous[name] = (grad.to(torch.bfloat16).float(), grad.double().square().sum().item())
         norms = {arm: norm_of({name: descent[name] for name in self.arms[arm]}) for arm in updated}

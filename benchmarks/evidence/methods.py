@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from slsam_ds.config import PRESETS
+from slsam_ds.recipes import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)

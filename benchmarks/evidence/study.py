@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.evidence.methods import METHODS, Method
 from benchmarks.evidence.runs import Key, Run, Runs, Stage
 from benchmarks.evidence.tasks import TASKS, Task
-from slsam_ds.config import PRESETS
+from slsam_ds.recipes import PRESETS
 
 TUNING_SEED = 100
 """No seed of a reported run."""

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from transformers import HfArgumentParser
 
 from slsam_ds.cli.refusal import UsageError
-from slsam_ds.config import PRESETS
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/run",
@@ -185,8 +184,8 @@ class SLSAMArguments:
             "metavar": "KEY=VALUE",
             "help": "Knobs laid over the slsam block of the DeepSpeed JSON, like --slsam rho=0.02 active_layers=4 "
             "selector=uniform. Main ones: rho (0: no ascent pass), active_layers (fraction or count per step) or "
-            f"budget (price of a step, AdamW's being 1), preset ({', '.join(PRESETS)}), selector, update_scale, "
-            "other_parameters, seed.",
+            "budget (price of a step, AdamW's being 1), preset (python -m slsam_ds.recipes shows them), selector, "
+            "update_scale, other_parameters, seed.",
         },
     )
 

@@ -104,6 +104,8 @@ def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMC
         how = "in turn"
     elif config.selector == "uniform":
         how = "every choice as likely"
+    elif config.selector == "depth":
+        how = "a lowest one and all above it"
     else:
         how = f"every choice as likely, as {config.selector} starts; as it learns it moves within the last column"
     return "\n\n".join(

@@ -8,12 +8,17 @@ from typing import Any
 
 from slsam_ds.choices import read_choice
 from slsam_ds.combinations.combination import Combination
+from slsam_ds.combinations.mixed import Mixed
 from slsam_ds.combinations.perturbed import Perturbed
 from slsam_ds.combinations.renormalised import Renormalised
 
 __all__ = ["COMBINATIONS", "Combination", "make_combination"]
 
-COMBINATIONS: Mapping[str, type[Combination]] = {"perturbed": Perturbed, "renormalised": Renormalised}
+COMBINATIONS: Mapping[str, type[Combination]] = {
+    "perturbed": Perturbed,
+    "renormalised": Renormalised,
+    "mixed": Mixed,
+}
 """The values of the knob `descend_along`."""
 
 

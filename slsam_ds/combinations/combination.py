@@ -13,10 +13,12 @@ class Combination:
         takes: Describes the argument; None: there is none.
         reads_ascent: Whether g is needed of every updated arm. The ascent pass then finds it also of those that are
             not perturbed.
+        share_of_ascent: How much of what is descended along is g; the rest is h.
     """
 
     takes: ClassVar[str | None] = None
     reads_ascent: ClassVar[bool] = False
+    share_of_ascent: float = 0.0
 
     def __init__(self, argument: Any) -> None: ...
 

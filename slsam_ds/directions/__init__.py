@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from slsam_ds.directions.current import CurrentGradient
 from slsam_ds.directions.direction import Direction
+from slsam_ds.directions.friendly import Friendly
 from slsam_ds.directions.momentum import Momentum
 from slsam_ds.directions.previous import PreviousGradients
 
@@ -16,5 +17,6 @@ DIRECTIONS: Mapping[str, type[Direction]] = {
     "current": CurrentGradient,
     "previous": PreviousGradients,
     "momentum": Momentum,
+    "friendly": Friendly,
 }
 """The values of the knob `ascent_source`."""

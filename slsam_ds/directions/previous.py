@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from slsam_ds.directions.direction import Direction
+from slsam_ds.directions.kept import KeptVector
 from slsam_ds.gradient import Gradient
-from slsam_ds.protocol import Engine, Piece, Shard
-from slsam_ds.shards import local_elements
+from slsam_ds.protocol import Engine, Piece
 from slsam_ds.tally import upload
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,7 @@ class PreviousGradients(Direction):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.sq_norms: dict[int, float] = {}
-        self._pending: dict[Tensor, Tensor] = {}
+        self._kept = KeptVector(engine, STATE_KEY)
         self._pending_sq_norms: dict[int, float] = {}
 
     @property
@@ -44,25 +43,18 @@ class PreviousGradients(Direction):
         if not known:
             return None
         sq_norms = upload([self.sq_norms[arm] for arm in known], self._engine.device)
-        return Gradient(known, self._recall(self._engine.pieces(known)), sq_norms)
+        return Gradient(known, self._kept.shards(self._engine.pieces(known)), sq_norms)
 
     def observe(self, descent: Gradient, sq_norms: Mapping[int, float]) -> None:
-        self._pending, self._pending_sq_norms = {}, dict(sq_norms)
+        self._pending_sq_norms = dict(sq_norms)
+        self._kept.start()
         for shard in descent.shards:
-            piece = shard.piece
-            if piece.stepped not in self._pending:
-                self._pending[piece.stepped] = torch.zeros_like(piece.stepped.detach(), dtype=torch.bfloat16)
-            gradient = shard.gradient if descent.loss_scale == 1 else shard.gradient / descent.loss_scale
-            end = piece.offset + gradient.numel()
-            local_elements(self._pending[piece.stepped])[piece.offset : end].copy_(gradient)
+            scaled = descent.loss_scale != 1
+            self._kept.put(shard.piece, shard.gradient / descent.loss_scale if scaled else shard.gradient)
 
     def keep(self) -> None:
-        """Only now, because an optimizer that finds state of a layer takes its moments for made."""
-        for stepped, gradient in self._pending.items():
-            home = self._engine.optimizer_state_home or gradient.device
-            self._engine.optimizer.state[stepped][STATE_KEY] = gradient.to(home)
+        self._kept.keep()
         self.sq_norms.update(self._pending_sq_norms)
-        self._pending = {}
 
     def claims(self) -> Any:
         return self.arms
@@ -84,13 +76,3 @@ class PreviousGradients(Direction):
                 len(lost),
             )
         self.sq_norms = {arm: sq_norm for arm, sq_norm in self.sq_norms.items() if arm not in lost}
-
-    def _recall(self, pieces: Iterable[Piece]) -> list[Shard]:
-        shards = []
-        for piece in pieces:
-            state = self._engine.optimizer.state[piece.stepped]
-            # Optimizers load all they remember in the dtype of what they step.
-            state[STATE_KEY] = state[STATE_KEY].to(torch.bfloat16)
-            end = piece.offset + piece.weight.numel()
-            shards.append(Shard(piece, local_elements(state[STATE_KEY])[piece.offset : end]))
-        return shards

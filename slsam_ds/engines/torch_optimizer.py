@@ -10,7 +10,7 @@ from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.autocast import AutocastWatch
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
+from slsam_ds.model.param_groups import joined, scaled_learning_rates, state_fetched, stepped_parameters
 from slsam_ds.protocol import ALWAYS, Piece, Shard
 from slsam_ds.shards import local_elements
 
@@ -58,6 +58,7 @@ class TorchOptimizerEngine(SwitchesArms):
             with (
                 scaled_learning_rates(self._optimizer.param_groups, learning_rate_scale),
                 state_fetched(self._optimizer, stepped, home=self.optimizer_state_home),
+                joined(self._optimizer, arms),
             ):
                 self._optimizer.step()
         self.discard()

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.pricing.budget import BudgetedExp3
 from slsam_ds.pricing.cost import PriceList
+from slsam_ds.selectors import make_selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,15 @@ def find_draws(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) ->
         ValueError: More layers per step than there are, or a budget that cannot be met.
     """
     num_arms = len(numels)
-    if config.budget is not None:
+    if (config.perturb, config.update) != ("sample", "sample"):
+        raise ValueError(
+            f'slsam.perturb="{config.perturb}", slsam.update="{config.update}": an estimate knows steps that perturb '
+            'and update the same layers; use "sample" for both'
+        )
+    if config.budget is not None or config.selector == "depth":
         return _budgeted(config, numels, prices)
+    if config.selector == "bernoulli":
+        return _independent(config.expected_active(num_arms) / num_arms, numels)
     k = config.num_active(num_arms)
     if config.selector == "cyclic":
         num_steps = num_arms // math.gcd(num_arms, k)
@@ -108,19 +116,31 @@ def _uniform_above(arm: int, num_arms: int, k: int) -> Draw:
     return Draw(arm, (*[0.0] * arm, 1.0, *[(k - 1) / above if above else 0.0] * above))
 
 
-def _budgeted(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) -> Draws:
-    assert config.budget is not None
-    gamma = _GAMMA if config.gamma == "auto" else config.gamma
-    selector = BudgetedExp3(len(numels), config.budget, gamma, config.seed, share=config.share)
-    selector.use_prices(prices)
-    chances, above = selector.choice()
-    draws = [
-        Draw(arm, (*[0.0] * arm, 1.0, *(above[arm] or [0.0] * (len(numels) - 1 - arm)))) for arm in range(len(numels))
+def _independent(chance: float, numels: Sequence[int]) -> Draws:
+    """Every arm by itself, as likely; never none."""
+    num_arms = len(numels)
+    some = 1 - (1 - chance) ** num_arms
+    by_lowest = [
+        (chance * (1 - chance) ** arm / some, Draw(arm, (*[0.0] * arm, 1.0, *[chance] * (num_arms - 1 - arm))))
+        for arm in range(num_arms)
     ]
-    lowest = range(len(numels))
+    alone = [Draw.of((arm,), num_arms) for arm in range(num_arms)]
+    return Draws(tuple(by_lowest), (*alone, Draw.of(range(num_arms), num_arms)))
+
+
+def _budgeted(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) -> Draws:
+    num_arms = len(numels)
+    selector = make_selector(replace(config, gamma=_GAMMA if config.gamma == "auto" else config.gamma), num_arms)
+    assert isinstance(selector, BudgetedExp3)
+    if config.budget is not None:
+        selector.use_prices(prices)
+    chances, above = selector.choice()
+    lowest = range(num_arms)
+    draws = [Draw(arm, (*[0.0] * arm, 1.0, *(above[arm] or [0.0] * (num_arms - 1 - arm)))) for arm in lowest]
+    sizes = [num_arms - arm if config.selector == "depth" else min(selector.k, num_arms - arm) for arm in lowest]
     return Draws(
         tuple(zip(chances, draws, strict=True)),
-        tuple(extreme for arm in lowest for extreme in _extremes(arm, numels, min(selector.k, len(numels) - arm))),
+        tuple(extreme for arm in lowest for extreme in _extremes(arm, numels, sizes[arm])),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slsam_ds.config import OtherParameters, SLSAMConfig
+from slsam_ds.config import Granularity, OtherParameters, SLSAMConfig
 from slsam_ds.model.compiled import check_not_compiled
 from slsam_ds.model.forward_order import used_before
 from slsam_ds.shards import whole_shape
@@ -30,7 +30,8 @@ class Layer:
 
     Attributes:
         index: The arm's number.
-        name: Module path of the block, the pattern it was asked for by, or "before PATH" / "after PATH" of the blocks.
+        name: Module path of the block, the pattern it was asked for by, or "before PATH" / "after PATH" of the blocks;
+            of an arm that is one tensor, the parameter's name.
         parameters: Its trainable parameters with their names, in model order. Never empty.
         depth: How many blocks, from the first, run before anything of it is used; 0 where that is not known.
     """
@@ -105,7 +106,11 @@ class LayerMap:
 
 
 def find_layers(
-    model: nn.Module, *, other_parameters: OtherParameters = "arms", patterns: Sequence[str] | None = None
+    model: nn.Module,
+    *,
+    other_parameters: OtherParameters = "arms",
+    patterns: Sequence[str] | None = None,
+    granularity: Granularity = "block",
 ) -> LayerMap:
     """Find the arms of a model; changes nothing about it, nor about the random state.
 
@@ -119,6 +124,8 @@ def find_layers(
             and one after the blocks (with `patterns`: as "freeze"), "always" and "freeze" no arm.
         patterns: One arm each, in this order: a module path, or a regular expression that fully matches parameter
             names. None: the model's blocks.
+        granularity: "tensor" makes an arm of every parameter tensor of what would be an arm, in the order of the
+            model, with the depth of its block.
 
     Raises:
         ValueError: No stack of blocks or several comparable ones, a pattern that matches nothing trainable, a
@@ -130,6 +137,8 @@ def find_layers(
         arms, others = _arms_by_structure(model, path, stack, with_others=other_parameters == "arms")
     else:
         arms, others = _arms_by_pattern(model, patterns)
+    if granularity == "tensor":
+        arms = [(name, depth, [(name, tensor)]) for _, depth, tensors in arms for name, tensor in tensors]
     filled = [(name, tuple(parameters), depth) for name, depth, parameters in arms if parameters]
     if not filled:
         raise ValueError(
@@ -156,11 +165,27 @@ def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Opt
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in held)
-    layer_map = find_layers(model, other_parameters=config.other_parameters, patterns=config.layers)
+    layer_map = find_layers(
+        model,
+        other_parameters=config.other_parameters,
+        patterns=config.layers,
+        granularity=config.granularity,
+    )
     check_not_compiled(model, [[parameter for _, parameter in layer.parameters] for layer in layer_map])
     for _, parameter in layer_map.frozen:
         parameter.requires_grad_(False)
     return layer_map
+
+
+def norm_layers(model: nn.Module, layer_map: LayerMap) -> tuple[int, ...]:
+    """The arms that hold nothing but weights of normalisation layers, ascending: what a class is called tells."""
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=False)
+    }
+    return tuple(layer.index for layer in layer_map if inside.issuperset(id(tensor) for _, tensor in layer.parameters))
 
 
 def _numel(parameter: Tensor) -> int:

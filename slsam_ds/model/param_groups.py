@@ -120,6 +120,37 @@ def scaled_learning_rates(param_groups: list[dict[str, Any]], scale: Mapping[int
             group["lr"] = rate
 
 
+@contextlib.contextmanager
+def joined(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> Iterator[None]:
+    """Within, the optimizer has these arms' groups alone, and those with the same settings are one group.
+
+    Optimizers launch kernels group by group, and an arm may be a single small tensor. What an optimizer writes into a
+    joint group is carried back into its members.
+    """
+    whole = list(optimizer.param_groups)
+    members: dict[str, list[dict[str, Any]]] = {}
+    for group in whole:
+        if group["arm"] in arms:
+            settings = repr([(key, value) for key, value in group.items() if key not in _OF_ONE_GROUP])
+            members.setdefault(settings, []).append(group)
+    joint = [
+        {**groups[0], "params": [parameter for group in groups for parameter in group["params"]]}
+        for groups in members.values()
+    ]
+    optimizer.param_groups[:] = joint
+    try:
+        yield
+    finally:
+        for written, groups in zip(joint, members.values(), strict=True):
+            for group in groups:
+                group.update({key: value for key, value in written.items() if key not in _OF_ONE_GROUP})
+        optimizer.param_groups[:] = whole
+
+
+_OF_ONE_GROUP = ("params", "arm", GIVEN, "param_names")
+"""What groups with the same settings differ in."""
+
+
 def sets_own_rate(param_groups: Iterable[Mapping[str, Any]]) -> bool:
     """Whether the optimizer finds a learning rate of its own, as Adafactor does with `relative_step`."""
     return any(group.get("lr") is None or group.get("relative_step", False) for group in param_groups)

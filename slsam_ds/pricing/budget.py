@@ -61,10 +61,7 @@ class BudgetedExp3(Exp3M):
             if lowest <= self.budget <= highest:
                 fairness[k] = math.fsum(map(math.log, self._marginals()[0]))
         if not fairness:
-            raise ValueError(
-                f"slsam.budget={self.budget:g}: with these settings a step costs from {reach[1][0]:.2f} to "
-                f"{reach[self.num_arms][1]:.2f} of AdamW's; choose a number in between"
-            )
+            raise self._out_of_reach(reach[1][0], reach[self.num_arms][1])
         few = [k for k in fairness if k <= math.ceil(_MAX_SHARE * self.num_arms)] or [min(fairness)]
         self.k = max(few, key=fairness.__getitem__)
 
@@ -136,6 +133,12 @@ class BudgetedExp3(Exp3M):
         weights = [math.exp(exponent - highest) for exponent in exponents]
         total = math.fsum(weights)
         return [(1 - self.gamma) * weight / total + self.gamma / self.num_arms for weight in weights]
+
+    def _out_of_reach(self, lowest: float, highest: float) -> ValueError:
+        return ValueError(
+            f"slsam.budget={self.budget:g}: with these settings a step costs from {lowest:.2f} to {highest:.2f} of "
+            "AdamW's; choose a number in between"
+        )
 
     def _reach(self) -> tuple[float, float]:
         """Lowest and highest expected price with this k."""

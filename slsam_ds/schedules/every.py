@@ -13,7 +13,7 @@ class Every(Schedule):
 
     takes: ClassVar[str | None] = "a whole number of steps from 1"
 
-    def __init__(self, argument: int, total_steps: int | None) -> None:
+    def __init__(self, argument: int, total_steps: int | None, seed: int) -> None:
         self._period = argument
         self.share = 1 / argument
 

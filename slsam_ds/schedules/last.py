@@ -14,7 +14,7 @@ class Last(Schedule):
 
     takes: ClassVar[str | None] = "a share of the run in (0, 1]"
 
-    def __init__(self, argument: float, total_steps: int | None) -> None:
+    def __init__(self, argument: float, total_steps: int | None, seed: int) -> None:
         if total_steps is None or total_steps < 1:
             raise ValueError(
                 f'slsam.ascend_when={{"last": {argument:g}}} with total_steps={total_steps}: tell the number of steps '

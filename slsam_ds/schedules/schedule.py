@@ -9,6 +9,7 @@ class Schedule:
     Args:
         argument: As the user gave it; None where the schedule has none.
         total_steps: Length of the run; None: unknown.
+        seed: Of what is drawn.
 
     Attributes:
         takes: Describes the argument; None: there is none.
@@ -18,7 +19,7 @@ class Schedule:
     takes: ClassVar[str | None] = None
     share: float = 1.0
 
-    def __init__(self, argument: Any, total_steps: int | None) -> None: ...
+    def __init__(self, argument: Any, total_steps: int | None, seed: int) -> None: ...
 
     @staticmethod
     def accepts(argument: Any) -> bool:

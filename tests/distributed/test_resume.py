@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.config import check_config
 from slsam_ds.state.files import STATE_FILE
 from tests.distributed.training import (
@@ -109,8 +110,9 @@ def test_the_bandit_goes_on_by_another_number_of_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("num_ranks", [slow(1), slow(2), 3])
 @pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, "zero2", ALSO_ZERO3, slow("fsdp2"), *ALSO_OFFLOADED])
-def test_resume_takes_the_previous_gradients_along(engine: str, num_ranks: int, tmp_path: Path) -> None:
-    setup = Setup(engine=engine, slsam={"ascent_source": "previous"})
+@pytest.mark.parametrize("direction", [name for name, direction in DIRECTIONS.items() if direction.kept])
+def test_resume_takes_along_what_a_direction_keeps(direction: str, engine: str, num_ranks: int, tmp_path: Path) -> None:
+    setup = Setup(engine=engine, slsam={"ascent_source": direction})
     error, _, _ = resumed_by(num_ranks, setup, tmp_path)
     assert error <= (0.0 if num_ranks == 2 else TOLERANCE)
 

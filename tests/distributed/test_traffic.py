@@ -106,3 +106,26 @@ def test_zero3_reduces_once_per_window() -> None:
         for length in (1, 3)
     )
     assert one["reduce"] == pytest.approx(three["reduce"], rel=TOLERANCE)
+
+
+def traffic_of_blocks(setup: Setup, blocks: list[int]) -> tuple[dict[str, int], int]:
+    """Of a step on these blocks, whatever the arms are: bytes by kind, and collectives."""
+    training = Training(setup)
+    wanted = tuple(f"model.layers.{block}." for block in blocks)
+    arms = [arm.index for arm in training.slsam.layers if all(name.startswith(wanted) for name, _ in arm.parameters)]
+    training.follow([arms])
+    with Traffic() as traffic:
+        training.follow([arms])
+    return dict(traffic.bytes), sum(traffic.calls.values())
+
+
+@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO1, "zero2", "zero3"])
+def test_tensors_travel_in_as_few_calls_as_blocks(engine: str) -> None:
+    by_block, by_tensor = (
+        run_on_ranks(
+            2, traffic_of_blocks, Setup(engine=engine, model={"hidden": 64}, slsam={"granularity": name}), [1, 3]
+        )
+        for name in ("block", "tensor")
+    )
+    assert by_tensor[0][1] == by_block[0][1]
+    assert by_tensor[0][0] == pytest.approx(by_block[0][0], rel=TOLERANCE)

@@ -134,7 +134,8 @@ class Training:
         self.optimizer = optimizer = make_optimizer(self.model.parameters(), **settings)
         if setup.engine in ("local", "fsdp2"):
             config = SLSAMConfig(**setup.slsam)
-            self.slsam = SLSAM(self.model, optimizer, config, max_grad_norm=setup.clip or None)
+            total_steps = kwargs.get("total_steps")
+            self.slsam = SLSAM(self.model, optimizer, config, max_grad_norm=setup.clip or None, total_steps=total_steps)
             self.step = self.slsam.step
         else:
             if setup.dtype == torch.float16:

@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 
-from slsam_ds.config import PRESETS, SLSAMConfig
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.recipes import PRESETS
 
-SELECTORS = '"exp3m", "uniform", "cyclic", "all", "top_k"'
-SCHEDULES = 'expected "always", {"every": a whole number of steps from 1} or {"last": a share of the run in (0, 1]}'
+SELECTORS = '"exp3m", "uniform", "cyclic", "all", "top_k", "bernoulli", "depth"'
+SCHEDULES = (
+    'expected "always", {"every": a whole number of steps from 1}, {"last": a share of the run in (0, 1]} or '
+    '{"probability": a probability in (0, 1]}'
+)
 ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
+
+COMBINATIONS = 'expected "perturbed", "renormalised" or {"mixed": a number from 0 to 10}'
 
 BAD_VALUES = [
     ("rho", -0.1, "-0.1", "choose a finite radius ≥ 0"),
@@ -28,6 +34,12 @@ BAD_VALUES = [
     ("active_layers", math.nan, "NaN", ACTIVE_LAYERS),
     ("active_layers", "half", '"half"', "expected an integer or a number"),
     ("active_layers", True, "true", "expected an integer or a number"),
+    ("granularity", "layer", '"layer"', 'expected one of "block", "tensor"'),
+    ("perturb", "some", '"some"', 'expected one of "sample", "above", "all", "norm_layers"'),
+    ("perturb", "norm_layers", '"norm_layers"', 'needs every tensor to be an arm; use granularity="tensor"'),
+    ("update", "norm_layers", '"norm_layers"', 'expected one of "sample", "above", "all"'),
+    ("update", "above", '"above"', "how likely each layer is to be updated is not known"),
+    ("metric", "cosine", '"cosine"', 'expected one of "euclidean", "adaptive", "preconditioned", "by_layer"'),
     ("selector", "exp3", '"exp3"', f"expected one of {SELECTORS}"),
     ("selector", None, "null", f"expected one of {SELECTORS}"),
     ("selector", 3, "3", f"expected one of {SELECTORS}"),
@@ -45,18 +57,21 @@ BAD_VALUES = [
     ("ascent_fraction", 1.1, "1.1", "choose a number in (0, 1]"),
     ("ascent_fraction", math.nan, "NaN", "choose a number in (0, 1]"),
     ("ascent_fraction", "all", '"all"', "expected a number"),
-    ("ascent_source", "next", '"next"', 'expected one of "current", "previous", "momentum"'),
+    ("ascent_source", "next", '"next"', 'expected one of "current", "previous", "momentum", "friendly"'),
     ("ascent_source", 1, "1", "expected a name"),
     ("ascend_when", "often", '"often"', SCHEDULES),
     ("ascend_when", {"every": 0}, '{"every": 0}', SCHEDULES),
     ("ascend_when", {"every": 1.5}, '{"every": 1.5}', SCHEDULES),
     ("ascend_when", {"last": 0.0}, '{"last": 0.0}', SCHEDULES),
+    ("ascend_when", {"probability": 0}, '{"probability": 0}', SCHEDULES),
     ("ascend_when", {"last": math.nan}, '{"last": NaN}', SCHEDULES),
     ("ascend_when", {"every": 2, "last": 0.5}, '{"every": 2, "last": 0.5}', SCHEDULES),
     ("ascend_when", "every", '"every"', SCHEDULES),
     ("ascend_when", {"always": 1}, '{"always": 1}', SCHEDULES),
     ("ascend_when", None, "null", "expected a name or a mapping of a name to its argument"),
-    ("descend_along", "g", '"g"', 'expected "perturbed" or "renormalised"'),
+    ("descend_along", "g", '"g"', COMBINATIONS),
+    ("descend_along", {"mixed": -0.1}, '{"mixed": -0.1}', COMBINATIONS),
+    ("descend_along", {"mixed": True}, '{"mixed": true}', COMBINATIONS),
     ("descend_along", 0.5, "0.5", "expected a name or a mapping of a name to its argument"),
     ("budget", 0, "0", "choose a number > 0, or null"),
     ("budget", -1.0, "-1.0", "choose a number > 0, or null"),
@@ -88,7 +103,19 @@ ACCEPTED = [
     ("ascent_source", "momentum"),
     ("ascend_when", {"every": 4}),
     ("ascend_when", {"last": 0.25}),
+    ("ascent_source", "friendly"),
+    ("ascend_when", {"probability": 0.5}),
     ("descend_along", "renormalised"),
+    ("descend_along", {"mixed": 1.5}),
+    ("granularity", "tensor"),
+    ("selector", "bernoulli"),
+    ("selector", "depth"),
+    ("perturb", "above"),
+    ("perturb", "all"),
+    ("update", "all"),
+    ("metric", "adaptive"),
+    ("metric", "preconditioned"),
+    ("metric", "by_layer"),
     ("budget", 1.0),
     ("reward", "grad_norm_per_cost"),
     ("ascent_scope", "rank"),
@@ -188,13 +215,17 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert SLSAMConfig().to_dict() == {
         "rho": 0.05,
         "active_layers": 0.2,
+        "granularity": "block",
         "selector": "exp3m",
+        "perturb": "sample",
+        "update": "sample",
         "gamma": 0.1,
         "share": 0.001,
         "reward": "grad_norm",
         "ascent_scope": "global",
         "ascent_fraction": 1.0,
         "ascent_source": "current",
+        "metric": "euclidean",
         "ascend_when": "always",
         "descend_along": "perturbed",
         "budget": None,
@@ -297,7 +328,7 @@ def test_assignments_are_refused_like_any_other_source(assignment: str, message:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_knobs_it_stands_for(name: str) -> None:
     config = SLSAMConfig.from_dict({"preset": name, "rho": 0.02})
-    assert config == SLSAMConfig(**PRESETS[name], rho=0.02)
+    assert config == SLSAMConfig(**{**PRESETS[name], "rho": 0.02})
     assert "preset" not in config.to_dict()
     assert config != SLSAMConfig(rho=0.02)
 
@@ -329,7 +360,7 @@ def test_assigned_layers_take_the_place_of_a_budget_below() -> None:
 
 @pytest.mark.parametrize(("name", "shown"), [("fast", '"fast"'), (1, "1"), (None, "null"), (["single_pass"], r"\[")])
 def test_an_unknown_preset_is_refused(name: Any, shown: str) -> None:
-    with pytest.raises(ValueError, match=rf'^slsam\.preset={shown}.*: expected one of "single_pass", "adamw_price"$'):
+    with pytest.raises(ValueError, match=rf'^slsam\.preset={shown}.*: expected one of "single_pass", "adamw_price", '):
         SLSAMConfig.from_dict({"preset": name})
 
 

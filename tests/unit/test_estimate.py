@@ -64,6 +64,34 @@ def test_a_budget_is_the_expected_price() -> None:
     assert math.fsum(chance for chance, _ in draws.by_lowest) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("size", [0.3, 2, 0.99])
+def test_arms_drawn_by_themselves_are_priced_over_all_samples(size: float) -> None:
+    draws = find_draws(SLSAMConfig(selector="bernoulli", active_layers=size), NUMELS, PRICES)
+    chance = size / NUM_ARMS if isinstance(size, int) else size
+    samples = [s for k in range(1, NUM_ARMS + 1) for s in itertools.combinations(range(NUM_ARMS), k)]
+    weights = [chance ** len(s) * (1 - chance) ** (NUM_ARMS - len(s)) for s in samples]
+    paid = math.fsum(w * PRICES.of(s) for w, s in zip(weights, samples, strict=True)) / math.fsum(weights)
+    assert draws.mean(lambda draw: draw.price(PRICES)) == pytest.approx(paid)
+    assert draws.range(lambda draw: draw.price(PRICES))[1] == pytest.approx(PRICES.of(range(NUM_ARMS)))
+
+
+def test_a_depth_is_priced_with_all_that_is_above_it() -> None:
+    by_price = find_draws(SLSAMConfig(selector="depth", budget=1.1), NUMELS, PRICES)
+    assert by_price.mean(lambda draw: draw.price(PRICES)) == pytest.approx(1.1)
+    by_size = find_draws(SLSAMConfig(selector="depth", active_layers=3), NUMELS, PRICES)
+    assert by_size.num_active == pytest.approx(3)
+    assert [draw.included for _, draw in by_size.by_lowest] == [
+        (*[0.0] * arm, *[1.0] * (NUM_ARMS - arm)) for arm in range(NUM_ARMS)
+    ]
+
+
+def test_steps_that_update_others_than_they_perturb_are_not_estimated() -> None:
+    with pytest.raises(
+        ValueError, match=r'slsam\.update="all": an estimate knows steps that perturb and update the same'
+    ):
+        find_draws(SLSAMConfig(update="all"), NUMELS, PRICES)
+
+
 def forward(model: nn.Module) -> Callable[[], Tensor]:
     tokens = micro_batch(1, 0, 0)["input_ids"].to(next(model.parameters()).device)
     return lambda: model(input_ids=tokens, labels=tokens).loss

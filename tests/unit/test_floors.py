@@ -11,9 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
-ENTRIES = {"estimate/__main__", "run"}  # thin, like launch/: what they run is in cli
+ENTRIES = {"estimate/__main__", "recipes/__main__", "run"}  # thin, like launch/: what they run is in cli
 COMPOSITION = {"__init__", "assembly", "initialization", "slsam", "state/checkpoint", "stock_loop"}
-PURE_ROOMS = {"combinations", "directions", "model", "pricing", "records", "schedules", "state"}
+CHOICES = {"combinations", "directions", "metrics", "recipes", "schedules", "selectors"}
+PURE_ROOMS = CHOICES | {"model", "pricing", "records", "state"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 
 

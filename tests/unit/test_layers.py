@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from slsam_ds.model.layers import LayerMap, find_layers
+from slsam_ds.model.layers import LayerMap, find_layers, norm_layers
 from slsam_ds.model.param_groups import split_param_groups
 from slsam_ds.protocol import ALWAYS
 
@@ -589,3 +589,22 @@ def test_a_parameter_in_no_group_is_refused(llama: nn.Module, other_parameters: 
     ]
     with pytest.raises(ValueError, match=r"2 trainable parameters .* 'model\.norm\.weight'"):
         split_param_groups(held, find_layers(llama, other_parameters=other_parameters))
+
+
+def test_every_tensor_may_be_an_arm_with_the_depth_of_its_block(llama: nn.Module) -> None:
+    blocks, tensors = find_layers(llama), find_layers(llama, granularity="tensor")
+    assert sorted(layer.name for layer in tensors) == sorted(name for name, _ in llama.named_parameters())
+    assert [layer.parameters[0][0] for layer in tensors] == [layer.name for layer in tensors]
+    depth_of = {name: layer.depth for layer in blocks for name, _ in layer.parameters}
+    assert [layer.depth for layer in tensors] == [depth_of[layer.name] for layer in tensors]
+    assert [layer.depth for layer in tensors] == sorted(layer.depth for layer in tensors)
+    norms = [tensors[arm].name for arm in norm_layers(llama, tensors)]
+    assert norms == [name for name, _ in sorted(depth_of.items(), key=lambda item: item[1]) if "norm" in name]
+    assert norm_layers(llama, blocks) == ()
+
+
+def test_a_tied_tensor_is_one_arm() -> None:
+    settings = {**COMMON, "tie_word_embeddings": True}
+    layers = find_layers(build("LlamaForCausalLM", "LlamaConfig", **settings), granularity="tensor")
+    assert [layer.name for layer in layers].count("model.embed_tokens.weight") == 1
+    assert layers[0].name == "model.embed_tokens.weight"

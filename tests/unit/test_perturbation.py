@@ -77,7 +77,9 @@ def perturbed(
     after = weight.clone()
     master = after if master is None else master
     measured = perturb_(after, master, gradient, scale=scale, rounding=rounding, generator=generator(5), **kwargs)
-    return after, measured
+    sq_epsilon = (gradient.double() * scale).masked_fill(scale == 0, 0.0).square().sum()
+    assert measured[2].item() == pytest.approx(sq_epsilon.item(), rel=1e-5)
+    return after, measured[:2]
 
 
 def test_float32_weights_move_by_epsilon() -> None:

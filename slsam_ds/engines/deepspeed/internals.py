@@ -157,6 +157,7 @@ INTERNALS: Mapping[str, Internals] = {
             "overlapping_partition_gradients_reduce_epilogue",
             "process_gradients",
             "reduce_ready_partitions_and_remove_grads",
+            "scaled_global_norm",
             "sequence_parallel_size",
             "setup_buckets",
             "torch_autocast_gradscaler",
@@ -166,7 +167,6 @@ INTERNALS: Mapping[str, Internals] = {
             "_wait_for_offload_copies",
             "grad_position",
             "micro_step_id",
-            "norm_for_param_grads",
             "reset_cpu_buffers",
         ),
         keys=(
@@ -182,6 +182,10 @@ INTERNALS: Mapping[str, Internals] = {
             "round_robin_bit16_offsets": (0, 19, 7),
             "round_robin_bit16_padding": (0, 19, 7),
         },
+    ),
+    "stage_1_and_2": Internals(
+        source="deepspeed/runtime/zero/stage_1_and_2.py",
+        names=("all_gather_dp_groups",),
     ),
     "DeepSpeedZeroOptimizer_Stage3": Internals(
         source="deepspeed/runtime/zero/stage3.py",
@@ -202,6 +206,7 @@ INTERNALS: Mapping[str, Internals] = {
         names=(
             "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
             "_get_fp32_grad_state_partition",
+            "_get_norm_groups",
             "_update_scale",
             "all2all_process_group",
             "dp_process_group",
@@ -234,7 +239,7 @@ INTERNALS: Mapping[str, Internals] = {
             "zero_hpz_partition_size",
             "zero_quantized_nontrainable_weights",
         ),
-        offloaded_names=("norm_for_param_grads", "partial_offload"),
+        offloaded_names=("partial_offload",),
         keys=("fp32_flat_groups", "optimizer_state_dict"),
         since={"sub_group_partition_counts": (0, 19, 3), "sub_group_process_groups": (0, 19, 3)},
     ),

@@ -7,7 +7,7 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Shard
+from slsam_ds.tally import local_sq_norms
 
 
 class ZeroEngine(SwitchesArms, DeepSpeedStep):
@@ -42,6 +43,9 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     reducing_hook: ClassVar[str]
     """What the optimizer's gradient hooks call to reduce a gradient: a method of it."""
+
+    norm_finder: ClassVar[str]
+    """What the optimizer's step calls to find the norm of the whole gradient: a method of it."""
 
     may_skip_modules = False
 
@@ -101,12 +105,17 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
             return
         for shard in self._reduced():
             shard.gradient.mul_(factor)
-        # Where the optimizer is offloaded, DeepSpeed clips by norms that it took when gradients were copied.
-        norms = self._zero.norm_for_param_grads if self._offloaded else {}
-        for parameter in self._parameters_of(self._active):
-            name = self._zero.get_param_id(parameter)
-            if name in norms:
-                norms[name] = norms[name] * factor
+
+    def update(
+        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+    ) -> bool:
+        # By which DeepSpeed clips. It would reduce a norm for each group, and where the optimizer is offloaded take
+        # them from when gradients were copied, which `scale_gradients` has scaled since.
+        found = None if skip else self._as_found(self._scaled_global_norm())
+        with overlaid(self._zero, self.norm_finder, lambda *_, **__: found):
+            return super().update(
+                arms, num_micro_batches=num_micro_batches, learning_rate_scale=learning_rate_scale, skip=skip
+            )
 
     def discard(self) -> None:
         for parameter in self._parameters_of(self._groups_of):
@@ -117,6 +126,10 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     @abstractmethod
     def publish(self, arms: Collection[int]) -> None: ...
+
+    @abstractmethod
+    def _as_found(self, norm: Tensor) -> Any:
+        """What the method that finds the norm of the gradient returns. Shape (), float32."""
 
     @abstractmethod
     def _is_offloaded(self) -> bool:
@@ -196,6 +209,11 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
             for group in self._groups_of[arm]
             for shard in self._shards(arm, group)
         ]
+
+    def _scaled_global_norm(self) -> Tensor:
+        """Of all reduced gradients, over all ranks, with the loss scale in it. Shape (), float32."""
+        sq_norms = local_sq_norms(self._reduced(), sorted(self._active), rank=self.ranks.rank, device=self.device)
+        return self.ranks.all_reduce(sq_norms.sum()).sqrt().float()
 
     def _groups(self, arms: Iterable[int]) -> list[int]:
         return sorted(group for arm in arms for group in self._groups_of[arm])

@@ -4,15 +4,18 @@ After the step only the sampled groups are gathered again; so are they when thei
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed.compatibility import wait_for_offload
+from slsam_ds.engines.deepspeed.gathering import gather_groups
+from slsam_ds.engines.deepspeed.internals import check_internals
+from slsam_ds.engines.deepspeed.step import overlaid
 from slsam_ds.engines.deepspeed.zero import ZeroEngine
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.protocol import Piece, Shard
@@ -23,6 +26,7 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     zero_class = DeepSpeedZeroOptimizer
     reducing_hook = "process_gradients"
+    norm_finder = "scaled_global_norm"
 
     may_skip_modules = True
 
@@ -45,13 +49,28 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     def publish(self, arms: Collection[int]) -> None:
         with self._narrowed_to(arms):
-            all_gather_dp_groups(
+            gather_groups(
                 groups_flat=self._zero.bit16_groups_flat,
                 partitioned_param_groups=self._zero.parallel_partitioned_bit16_groups,
                 dp_process_group=self._zero.real_dp_process_group,
                 start_alignment_factor=self._zero.nccl_start_alignment_factor,
                 allgather_bucket_size=self._zero.allgather_bucket_size,
             )
+
+    def update(
+        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+    ) -> bool:
+        with overlaid(stage_1_and_2, "all_gather_dp_groups", gather_groups):  # else each group by itself
+            return super().update(
+                arms, num_micro_batches=num_micro_batches, learning_rate_scale=learning_rate_scale, skip=skip
+            )
+
+    def _check_supported(self) -> None:
+        super()._check_supported()
+        check_internals(stage_1_and_2, "stage_1_and_2")
+
+    def _as_found(self, norm: Tensor) -> Tensor:
+        return norm
 
     def _is_offloaded(self) -> bool:
         return bool(getattr(self._zero, "cpu_offload", False))

@@ -33,6 +33,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
 
     zero_class = DeepSpeedZeroOptimizer_Stage3
     reducing_hook = "reduce_ready_partitions_and_remove_grads"
+    norm_finder = "_get_norm_groups"
 
     may_skip_modules = True
     sends_during_backward = True  # weights in every backward, gradients in the window's last
@@ -100,6 +101,9 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
                 parameter.ds_active_sub_modules.clear()
                 parameter.partition()
         self._traces.fetch_after_writes()
+
+    def _as_found(self, norm: Tensor) -> list[Tensor]:
+        return [norm]
 
     def _is_offloaded(self) -> bool:
         return bool(getattr(self._zero, "offload_optimizer", False))

@@ -1,0 +1,114 @@
+"""`python -m benchmarks.recipes`: what each preset computes and costs, into docs/recipes.md.
+
+Prices are those that steps on a random Llama of equal blocks record. They do not depend on the machine. Learning is
+compared in docs/evidence.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slsam_ds import SLSAM, SLSAMConfig, StepResult
+from slsam_ds.recipes import RECIPES, Recipe
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+NUM_STEPS, NUM_BLOCKS, WIDTH, NUM_SAMPLES, LENGTH = 30, 16, 32, 4, 16
+
+_READ = {
+    "code": "code",
+    "description of the code": "a description of the code",
+    "formula alone": "neither text nor code",
+    "own": "ours",
+}
+
+
+def make(knobs: dict[str, Any]) -> SLSAM:
+    """SL-SAM around a fresh model, the same each time. Embeddings and head are small beside the blocks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=4,
+        attn_implementation="eager",
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return SLSAM(model, optimizer, SLSAMConfig.from_dict(knobs), total_steps=NUM_STEPS)
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    """Random tokens."""
+    tokens = torch.randint(0, 64, (NUM_SAMPLES, LENGTH), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def take_steps(knobs: dict[str, Any]) -> list[StepResult]:
+    """What the steps did."""
+    slsam = make(knobs)
+    return [slsam.step([batch(step)]) for step in range(1, NUM_STEPS + 1)]
+
+
+def row(name: str, recipe: Recipe) -> str:
+    """A row of the table."""
+    results = take_steps({"preset": name})
+    price = mean(result.price for result in results if result.price is not None)
+    numels = make({"preset": name}).layers.numels
+    updated, perturbed = (share(results, numels, who) for who in ("active", "perturbed"))
+    read = _READ[recipe.read]
+    formula = recipe.formula.replace("|", "\\|")
+    return f"| `{name}` | {formula} | {price:.2f} | {perturbed} | {updated} | {recipe.source} | {read} |"
+
+
+def share(results: Sequence[StepResult], numels: Sequence[int], who: str) -> str:
+    """Share of the weights that took part, on average over the steps."""
+    return f"{mean(sum(numels[arm] for arm in getattr(each, who)) for each in results) / sum(numels):.0%}"
+
+
+def main() -> None:
+    """Write the page."""
+    torch.set_num_threads(1)
+    cells = [row(name, recipe) for name, recipe in RECIPES.items()]
+    training = [
+        f"- `{name}`: `{json.dumps(dict(recipe.training))}`" for name, recipe in RECIPES.items() if recipe.training
+    ]
+    page = _PAGE.format(num_steps=NUM_STEPS, num_blocks=NUM_BLOCKS, rows="\n".join(cells), training="\n".join(training))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+_PAGE = """# Recipes
+
+Written by `python -m benchmarks.recipes`; do not edit. `python -m slsam_ds.recipes NAME` prints one in full.
+
+A recipe is switched on by `--slsam preset=NAME`, or by `"slsam": {{"preset": "NAME"}}` in the DeepSpeed JSON. Knobs
+given beside it win. g is the gradient at the weights, h the one at the perturbed weights, P is who is perturbed and U
+who is updated. Arms are blocks, embeddings and head, or every tensor by itself (`granularity: tensor`).
+
+The price is the mean of {num_steps} steps on a random Llama of {num_blocks} equal blocks, as `slsam_steps.jsonl`
+records it: FLOPs, a step of AdamW being 1. P and U are shares of the weights, on average. Every recipe takes steps on
+every engine in `tests/distributed/test_presets.py`; what it is made of follows a plain reference on every engine
+(`test_choices.py`, `test_paper.py`). The last column says what of the source was read. Where it was neither its text
+nor its code, the recipe has the name of its formula.
+
+| preset | what a step computes | price | P | U | source | read |
+|---|---|---|---|---|---|---|
+{rows}
+
+## Settings of the authors
+
+Nothing sets these; give them to the trainer.
+
+{training}
+"""
+
+
+if __name__ == "__main__":
+    main()

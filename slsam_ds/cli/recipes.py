@@ -1,0 +1,66 @@
+"""`python -m slsam_ds.recipes`: the presets in a table, or one of them in full."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from slsam_ds.cli.estimate import main as estimate
+from slsam_ds.recipes import RECIPES, Recipe
+
+_READ = {
+    "code": "its code was read",
+    "description of the code": "a description of its code was followed",
+    "formula alone": "neither its text nor its code was read",
+    "own": "of this project",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m slsam_ds.recipes",
+        description="Settings under one name: published methods and our own. Without a name, all of them.",
+        epilog="Use one by --slsam preset=NAME, or by the JSON that is printed. docs/recipes.md has measured prices.",
+    )
+    parser.add_argument("name", nargs="?", choices=sorted(RECIPES), metavar="NAME", help="Show this one in full.")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="With a NAME: what its steps would take on this model, by python -m slsam_ds.estimate.",
+    )
+    given = parser.parse_args(argv)
+    if given.name is None:
+        if given.model is not None:
+            parser.error("--model needs the NAME of a recipe")
+        print(_table())
+        return 0
+    print(_in_full(given.name, RECIPES[given.name]))
+    if given.model is None:
+        return 0
+    print()
+    return estimate(["--model", given.model, "--slsam", f"preset={given.name}"])
+
+
+def _table() -> str:
+    longest = max(map(len, RECIPES))
+    return "\n".join(f"{name:<{longest}}  {recipe.formula}" for name, recipe in RECIPES.items())
+
+
+def _in_full(name: str, recipe: Recipe) -> str:
+    lines = [f"{name}: {recipe.formula}", f"Source: {recipe.source} ({_READ[recipe.read]})", ""]
+    lines += ["The block of a DeepSpeed JSON, or of SLSAM_CONFIG without its outer key:", ""]
+    lines.append(json.dumps({"slsam": {"preset": name}}))
+    lines += ["", "which stands for", "", json.dumps({"slsam": dict(recipe.knobs)}, indent=2)]
+    if recipe.training:
+        flags = (f"--{flag} {_written(value)}" for flag, value in recipe.training.items())
+        lines += ["", "Its authors train with " + " ".join(flags)]
+    return "\n".join(lines)
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,0 +1,24 @@
+"""Every layer climbs by the same share of its own weights."""
+
+import torch
+from torch import Tensor
+
+from slsam_ds.gradient import Gradient
+from slsam_ds.metrics.metric import Metric, dot
+from slsam_ds.protocol import Shard
+
+
+class ByLayer(Metric):
+    """ε_l = ρ ‖w_l‖ g_l / ‖g_l‖: a sphere for each arm, whose radius is in proportion to the norm of its weights.
+
+    rho is that proportion. An arm without a gradient, or with weights of zero, does not move.
+    """
+
+    def scales(self, ascent: Gradient, *, rho: float, over_ranks: bool) -> Tensor:
+        def sq_weight(shard: Shard) -> Tensor:
+            weights = shard.piece.master[: shard.gradient.numel()]
+            return dot(weights, weights)
+
+        sq_weights = self._sums(ascent, sq_weight, over_ranks)
+        climbs = (ascent.sq_norms > 0) & ascent.sq_norms.sum().isfinite()
+        return torch.where(climbs, rho * (sq_weights / ascent.sq_norms).sqrt(), 0.0)

@@ -1,0 +1,210 @@
+"""Published and own methods as settings under one name: the values of a block's key `preset`.
+
+A new recipe is an entry in `RECIPES`. It says what it computes, where that comes from, and what of the source was read:
+a method whose text or code was not read is offered under the name of its formula.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = ["PRESETS", "RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A method.
+
+    Attributes:
+        knobs: What it sets; a knob given beside it wins.
+        formula: What a step computes. g is the gradient at the weights, h the one at the perturbed weights, P who is
+            perturbed and U who is updated.
+        source: Who published it.
+        read: What of the source was read.
+        training: Settings of the trainer that belong to it; nothing here sets them.
+    """
+
+    knobs: Mapping[str, Any]
+    formula: str
+    source: str
+    read: Literal["code", "description of the code", "formula alone", "own"]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+_PAPER: Mapping[str, Any] = {
+    "granularity": "tensor",
+    "selector": "bernoulli",
+    "active_layers": 0.2,
+    "rho": 0.01,
+    "update_scale": "none",
+    "perturb": "sample",
+    "update": "sample",
+    "ascent_source": "current",
+    "ascent_fraction": 1.0,
+    "ascent_scope": "global",
+    "ascend_when": "always",
+    "metric": "euclidean",
+    "descend_along": "perturbed",
+    "other_parameters": "arms",
+}
+_OF_PAPER = "every tensor by itself with probability p_i; eps = rho g / ||g||; P = U; p by AdamBS on the norms of g"
+_PAPER_SOURCE = "SL-SAM, arXiv 2602.09395"
+_DENSE: Mapping[str, Any] = {
+    "selector": "all",
+    "granularity": "block",
+    "perturb": "sample",
+    "update": "sample",
+    "ascent_source": "current",
+    "ascend_when": "always",
+    "metric": "euclidean",
+    "descend_along": "perturbed",
+}
+
+RECIPES: Mapping[str, Recipe] = {
+    "single_pass": Recipe(
+        knobs={
+            "active_layers": 0.5,
+            "ascent_source": "previous",
+            "ascent_fraction": 1.0,
+            "ascent_scope": "global",
+        },
+        formula="half of the layers; eps along the gradient that each last descended along; one pass",
+        source="ours; compare single-step SAM",
+        read="own",
+    ),
+    "adamw_price": Recipe(
+        knobs={"budget": 1.0, "selector": "exp3m", "ascent_source": "current", "ascent_fraction": 0.25},
+        formula="layers drawn so that a step costs what AdamW's does; g on a quarter of the window",
+        source="ours",
+        read="own",
+    ),
+    "depth_price": Recipe(
+        knobs={"budget": 1.0, "selector": "depth", "ascent_source": "current", "ascent_fraction": 0.25},
+        formula="a lowest layer drawn, it and all above take part, at AdamW's price on average; g on a quarter",
+        source="ours",
+        read="own",
+    ),
+    "paper": Recipe(knobs=_PAPER, formula=_OF_PAPER, source=_PAPER_SOURCE, read="description of the code"),
+    "paper_vision": Recipe(
+        knobs={**_PAPER, "active_layers": 0.5},
+        formula=_OF_PAPER,
+        source=f"{_PAPER_SOURCE}: DeiT-small on CIFAR",
+        read="description of the code",
+        training={
+            "learning_rate": 1e-4,
+            "weight_decay": 5e-5,
+            "per_device_train_batch_size": 128,
+            "num_train_epochs": 20,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        },
+    ),
+    "paper_encoder": Recipe(
+        knobs=_PAPER,
+        formula=_OF_PAPER,
+        source=f"{_PAPER_SOURCE}: RoBERTa on GLUE",
+        read="description of the code",
+        training={
+            "learning_rate": 1e-5,
+            "weight_decay": 0.01,
+            "per_device_train_batch_size": 16,
+            "num_train_epochs": 30,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": 0,
+        },
+    ),
+    "paper_llm": Recipe(
+        knobs=_PAPER,
+        formula=_OF_PAPER,
+        source=f"{_PAPER_SOURCE}: Llama-3.2-3B-Instruct on Open-Platypus",
+        read="description of the code",
+        training={
+            "learning_rate": 1e-5,
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 1,
+            "lr_scheduler_type": "constant",
+            "bf16": True,
+        },
+    ),
+    "sam": Recipe(
+        knobs=_DENSE,
+        formula="P = U = all; eps = rho g / ||g||; descend along h",
+        source="SAM, Foret et al. 2021",
+        read="code",
+    ),
+    "asam": Recipe(
+        knobs={**_DENSE, "metric": "adaptive", "rho": 0.5},
+        formula="P = U = all; eps = rho w^2 g / || |w| g ||",
+        source="ASAM, Kwon et al. 2021",
+        read="code",
+    ),
+    "sam_on": Recipe(
+        knobs={**_DENSE, "granularity": "tensor", "perturb": "norm_layers"},
+        formula="P = weights of normalisation layers, U = all",
+        source="SAM-ON, Mueller et al. 2023",
+        read="code",
+    ),
+    "friendly_sam": Recipe(
+        knobs={**_DENSE, "ascent_source": "friendly"},
+        formula="P = U = all; eps along g - m; m <- 0.9 m + 0.1 g",
+        source="F-SAM, Li et al. 2024",
+        read="code",
+    ),
+    "momentum_sam": Recipe(
+        knobs={**_DENSE, "ascent_source": "momentum", "ascent_fraction": 1.0, "ascent_scope": "global"},
+        formula="P = U = all; eps along the optimizer's first moment; one pass",
+        source="Momentum-SAM, Becker et al. 2024",
+        read="code",
+    ),
+    "previous_gradient": Recipe(
+        knobs={**_DENSE, "ascent_source": "previous", "ascent_fraction": 1.0, "ascent_scope": "global"},
+        formula="P = U = all; eps along the gradient of the step before; one pass",
+        source="its formula; compare single-step and asynchronous SAM",
+        read="formula alone",
+    ),
+    "renormalised": Recipe(
+        knobs={**_DENSE, "descend_along": "renormalised", "ascent_scope": "global"},
+        formula="P = U = all; descend along h ||g|| / ||h||",
+        source="its formula; compare StableSAM, Tan et al. 2024",
+        read="formula alone",
+    ),
+    "gradient_norm_penalty": Recipe(
+        knobs={**_DENSE, "descend_along": {"mixed": 0.8}, "ascent_scope": "global"},
+        formula="P = U = all; descend along 0.2 g + 0.8 h",
+        source="its formula; compare Zhao et al. 2022",
+        read="formula alone",
+    ),
+    "layerwise_penalty": Recipe(
+        knobs={**_DENSE, "selector": "top_k", "update": "all", "active_layers": 0.2},
+        formula="P = the fifth of the layers with the largest ||h||, U = all",
+        source="its formula; compare arXiv 2503.14205",
+        read="formula alone",
+    ),
+    "late": Recipe(
+        knobs={**_DENSE, "ascend_when": {"last": 0.3}},
+        formula="SAM in the last 30 % of the steps, the base optimizer before",
+        source="its formula; compare arXiv 2410.10373",
+        read="formula alone",
+    ),
+    "every_fifth": Recipe(
+        knobs={**_DENSE, "ascend_when": {"every": 5}},
+        formula="SAM in every fifth step, the base optimizer in the others",
+        source="its formula; compare LookSAM, Liu et al. 2022, which also reuses a part of the gradient",
+        read="formula alone",
+    ),
+    "at_random": Recipe(
+        knobs={**_DENSE, "ascend_when": {"probability": 0.5}},
+        formula="SAM in every second step, drawn at random",
+        source="its formula; compare randomized sharpness-aware training, Zhao et al. 2022",
+        read="formula alone",
+    ),
+    "layers_at_random": Recipe(
+        knobs={"selector": "uniform", "rho": 0.0},
+        formula="U = a fifth of the layers, drawn uniformly; no perturbation",
+        source="its formula; compare LISA, Pan et al. 2024",
+        read="formula alone",
+    ),
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {name: recipe.knobs for name, recipe in RECIPES.items()}
+"""Settings under one name, for a block's key `preset`: knobs given beside it win."""
