@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, TrainingArguments
 
 from slsam_ds.integrations.huggingface import SLSAMTrainer
+from slsam_ds.records.files import read_steps
 
 TINY = BertConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4, num_labels=2
@@ -24,13 +25,17 @@ def directions(num_samples: int) -> list[dict[str, torch.Tensor | int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_name_or_path", help="a folder or a hub id; default: a tiny model made on the spot")
-    name = parser.parse_args().model_name_or_path
+    parser.add_argument("--preset", help="settings under one name, like paper_encoder: see python -m slsam_ds.recipes")
+    given = parser.parse_args()
+    name = given.model_name_or_path
     torch.manual_seed(0)
     if name:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     else:
         model = AutoModelForSequenceClassification.from_config(TINY)
-    model.base_model.embeddings.requires_grad_(False)
+    if not given.preset:
+        model.base_model.embeddings.requires_grad_(False)
+    own = {"rho": 0.02, "active_layers": 2, "other_parameters": "always"}
     args = TrainingArguments(
         output_dir="outputs/encoder_classification",
         per_device_train_batch_size=16,
@@ -44,7 +49,7 @@ def main() -> None:
     trainer = SLSAMTrainer(
         model=model,
         args=args,
-        slsam={"rho": 0.02, "active_layers": 2, "other_parameters": "always"},
+        slsam={"preset": given.preset} if given.preset else own,
         train_dataset=directions(2048),
         eval_dataset=directions(64),
         compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(-1) == seen.label_ids).mean())},
@@ -55,6 +60,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(f"accuracy: {before['eval_accuracy']:.2f} -> {after['eval_accuracy']:.2f}", flush=True)
         print(f"loss: {before['eval_loss']:.3f} -> {after['eval_loss']:.3f}", flush=True)
+        numels, steps = trainer.slsam.layers.numels, read_steps(args.output_dir)
+        shares = [sum(numels[arm] for arm in step["active"]) / sum(numels) for step in steps]
+        print(f"weights active in backward: {sum(shares) / len(shares):.0%} of those in layers", flush=True)
     trainer.accelerator.end_training()
 
 
