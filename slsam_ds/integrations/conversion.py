@@ -82,5 +82,5 @@ def _make_anew(trainer_class: Any) -> Trainer:
 def _changed(config: SLSAMConfig) -> str:
     """The knobs that are not at their defaults, as `--slsam` takes them."""
     defaults = SLSAMConfig().to_dict()
-    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-    return " ".join([*(f"{name}={json.dumps(value)}" for name, value in changed.items()), "(else defaults)"])
+    changed = [f"{name}={json.dumps(value)}" for name, value in config.to_dict().items() if value != defaults[name]]
+    return " ".join([*changed, "(else defaults)"]) if changed else "defaults"

@@ -74,6 +74,12 @@ def check_accelerator(accelerator: Accelerator) -> None:
     Raises:
         ValueError: Naming the setting and what to use.
     """
+    num_ranks = ProcessGroupRanks(None, accelerator.device).world_size
+    if accelerator.num_processes != num_ranks:  # every rank would train on the same data
+        raise ValueError(
+            f"Accelerator sees {accelerator.num_processes} process where {num_ranks} train together: "
+            "on a machine without accelerator, give it cpu=True"
+        )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise whole_graph("dynamo_backend")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -86,6 +86,22 @@ def test_what_cannot_work_is_refused() -> None:
     assert "needs the DeepSpeed plugin" in run_on_ranks(1, functools.partial(refusal, placeholder=True), None)[0]
 
 
+def refusal_with_deepspeed(cpu: bool) -> str:
+    accelerator = Accelerator(cpu=cpu, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(2)))
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r".") as raised:
+        prepare(accelerator, model, torch.optim.AdamW(model.parameters()), slsam={"rho": -1})
+    return str(raised.value)
+
+
+def test_an_accelerator_that_does_not_see_the_other_ranks_is_refused() -> None:
+    """Without CUDA it does not, unless told of the CPU: all ranks would train on the same data."""
+    assert all("rho" in sentence for sentence in run_on_ranks(2, refusal_with_deepspeed, True))
+    if not torch.accelerator.is_available():
+        for sentence in run_on_ranks(2, refusal_with_deepspeed, False):
+            assert "sees 1 process where 2 train together" in sentence
+
+
 def trained_by_the_json(folder: str) -> tuple[list[int], bool]:
     """One step with the optimizer that DeepSpeed's JSON brings, as `DummyOptim` asks for it."""
     section: dict[str, object] = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}

@@ -66,3 +66,10 @@ def test_it_is_to_the_bit_the_trainer_that_one_would_derive(
     by_hand = result_of(run(warm, tmp_path, "script.py", *flags))
     renamed = {name.removeprefix("SLSAM"): history for name, history in by_hand["histories"].items()}
     assert ours["histories"] == renamed
+
+
+def test_a_framework_that_loads_our_plugin_trains_with_sl_sam(tmp_path: Path) -> None:
+    done = launch_script("forked alone", tmp_path, ROOT / "tests" / "stock" / "axolotl_script.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "SL-SAM is on in AxolotlTrainer: rho=0.02 active_layers=2 (else defaults)" in done.stderr
+    assert [len(step["active"]) for step in read_steps(tmp_path / "output")] == [2, 2, 2]
