@@ -1,0 +1,3 @@
+from tests.old_trl import answer_old_trl
+
+answer_old_trl()

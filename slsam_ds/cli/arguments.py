@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from transformers import HfArgumentParser
 
 from slsam_ds.cli.refusal import UsageError
+from slsam_ds.integrations.compatibility import checkpointing_flag
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/run",
@@ -211,7 +212,7 @@ USUAL_TRAINING_FLAGS: dict[str, tuple[str, str, Any]] = {
     "weight_decay": ("W", "Of the layers that are active.", None),
     "max_grad_norm": ("NORM", "Gradient clipping, over the active layers.", 1.0),
     "bf16": ("BOOL", "bfloat16 weights with float32 masters; --bf16 False: float32.", DEFAULTS["bf16"]),
-    "activation_checkpointing": ("BOOL", "Recompute activations to save memory.", None),
+    checkpointing_flag(): ("BOOL", "Recompute activations to save memory.", None),
     "save_strategy": ("WHEN", "Checkpoints: no, steps or epoch (demo: no).", None),
     "save_steps": ("N", "Steps between checkpoints.", 500),
     "resume_from_checkpoint": ("DIR", "A checkpoint folder; true: the last one in the output folder.", None),

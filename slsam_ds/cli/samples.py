@@ -15,6 +15,7 @@ from slsam_ds.cli.labels import IGNORED
 from slsam_ds.cli.packing import PACK_BATCH, pack
 from slsam_ds.cli.refusal import UsageError
 from slsam_ds.cli.rows import Rows, Shard
+from slsam_ds.integrations.compatibility import named_in_cache
 from slsam_ds.integrations.console import warn
 
 # Said, not inferred: a batch of dropped samples alone would give a column of no type.
@@ -30,12 +31,13 @@ def tokenize(rows: Rows, encoder: Encoder) -> Dataset:
     Raises:
         UsageError: A malformed row, or no row with anything to learn.
     """
+    key = str(Hasher.hash((rows.cache_key(), encoder, _FEATURES)))
     try:
         encoded = Dataset.from_generator(
             _encode_all,
             features=_FEATURES,
-            gen_kwargs={"shards": rows.shards, "encoder": encoder},
-            fingerprint=str(Hasher.hash((rows.cache_key(), encoder, _FEATURES))),
+            gen_kwargs={"shards": rows.shards, "encoder": encoder, "key": key},
+            **named_in_cache(key),
         )
     except DatasetGenerationError as error:
         raise error.__cause__ if isinstance(error.__cause__, UsageError) else error from None
@@ -99,7 +101,8 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             yield from ({name: packed[name][row] for name in packed} for row in range(len(packed["input_ids"])))
 
 
-def _encode_all(shards: Sequence[Shard], encoder: Encoder) -> Iterator[Mapping[str, Any]]:
+def _encode_all(shards: Sequence[Shard], encoder: Encoder, key: str) -> Iterator[Mapping[str, Any]]:
+    """The samples; the key tells `datasets` alone whether it has made them before."""
     for located in Rows.read(shards):
         yield encoder(located["row"], located["where"])
 

@@ -22,6 +22,7 @@ from slsam_ds.cli.refusal import UsageError, join_ranks, path_of, refusals
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.config import check_config, read_config
 from slsam_ds.integrations.checkpoints import check_complete, last_complete_checkpoint
+from slsam_ds.integrations.compatibility import checkpointing_flag
 from slsam_ds.integrations.num_steps import check_steps_asked_for
 from slsam_ds.integrations.support import describe_mismatches
 
@@ -29,7 +30,7 @@ _FINITE = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs",
 _LAUNCHER_SECTION = "accelerate launch: its DeepSpeed section"
 _EVAL_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 _JSON_FLAGS = (
-    "accelerator_config", "fsdp_config", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs",
+    "accelerator_config", "fsdp_config", f"{checkpointing_flag()}_kwargs", "gradient_checkpointing_kwargs",
     "lr_scheduler_kwargs",
 )  # fmt: skip
 

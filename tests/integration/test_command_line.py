@@ -155,7 +155,7 @@ def test_other_launchers_work(launcher: str, folder: Path) -> None:
     _weights(folder / f"out_{launcher}")
 
 
-FSDP2 = ["--fsdp", "--fsdp_config", str(ROOT / "ds_configs" / "fsdp2.json")]
+FSDP2 = ["--fsdp", "full_shard", "--fsdp_config", str(ROOT / "ds_configs" / "fsdp2.json")]
 
 
 @pytest.mark.parametrize("engine", [pytest.param([], marks=pytest.mark.slow), FSDP2], ids=["replicated", "fsdp2"])

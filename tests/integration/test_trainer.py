@@ -5,8 +5,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from packaging import version
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -24,13 +26,18 @@ CLIP = 0.5
 
 
 class Sequences(Dataset):
-    """Random tokens, as many in each sample."""
+    """Random tokens, as many in each sample.
+
+    The first has no label, which no loss asks for: transformers before 5.11 divides by the number of all labels.
+    """
 
     def __len__(self) -> int:
         return 64
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tokens[0] for name, tokens in micro_batch(index, 0, 0, batch_size=1).items()}
+        sample = {name: tokens[0].clone() for name, tokens in micro_batch(index, 0, 0, batch_size=1).items()}
+        sample["labels"][0] = -100
+        return sample
 
 
 class RecordingTrainer(SLSAMMixin, Trainer):
@@ -206,5 +213,6 @@ def test_what_is_not_supported_is_refused_at_construction(tmp_path: Path) -> Non
         return run_on_ranks(world_size, functools.partial(build, **kwargs), str(tmp_path))[0]
 
     assert "needs DeepSpeed" in message(1, deepspeed=None, fp16=True)
-    assert "use_cpu=True" in message(2, use_cpu=False)
+    if version.parse(accelerate.__version__) >= version.parse("1.13"):  # before, it counts ranks on the CPU by itself
+        assert "use_cpu=True" in message(2, use_cpu=False)
     assert "did you mean 'rho'?" in message(1, slsam={"rhoo": 0.1})

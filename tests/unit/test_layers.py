@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging import version
 from torch import Tensor, nn
 
 from slsam_ds.model.layers import LayerMap, find_layers, norm_layers
@@ -152,6 +153,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...], tuple[s
     ),
 }
 
+RENAMED = ("gpt_neox", "vit", "deit")
+
 
 class Block(nn.Module):
     """A residual block whose experts are a nested list."""
@@ -212,6 +215,8 @@ def assert_partition(model: nn.Module, layer_map: LayerMap) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arms_of_family(family: str) -> None:
+    if family in RENAMED and version.parse(transformers.__version__) < version.parse("5.14"):
+        pytest.skip("an older transformers has other names for its modules")
     make, path, before, after = FAMILIES[family]
     model = make()
     layer_map = find_layers(model)
