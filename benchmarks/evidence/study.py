@@ -8,12 +8,11 @@ from typing import Any
 from benchmarks.evidence.methods import METHODS, Method
 from benchmarks.evidence.runs import Key, Run, Runs, Stage
 from benchmarks.evidence.tasks import TASKS, Task
-from slsam_ds.recipes import PRESETS
 
 TUNING_SEED = 100
 """No seed of a reported run."""
 
-OFFERED = ("slsam", *PRESETS)
+OFFERED = ("slsam", "single_pass", "adamw_price")
 """The methods that users are offered, the defaults first and then the presets. Knobs are turned of one of them."""
 
 

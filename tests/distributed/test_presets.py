@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from slsam_ds.recipes import PRESETS
-from tests.distributed.training import ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error, slow
+from tests.distributed.training import (
+    ALSO_OFFLOADED,
+    ALSO_ZERO0,
+    ALSO_ZERO1,
+    ALSO_ZERO3,
+    Setup,
+    Training,
+    max_error,
+    slow,
+)
 from tests.models import window
 from tests.ranks import run_on_ranks
 
@@ -36,7 +45,9 @@ def train(engine: str, dtype: torch.dtype) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)])
-@pytest.mark.parametrize("engine", ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED])
+@pytest.mark.parametrize(
+    "engine", [slow("local"), slow("fsdp2"), ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3, *ALSO_OFFLOADED]
+)
 def test_every_preset_trains(engine: str, dtype: torch.dtype) -> None:
     per_rank = run_on_ranks(2, train, engine, dtype)
     found, other = ({name: [step[:3] for step in steps] for name, steps in each.items()} for each in per_rank)

@@ -41,8 +41,8 @@ def test_a_longer_window_reduces_no_more(engine: str) -> None:
     assert per_length[0] == pytest.approx(per_length[1], rel=TOLERANCE)
 
 
-NUMBERS_OF_A_PERTURBATION = 4
-"""The loss at the weights, two numbers about what arrived and their count, in float64, with the all-reduce of norms."""
+NUMBERS_OF_A_PERTURBATION = 5
+"""The loss at the weights, three numbers about what arrived and their count, in float64, with the norms' all-reduce."""
 
 
 @pytest.mark.parametrize("scope", ["rank", "micro_batch"])
