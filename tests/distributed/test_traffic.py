@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from tests.distributed.training import ALSO_ZERO1, Setup, Training, slow
+from tests.distributed.training import ALSO_ZERO1, LlamaSetup, Setup, Training, slow
 from tests.ranks import run_on_ranks
 from tests.traffic import Traffic
 
@@ -86,7 +86,7 @@ def test_zero3_gathers_and_reduces_less(name: str) -> None:
     """A fifth of the layers, drawn at random, against dense SAM: how much less is what the settings let stay."""
     section, share = SHARDED[name]
     settings = Setup(engine="zero3").zero_optimization(stage3_param_persistence_threshold=0, **section)
-    setup = Setup(
+    setup = LlamaSetup(
         engine="zero3",
         deepspeed={"zero_optimization": settings},
         model={"num_blocks": 10, "hidden": 64},
