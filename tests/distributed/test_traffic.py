@@ -67,6 +67,7 @@ def test_without_radius_the_gradient_is_reduced_once(engine: str) -> None:
 def bytes_of_steps(setup: Setup, samples: list[list[int]], learning: int) -> Counter[str]:
     """What a step sends once DeepSpeed has learned the order of fetches, on average."""
     training = Training(setup)
+    training.follow([[depth] for depth in range(len(training.slsam.layers))])  # each is tried once, by two more runs
     training.follow(samples[:learning])
     with Traffic() as traffic:
         training.follow(samples[learning:])

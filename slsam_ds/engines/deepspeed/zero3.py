@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed.internals import check_internals
@@ -43,6 +44,8 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         check_internals(engine.module, "Module")
         check_internals(layer_map[0].parameters[0][1], "Parameter")
         self._traces = _FetchTraces(engine)
+        # DeepSpeed raises where a module that it fetches whole runs otherwise than it has learned.
+        self.may_skip_modules = not any(map(z3_leaf_module, engine.module.modules()))
         self._is_last_micro_batch = False
         self._pass: str | None = None  # which one; within, gradients of the active arms may have been reduced
         self._kept: list[Any] = []  # parameters that stay gathered when a backward has used them
