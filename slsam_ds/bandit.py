@@ -43,6 +43,19 @@ class FixedCount:
     def use_prices(self, prices: Any) -> None:
         pass
 
+    def _chances_of(
+        self, active: Sequence[int], marginals: Sequence[float], probabilities: Numbers | None
+    ) -> list[float]:
+        """How likely each active arm was to be active: as told, else by these probabilities of all arms."""
+        if len(set(active)) != len(active) or not all(0 <= arm < self.num_arms for arm in active):
+            raise ValueError(f"active={list(active)}: give distinct arms from 0 to {self.num_arms - 1}")
+        if probabilities is None:
+            return [marginals[arm] for arm in active]
+        chances = checked_numbers("probabilities", probabilities, active)
+        if not all(0 < chance <= 1 for chance in chances):
+            raise ValueError(f"probabilities={chances}: give numbers in (0, 1]")
+        return chances
+
     def state_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, "num_arms": self.num_arms, "k": self.k}
 
@@ -99,13 +112,7 @@ class Exp3M(FixedCount):
             ValueError: Arms, rewards or probabilities outside their ranges, in one sentence; nothing was learned.
         """
         marginals, capped = self._marginals()
-        chances = [marginals[arm] for arm in active if 0 <= arm < self.num_arms]
-        if len(set(active)) != len(active) or len(chances) != len(active):
-            raise ValueError(f"active={list(active)}: give distinct arms from 0 to {self.num_arms - 1}")
-        if probabilities is not None:
-            chances = checked_numbers("probabilities", probabilities, active)
-            if not all(0 < chance <= 1 for chance in chances):
-                raise ValueError(f"probabilities={chances}: give numbers in (0, 1]")
+        chances = self._chances_of(active, marginals, probabilities)
         gains = checked_numbers("rewards", rewards, active)
         if not all(0 <= gain <= 1 for gain in gains):
             raise ValueError(f"rewards={gains}: give finite numbers in [0, 1]")

@@ -22,6 +22,11 @@ class Member(Protocol):
 M = TypeVar("M", bound=Member)
 
 
+def is_number(argument: Any) -> bool:
+    """Whether it is an integer or a float: a bool is neither."""
+    return isinstance(argument, (int, float)) and not isinstance(argument, bool)
+
+
 def read_choice(value: Any, members: Mapping[str, type[M]]) -> tuple[type[M], Any]:
     """The member that a knob's value names, and its argument.
 

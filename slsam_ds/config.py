@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from slsam_ds.choices import read_choice
+from slsam_ds.choices import is_number, read_choice
 from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.metrics import METRICS
@@ -331,8 +331,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, dict)
     if origin is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    if hint is float:  # an integer is a fine float; a bool is neither
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float:  # an integer is a fine float
+        return is_number(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from slsam_ds.shards import local_elements
+
 MAX_KEPT_BYTES = 2**30
 """What is gathered for the ascent and kept for the descent takes at most this much, where the engine has no limit of
 its own for it."""
@@ -43,6 +45,10 @@ class Piece:
     owner: int
     offset: int = 0
     read_dtype: torch.dtype | None = None
+
+    def part_of(self, beside: Tensor) -> Tensor:
+        """This piece's elements of a tensor that has the shape of `stepped`, in place. 1-D."""
+        return local_elements(beside)[self.offset : self.offset + self.weight.numel()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,7 @@ def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, d
     Returns:
         One number per entry of `arms`, in that order. Shape (len(arms),), float64, local.
     """
-    own = [shard for shard in shards if shard.piece.owner == rank and shard.gradient.numel() > 0]
+    own = spoken_for(shards, rank)
     if not own:
         return torch.zeros(len(arms), dtype=torch.float64, device=device)
     parts = [(shard.piece.arm, part) for shard in own for part in torch.split(shard.gradient, _NORM_NUMEL)]
@@ -117,6 +117,17 @@ def local_sq_norms(shards: Iterable[Shard], arms: Sequence[int], *, rank: int, d
     squares = torch.stack([norm.to(device) for norm in norms]).double().square()
     belongs = upload(arms, device)[:, None] == upload([arm for arm, _ in parts], device)
     return torch.where(belongs, squares, 0.0).sum(dim=1)
+
+
+def spoken_for(shards: Iterable[Shard], rank: int) -> list[Shard]:
+    """The shards that this rank counts, none of them empty: replicas of one are counted once."""
+    return [shard for shard in shards if shard.piece.owner == rank and shard.gradient.numel() > 0]
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """Of two vectors, on the device of the first. Shape (), float64."""
+    parts = zip(torch.split(one, _NORM_NUMEL), torch.split(other.to(one.device), _NORM_NUMEL), strict=True)
+    return torch.stack([torch.dot(a.float(), b.float()).double() for a, b in parts]).sum()
 
 
 def upload(numbers: Sequence[float], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar
 
+from slsam_ds.choices import is_number
 from slsam_ds.combinations.combination import Combination
 
 
@@ -21,4 +22,4 @@ class Mixed(Combination):
 
     @staticmethod
     def accepts(argument: Any) -> bool:
-        return isinstance(argument, (int, float)) and not isinstance(argument, bool) and 0 <= argument <= 10
+        return is_number(argument) and 0 <= argument <= 10

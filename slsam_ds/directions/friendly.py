@@ -40,7 +40,7 @@ class Friendly(Direction):
         for shard in ascent.shards:
             piece, gradient = shard.piece, shard.gradient.float() / ascent.loss_scale
             if self._mean.has(piece):
-                mean = self._mean.get(piece)[: gradient.numel()].to(gradient.device).float()
+                mean = self._mean.get(piece).to(gradient.device).float()
                 shards.append(Shard(piece, gradient - mean))
                 self._mean.put(piece, torch.lerp(mean, gradient, 1 - _DECAY))
             else:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from slsam_ds.protocol import Engine, Piece, Shard
-from slsam_ds.shards import local_elements
 
 
 class KeptVector:
@@ -32,7 +31,7 @@ class KeptVector:
         """The new elements of a piece; pending."""
         if piece.stepped not in self._pending:
             self._pending[piece.stepped] = torch.zeros_like(piece.stepped.detach(), dtype=torch.bfloat16)
-        local_elements(self._pending[piece.stepped])[piece.offset : piece.offset + values.numel()].copy_(values)
+        piece.part_of(self._pending[piece.stepped]).copy_(values)
 
     def keep(self, only: Collection[Tensor] | None = None) -> None:
         """What is pending counts from here on.
@@ -55,7 +54,7 @@ class KeptVector:
         state = self._engine.optimizer.state[piece.stepped]
         # Optimizers load all they remember in the dtype of what they step.
         state[self._key] = state[self._key].to(torch.bfloat16)
-        return local_elements(state[self._key])[piece.offset : piece.offset + piece.weight.numel()]
+        return piece.part_of(state[self._key])
 
     def shards(self, pieces: Iterable[Piece]) -> list[Shard]:
         """What is kept of all of these."""

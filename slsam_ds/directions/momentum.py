@@ -8,7 +8,6 @@ from torch import Tensor
 from slsam_ds.directions.direction import Direction
 from slsam_ds.gradient import Gradient
 from slsam_ds.protocol import Engine, Shard
-from slsam_ds.shards import local_elements
 from slsam_ds.tally import local_sq_norms
 
 
@@ -39,8 +38,7 @@ class Momentum(Direction):
         for piece in self._engine.pieces(arms):
             moment = state.get(piece.stepped, {}).get(self._key)
             if isinstance(moment, Tensor):
-                end = piece.offset + piece.weight.numel()
-                yield Shard(piece, local_elements(moment)[piece.offset : end])
+                yield Shard(piece, piece.part_of(moment))
 
 
 def _key_of_first_moment(optimizer: Any) -> str:

@@ -1,8 +1,8 @@
 """The ranks of a process group: the two small collectives that every engine needs, and how long they may take."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from slsam_ds.protocol import RanksDisagreeError
 
 # Gradients travel in buckets of up to this many elements: large enough that latency does not count.
 _BUCKET_NUMEL = 2**24
+
+T = TypeVar("T")
 
 
 class ProcessGroupRanks:
@@ -39,7 +41,7 @@ class ProcessGroupRanks:
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Mean over ranks, in place, in few large calls. The same tensors in the same order on every rank."""
         if self.world_size > 1:
-            for bucket in _buckets(tensors):
+            for bucket in buckets(tensors, lambda tensor: tensor):
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
                 dist.all_reduce(flat.div_(self.world_size), group=self._group)
                 pieces = flat.split([tensor.numel() for tensor in bucket])
@@ -126,15 +128,17 @@ def share_deadline(group: dist.ProcessGroup, device: torch.device) -> None:
         _set_pg_timeout(default._get_backend(device).options._timeout, group)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype, together below the bucket size unless one alone is larger."""
-    bucket: list[Tensor] = []
-    numel = 0
-    for tensor in tensors:
+def buckets(things: Iterable[T], tensor_of: Callable[[T], Tensor]) -> Iterator[list[T]]:
+    """Neighbours whose tensors are of one dtype, and together below the bucket size unless one alone is larger."""
+    bucket: list[T] = []
+    numel, dtype = 0, None
+    for thing in things:
+        tensor = tensor_of(thing)
         numel += tensor.numel()
-        if bucket and (tensor.dtype != bucket[0].dtype or numel > _BUCKET_NUMEL):
+        if bucket and (tensor.dtype != dtype or numel > _BUCKET_NUMEL):
             yield bucket
             bucket, numel = [], tensor.numel()
-        bucket.append(tensor)
+        bucket.append(thing)
+        dtype = tensor.dtype
     if bucket:
         yield bucket

@@ -137,7 +137,7 @@ def _budgeted(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) -> 
     chances, above = selector.choice()
     lowest = range(num_arms)
     draws = [Draw(arm, (*[0.0] * arm, 1.0, *(above[arm] or [0.0] * (num_arms - 1 - arm)))) for arm in lowest]
-    sizes = [num_arms - arm if config.selector == "depth" else min(selector.k, num_arms - arm) for arm in lowest]
+    sizes = [1 + round(math.fsum(marginals)) for marginals in above]
     return Draws(
         tuple(zip(chances, draws, strict=True)),
         tuple(extreme for arm in lowest for extreme in _extremes(arm, numels, sizes[arm])),

@@ -2,12 +2,11 @@
 
 from torch import Tensor
 
-from slsam_ds.gradient import Gradient
-from slsam_ds.metrics.metric import Metric
+from slsam_ds.metrics.metric import Stretching
 from slsam_ds.protocol import Shard
 
 
-class Adaptive(Metric):
+class Adaptive(Stretching):
     """ε = ρ w² g / ‖|w| g‖: T is |w|, element by element.
 
     A weight of zero does not move. The usual rho is larger than SAM's, by one over a typical weight.
@@ -17,6 +16,3 @@ class Adaptive(Metric):
 
     def stretched(self, shard: Shard) -> Tensor:
         return shard.gradient.float() * shard.piece.master.to(shard.gradient.device).float().square()
-
-    def scales(self, ascent: Gradient, *, rho: float, over_ranks: bool) -> Tensor:
-        return self._stretched_scales(ascent, rho=rho, over_ranks=over_ranks)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from slsam_ds.gradient import Gradient
-from slsam_ds.metrics.metric import Metric, dot
-from slsam_ds.protocol import Shard
+from slsam_ds.metrics.metric import Metric
+from slsam_ds.tally import dot
 
 
 class ByLayer(Metric):
@@ -15,10 +15,6 @@ class ByLayer(Metric):
     """
 
     def scales(self, ascent: Gradient, *, rho: float, over_ranks: bool) -> Tensor:
-        def sq_weight(shard: Shard) -> Tensor:
-            weights = shard.piece.master[: shard.gradient.numel()]
-            return dot(weights, weights)
-
-        sq_weights = self._sums(ascent, sq_weight, over_ranks)
+        sq_weights = self._sums(ascent, lambda shard: dot(shard.piece.master, shard.piece.master), over_ranks)
         climbs = (ascent.sq_norms > 0) & ascent.sq_norms.sum().isfinite()
         return torch.where(climbs, rho * (sq_weights / ascent.sq_norms).sqrt(), 0.0)

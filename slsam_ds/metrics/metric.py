@@ -1,6 +1,6 @@
 """What every metric has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,8 +8,7 @@ from torch import Tensor
 from slsam_ds.gradient import Gradient
 from slsam_ds.protocol import Engine, Shard
 from slsam_ds.radius import perturbation_scale
-
-_DOT_NUMEL = 2**20  # elements of a float32 dot product; more would lose digits
+from slsam_ds.tally import dot, spoken_for
 
 
 class Metric:
@@ -42,27 +41,19 @@ class Metric:
         """
         return perturbation_scale(ascent.sq_norms.sum(), rho=rho).expand(ascent.sq_norms.shape)
 
-    def _stretched_scales(self, ascent: Gradient, *, rho: float, over_ranks: bool) -> Tensor:
-        """As `scales`, where `stretched` stretches: the length is that of T g, over all perturbed arms."""
-        sq_lengths = self._sums(ascent, lambda shard: dot(shard.gradient, self.stretched(shard)), over_ranks)
-        sq_length = sq_lengths.sum() / ascent.loss_scale**2
-        return perturbation_scale(sq_length, rho=rho).expand(sq_lengths.shape)
-
     def _sums(self, ascent: Gradient, value_of: Callable[[Shard], Tensor], over_ranks: bool) -> Tensor:
         """Of each arm, the sum of a number over its elements. Shape (len(ascent.arms),), float64."""
         engine, place_of = self._engine, {arm: place for place, arm in enumerate(ascent.arms)}
         sums = torch.zeros(len(ascent.arms), dtype=torch.float64, device=engine.device)
-        for shard in _spoken_for(ascent.shards, engine.ranks.rank):
+        for shard in spoken_for(ascent.shards, engine.ranks.rank):
             sums[place_of[shard.piece.arm]] += value_of(shard).to(engine.device)
         return engine.ranks.all_reduce(sums) if over_ranks else sums
 
 
-def dot(one: Tensor, other: Tensor) -> Tensor:
-    """Of two vectors, on the device of the first. Shape (), float64."""
-    parts = zip(one.split(_DOT_NUMEL), other.to(one.device).split(_DOT_NUMEL), strict=True)
-    return torch.stack([torch.dot(a.float(), b.float()).double() for a, b in parts]).sum()
+class Stretching(Metric):
+    """A metric with a T other than 1: its length is that of T g, over all perturbed arms."""
 
-
-def _spoken_for(shards: Sequence[Shard], rank: int) -> list[Shard]:
-    """The shards that this rank counts: replicas of one are counted once."""
-    return [shard for shard in shards if shard.piece.owner == rank and shard.gradient.numel() > 0]
+    def scales(self, ascent: Gradient, *, rho: float, over_ranks: bool) -> Tensor:
+        sq_lengths = self._sums(ascent, lambda shard: dot(shard.gradient, self.stretched(shard)), over_ranks)
+        sq_length = sq_lengths.sum() / ascent.loss_scale**2
+        return perturbation_scale(sq_length, rho=rho).expand(sq_lengths.shape)

@@ -5,13 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slsam_ds.gradient import Gradient
-from slsam_ds.metrics.metric import Metric
+from slsam_ds.metrics.metric import Stretching
 from slsam_ds.protocol import Engine, Shard
-from slsam_ds.shards import local_elements
 
 
-class Preconditioned(Metric):
+class Preconditioned(Stretching):
     """ε = ρ D⁻¹ g / ‖D^(-1/2) g‖ with D = sqrt(v) + eps, v being Adam's second moment, corrected as Adam does.
 
     A layer that the optimizer has never stepped has no moment yet, and is not perturbed.
@@ -38,8 +36,5 @@ class Preconditioned(Metric):
             return torch.zeros_like(gradient, dtype=torch.float32)
         group = self._group_of[piece.arm]
         begun = 1 - group["betas"][1] ** float(state["step"])
-        v = local_elements(moment)[piece.offset : piece.offset + gradient.numel()].to(gradient.device)
+        v = piece.part_of(moment).to(gradient.device)
         return gradient.float() / ((v.float() / begun).sqrt() + group["eps"])
-
-    def scales(self, ascent: Gradient, *, rho: float, over_ranks: bool) -> Tensor:
-        return self._stretched_scales(ascent, rho=rho, over_ranks=over_ranks)

@@ -31,43 +31,34 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
+_PLAIN: Mapping[str, Any] = {
+    "perturb": "sample",
+    "update": "sample",
+    "ascent_source": "current",
+    "ascend_when": "always",
+    "metric": "euclidean",
+    "descend_along": "perturbed",
+}
+"""SAM as published, of whatever is sampled."""
+_WHOLE_ASCENT: Mapping[str, Any] = {"ascent_fraction": 1.0, "ascent_scope": "global"}
+"""Also what a single pass, which has no ascent to shorten, asks for."""
 _PAPER: Mapping[str, Any] = {
+    **_PLAIN,
+    **_WHOLE_ASCENT,
     "granularity": "tensor",
     "selector": "bernoulli",
     "active_layers": 0.2,
     "rho": 0.01,
     "update_scale": "none",
-    "perturb": "sample",
-    "update": "sample",
-    "ascent_source": "current",
-    "ascent_fraction": 1.0,
-    "ascent_scope": "global",
-    "ascend_when": "always",
-    "metric": "euclidean",
-    "descend_along": "perturbed",
     "other_parameters": "arms",
 }
 _OF_PAPER = "every tensor by itself with probability p_i; eps = rho g / ||g||; P = U; p by AdamBS on the norms of g"
 _PAPER_SOURCE = "SL-SAM, arXiv 2602.09395"
-_DENSE: Mapping[str, Any] = {
-    "selector": "all",
-    "granularity": "block",
-    "perturb": "sample",
-    "update": "sample",
-    "ascent_source": "current",
-    "ascend_when": "always",
-    "metric": "euclidean",
-    "descend_along": "perturbed",
-}
+_DENSE: Mapping[str, Any] = {**_PLAIN, "selector": "all", "granularity": "block"}
 
 RECIPES: Mapping[str, Recipe] = {
     "single_pass": Recipe(
-        knobs={
-            "active_layers": 0.5,
-            "ascent_source": "previous",
-            "ascent_fraction": 1.0,
-            "ascent_scope": "global",
-        },
+        knobs={**_WHOLE_ASCENT, "active_layers": 0.5, "ascent_source": "previous"},
         formula="half of the layers; eps along the gradient that each last descended along; one pass",
         source="ours; compare single-step SAM",
         read="own",
@@ -151,13 +142,13 @@ RECIPES: Mapping[str, Recipe] = {
         read="code",
     ),
     "momentum_sam": Recipe(
-        knobs={**_DENSE, "ascent_source": "momentum", "ascent_fraction": 1.0, "ascent_scope": "global"},
+        knobs={**_DENSE, **_WHOLE_ASCENT, "ascent_source": "momentum"},
         formula="P = U = all; eps along the optimizer's first moment; one pass",
         source="Momentum-SAM, Becker et al. 2024",
         read="code",
     ),
     "previous_gradient": Recipe(
-        knobs={**_DENSE, "ascent_source": "previous", "ascent_fraction": 1.0, "ascent_scope": "global"},
+        knobs={**_DENSE, **_WHOLE_ASCENT, "ascent_source": "previous"},
         formula="P = U = all; eps along the gradient of the step before; one pass",
         source="its formula; compare single-step and asynchronous SAM",
         read="formula alone",

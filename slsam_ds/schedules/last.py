@@ -3,6 +3,7 @@
 import math
 from typing import Any, ClassVar
 
+from slsam_ds.choices import is_number
 from slsam_ds.schedules.schedule import Schedule
 
 
@@ -27,7 +28,7 @@ class Last(Schedule):
 
     @staticmethod
     def accepts(argument: Any) -> bool:
-        return isinstance(argument, (int, float)) and not isinstance(argument, bool) and 0 < argument <= 1
+        return is_number(argument) and 0 < argument <= 1
 
     def ascends(self, step: int) -> bool:
         return step >= self._first

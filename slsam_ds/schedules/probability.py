@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from slsam_ds.bandit import counter_generator
+from slsam_ds.choices import is_number
 from slsam_ds.schedules.schedule import Schedule
 
 
@@ -20,7 +21,7 @@ class Probability(Schedule):
 
     @staticmethod
     def accepts(argument: Any) -> bool:
-        return isinstance(argument, (int, float)) and not isinstance(argument, bool) and 0 < argument <= 1
+        return is_number(argument) and 0 < argument <= 1
 
     def ascends(self, step: int) -> bool:
         return counter_generator(self._seed, step, purpose="schedule").random() < self.share

@@ -75,16 +75,10 @@ class AdamBS(FixedCount):
         Raises:
             ValueError: Arms, norms or probabilities outside their ranges; nothing was learned.
         """
-        if len(set(active)) != len(active) or not all(0 <= arm < self.num_arms for arm in active):
-            raise ValueError(f"active={list(active)}: give distinct arms from 0 to {self.num_arms - 1}")
+        chances = self._chances_of(active, self._probabilities, probabilities)
         norms = checked_numbers("rewards", rewards, active)
         if not all(0 <= norm < math.inf for norm in norms):
             raise ValueError(f"rewards={norms}: give finite norms ≥ 0")
-        chances = [self._probabilities[arm] for arm in active]
-        if probabilities is not None:
-            chances = checked_numbers("probabilities", probabilities, active)
-            if not all(0 < chance <= 1 for chance in chances):
-                raise ValueError(f"probabilities={chances}: give numbers in (0, 1]")
         if not active:
             return
         ceiling = (max(norms) / _LOSS_PROBABILITY) ** 2

@@ -14,12 +14,7 @@ class Depth(BudgetedExp3):
     or, with `of_size`, so that the expected number of arms is what was asked for. An arm is rewarded for its own
     gradient, as with EXP3.M: a layer with large gradients is the lowest one more often.
 
-    Args:
-        num_arms: Number of arms L.
-        budget: Expected price of a step, AdamW's being 1.
-        gamma: Exploration in (0, 1].
-        seed: Seed of the samples.
-        share: EXP3.S sharing in [0, 1).
+    Args: as `BudgetedExp3`.
     """
 
     kind = "depth"

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from deepspeed.runtime.lr_schedules import WarmupDecayLR
 import slsam_ds
 from slsam_ds.integrations.accelerate import prepare
 from tests.accelerate_loop import ACCUMULATION, CLIP, NUM_RANKS
-from tests.command_line import ONE_THREAD
+from tests.command_line import make_environment
 from tests.distributed.training import LlamaSetup, follow_reference, slow
 from tests.models import SAMPLES, micro_batch, tiny_llama
 from tests.ranks import free_port, run_on_ranks
@@ -37,14 +36,7 @@ def launch(plugin: str, module: str, *arguments: str, folder: Path) -> None:
         flags += ["--use_deepspeed", "--deepspeed_config_file", str(folder / "deepspeed.json")]
     else:
         flags += ["--multi_gpu"]  # several processes, also on CPUs
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    environment |= {
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_USE_CPU": "true",
-        **ONE_THREAD,
-    }
+    environment = make_environment(folder) | {"ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--module", module, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -3,7 +3,7 @@
 With `granularity: tensor` a sample is of a hundred groups, most of them a few kilobytes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor
 
-# Groups of up to so many elements are copied into buffers of up to so many, and travel together. Larger ones gain
-# nothing by it, and travel in place.
+from slsam_ds.engines.ranks import buckets
+
+# Groups of up to so many elements are copied into buffers and travel together. Larger ones gain nothing by it, and
+# travel in place.
 _SMALL_NUMEL = 2**20
-_BUFFER_NUMEL = 2**24
 
 
 def gather_groups(
@@ -37,7 +38,7 @@ def gather_groups(
     small = [number for number in numbers if groups_flat[number].numel() <= _SMALL_NUMEL]
     if len(small) < 2:
         small = []
-    alone = [number for number in numbers if number not in set(small)]
+    alone = sorted(set(numbers).difference(small))
     if alone:
         all_gather_dp_groups(
             groups_flat=[groups_flat[number] for number in alone],
@@ -46,7 +47,7 @@ def gather_groups(
             start_alignment_factor=start_alignment_factor,
             allgather_bucket_size=allgather_bucket_size,
         )
-    for bucket in _buckets((number, groups_flat[number]) for number in small):
+    for bucket in buckets(small, groups_flat.__getitem__):
         _gather_together([partitioned_param_groups[number] for number in bucket], dp_process_group[bucket[0]])
 
 
@@ -61,17 +62,3 @@ def _gather_together(partitions: Sequence[Sequence[Tensor]], ranks: dist.Process
     for place, part in enumerate(received.chunk(world_size)):
         if place != rank:
             torch._foreach_copy_([of_ranks[place].detach() for of_ranks in partitions], list(part.split(sizes)))
-
-
-def _buckets(sized: Iterable[tuple[int, Tensor]]) -> Iterator[list[int]]:
-    """Neighbours of one dtype that fit into the buffer together."""
-    bucket: list[int] = []
-    numel, dtype = 0, None
-    for number, flat in sized:
-        if bucket and (numel + flat.numel() > _BUFFER_NUMEL or flat.dtype != dtype):
-            yield bucket
-            bucket, numel = [], 0
-        bucket.append(number)
-        numel, dtype = numel + flat.numel(), flat.dtype
-    if bucket:
-        yield bucket
