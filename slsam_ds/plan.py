@@ -134,6 +134,12 @@ class StepResult:
     ascent_seconds: float = 0.0
     descent_seconds: float = 0.0
 
+    @property
+    def sq_norm(self) -> float:
+        """Squared gradient norm over the updated arms: at the weights where that was found, else at x + ε."""
+        at_weights = self.ascent_norms if self.ascent_norms.keys() >= set(self.active) else self.grad_norms
+        return sum(at_weights.get(arm, 0.0) ** 2 for arm in self.active)
+
     def to_record(self) -> dict[str, Any]:
         """The line of `slsam_steps.jsonl`: JSON-serialisable values by name."""
         return {name: _plain(getattr(self, name)) for name in _RECORDED}

@@ -25,10 +25,12 @@ class Reference:
     eps: float = 1e-4
     weight_decay: float = 0.1
     clip: float = 0.0
-    # "previous" (what a layer last descended along, in bf16), "momentum", "friendly" (less its running mean, in bf16)
+    # "previous" (what a layer last descended along, in bf16), "momentum", "friendly" (less its running mean, in bf16),
+    # "random" (what `drawn` says)
     direction: str = "current"
     metric: str = "euclidean"  # or "adaptive", "preconditioned", "by_layer"
     descend_along: str | dict = "perturbed"  # or "renormalised", or {"mixed": a}
+    drawn: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
     means: Tensors = field(default_factory=dict)
     previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
@@ -57,6 +59,9 @@ class Reference:
         if self.direction == "momentum":
             moments = {name: self.moments[name][0] for name in names if name in self.moments}
             return moments, norm_of(moments), 0.0
+        if self.direction == "random":
+            drawn = {name: self.drawn(dict(self.model.named_parameters())[name].detach()) for name in names}
+            return drawn, norm_of(drawn), 0.0
         ascent, loss = self.gradient(names, batches)
         if self.direction == "friendly":
             means = {name: self.means.get(name) for name in names}
@@ -136,7 +141,8 @@ class Reference:
         for arm in updated:
             for name in self.arms[arm]:
                 self.adamw(name, descent[name] * factor, self.lr * lr_scale(arm))
-        return {"loss": loss, "ascent_loss": ascent_loss, "grad_norms": norms}
+        sq_norm = norm**2 if ascends else sum(each**2 for each in norms.values())
+        return {"loss": loss, "ascent_loss": ascent_loss, "grad_norms": norms, "sq_norm": sq_norm}
 
     @torch.no_grad()
     def adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:
