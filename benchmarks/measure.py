@@ -177,7 +177,7 @@ def counted_step(training: Training, window: Window, setup: Setup, found: Measur
     """FLOPs of a step, on this rank; what it keeps and sends goes to `found`."""
     memory = Memory(training)
     watched = memory.watch() if isinstance(training, Ours) else contextlib.nullcontext()
-    with _Peak(setup) as peak, FlopCounterMode(display=False) as flops, watched:
+    with Peak(setup) as peak, FlopCounterMode(display=False) as flops, watched:
         step = count_bytes(training, window, found, memory.loss)
     found.activations.append(memory.peak["activations"])
     found.gradients.append(training.gradient_bytes() or memory.peak["gradients"])
@@ -185,7 +185,7 @@ def counted_step(training: Training, window: Window, setup: Setup, found: Measur
     return float(flops.get_total_flops()), step
 
 
-class _Peak:
+class Peak:
     """Within, how far memory rises: by the allocator's count on a GPU, by the profiler's events on the CPU."""
 
     def __init__(self, setup: Setup) -> None:
@@ -195,7 +195,7 @@ class _Peak:
         )
         self.bytes = 0
 
-    def __enter__(self) -> "_Peak":
+    def __enter__(self) -> "Peak":
         if self._on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,7 @@
 """The ways to train that are compared, all behind one `step`: stock AdamW, dense SAM twice, and SL-SAM's settings."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -200,8 +200,9 @@ class Ours:
             self.slsam, self._step = engine.slsam, engine.train_step
             self.optimizer = getattr(zero, "optimizer", zero)
 
-    def step(self, window: Window, loss_fn: LossFunction) -> Step:
-        result = self._step(window, loss_fn)
+    def step(self, window: Window, loss_fn: LossFunction, active: Sequence[int] | None = None) -> Step:
+        """As every mode's; `active` forces the sample."""
+        result = self._step(window, loss_fn, active)
         return Step(
             loss=result.loss,
             active=result.active,
