@@ -120,7 +120,7 @@ def random_bits(numbers: Tensor, key: int) -> Tensor:
     Returns:
         int64, of the same shape, in [0, 2^30).
     """
-    mixed = numbers + key
+    mixed: Tensor = numbers + key
     mixed = (mixed ^ _shifted(mixed, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     mixed = (mixed ^ _shifted(mixed, 27)) * (0x94D049BB133111EB - 2**64)
     return (mixed ^ _shifted(mixed, 31)) & (2**30 - 1)
@@ -128,7 +128,7 @@ def random_bits(numbers: Tensor, key: int) -> Tensor:
 
 def _shifted(values: Tensor, count: int) -> Tensor:
     """To the right, filled up with zeros: torch's own fills up with the sign."""
-    return (values >> count) & (2 ** (64 - count) - 1)
+    return values.bitwise_right_shift(count).bitwise_and(2 ** (64 - count) - 1)
 
 
 def seed_of(*key: int) -> int:

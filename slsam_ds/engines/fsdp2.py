@@ -162,7 +162,8 @@ def _runs_of_shard(parameter: Tensor, number: int) -> Iterator[Run]:
     """
     assert isinstance(parameter, DTensor)
     mesh_dim = parameter.device_mesh.ndim - 1
-    dim = parameter.placements[mesh_dim].dim
+    placement: Any = parameter.placements[mesh_dim]
+    dim = placement.dim
     size = parameter.shape[dim]
     chunk = -(-size // parameter.device_mesh.size(mesh_dim))
     first = min(parameter.device_mesh.get_local_rank(mesh_dim) * chunk, size)

@@ -24,8 +24,8 @@ class Dynamic(Mask):
     same refresh. At first each element moves with probability `density`; from the first refresh on exactly so many do.
 
     In the authors' code as many are dropped where there are fewer others (`density` above 1 / (1 + d)), so that fewer
-    and fewer move; here `density` stays what it is. Their other ways to drop, by |w| and at random, and to draw, by |g|,
-    are not the ones that they use by default.
+    and fewer move; here `density` stays what it is. They can also drop by |w| and draw by |g|; the ways here are those
+    that they use unless told otherwise.
 
     Raises:
         ValueError: The length of the run is not known.

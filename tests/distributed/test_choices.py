@@ -17,6 +17,7 @@ from torch import Tensor
 from slsam_ds import SLSAMConfig, StepResult
 from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
+from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
 from slsam_ds.schedules import SCHEDULES
 from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error
@@ -99,6 +100,13 @@ CASES: Mapping[str, Case] = {
     "by layer": Case(slsam={"metric": "by_layer"}, choices=FEW),
     "friendly": Case(slsam={"ascent_source": "friendly", "offload_state": True}, choices=AGAIN, accumulation=2),
     "friendly and adaptive": Case(slsam={"ascent_source": "friendly", "metric": "adaptive"}, choices=AGAIN),
+    "fisher": Case(slsam={"mask": "fisher", "mask_every": 2}, choices=AGAIN, accumulation=2),
+    "fisher and adaptive": Case(
+        slsam={"mask": "fisher", "mask_every": 1, "mask_density": 0.2, "metric": "adaptive", "rho": 1.0}, choices=AGAIN
+    ),
+    "fisher, previous": Case(slsam={"mask": "fisher", "ascent_source": "previous", "mask_every": 1}, choices=AGAIN),
+    "dynamic": Case(slsam={"mask": "dynamic", "mask_every": 2, "offload_state": True}, choices=[*AGAIN, (ALL, (3,))]),
+    "dynamic, most elements": Case(slsam={"mask": "dynamic", "mask_every": 1, "mask_density": 0.9}, choices=AGAIN),
     "the last steps": Case(slsam={"ascend_when": {"last": 0.4}}, choices=FEW),
     "steps drawn at random": Case(slsam={"ascend_when": {"probability": 0.5}}, choices=FEW),
     "every second step": Case(slsam={"ascend_when": {"every": 2}}, choices=FEW[:4]),
@@ -111,6 +119,7 @@ EVERY_KNOB = {
     "metric": METRICS,
     "descend_along": COMBINATIONS,
     "ascend_when": SCHEDULES,
+    "mask": MASKS,
 }
 """Knobs whose values are members, each a file of its own."""
 
@@ -120,6 +129,7 @@ def test_every_member_has_a_case(knob: str) -> None:
     """A new direction, metric, combination or schedule comes with a plain reference, or this fails."""
     default = getattr(SLSAMConfig(), knob)
     values = [case.slsam.get(knob, default) for case in CASES.values()]
+    values = [value for value in values if value is not None]
     assert {value if isinstance(value, str) else next(iter(value)) for value in values} == set(EVERY_KNOB[knob])
 
 
@@ -137,6 +147,10 @@ def expected(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         direction=case.slsam.get("ascent_source", "current"),
         metric=case.slsam.get("metric", "euclidean"),
         descend_along=case.slsam.get("descend_along", "perturbed"),
+        mask=case.slsam.get("mask"),
+        mask_density=case.slsam.get("mask_density", 0.5),
+        mask_every=case.slsam.get("mask_every", 100),
+        total_steps=len(case.choices),
         **ADAMW,
     )
     results = []
@@ -156,7 +170,7 @@ def train(engine: str, names: Sequence[str]) -> dict[str, tuple[dict[str, Tensor
     found = {}
     for name in names:
         case = CASES[name]
-        training = Training(case.setup(engine), **({"total_steps": len(case.choices)} if "last" in name else {}))
+        training = Training(case.setup(engine), total_steps=len(case.choices))
         results = []
         for step, (perturbed, updated) in enumerate(case.choices, start=1):
             before = training.live_weights()
@@ -184,6 +198,7 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
                 assert result.active == updated
                 assert result.perturbed == (perturbed if climbs else ())
                 assert result.rho == (case.slsam.get("rho", 0.05) if climbs else 0.0)
+                assert result.mask_density == (pytest.approx(reference["mask_density"]) if climbs else None)
                 assert result.loss == pytest.approx(reference["loss"], abs=1e-5), (name, step)
                 offset = 1 if "other_parameters" in case.slsam else 0
                 there = {arm: reference["grad_norms"][arm + offset] for arm in updated}
