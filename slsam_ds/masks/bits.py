@@ -6,6 +6,8 @@ from torch import Tensor
 from slsam_ds.protocol import Engine, Piece
 from slsam_ds.shards import local_elements
 
+_STEP = "step"
+
 
 class KeptBits:
     """A bit for each element that the optimizer steps, 8 of them in a byte.
@@ -52,7 +54,10 @@ class KeptBits:
             whole = torch.zeros_like(stepped.detach(), dtype=torch.uint8)
             there = local_elements(whole)
             there.copy_(unpack(packed)[: there.numel()])
-            self._engine.optimizer.state[stepped][self._key] = whole if home is None else whole.to(home)
+            state = self._engine.optimizer.state[stepped]
+            if not state:  # torch's Adam fails to load state that lacks a step counter
+                state[_STEP] = torch.zeros(())
+            state[self._key] = whole if home is None else whole.to(home)
 
     def pack(self, steppeds: set[Tensor]) -> set[Tensor]:
         """Take the bits out of the optimizer's state again, which may have been loaded: they take the place of all.
@@ -70,7 +75,7 @@ class KeptBits:
             whole = state[stepped].pop(self._key, None)
             if whole is not None and stepped in steppeds:
                 self._packed[stepped] = pack(local_elements(whole) != 0)
-            if whole is not None and not state[stepped]:
+            if whole is not None and state[stepped].keys() <= {_STEP}:
                 del state[stepped]  # an optimizer takes any state for one that it has begun
         return steppeds - self._packed.keys()
 
