@@ -19,8 +19,9 @@ from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
+from slsam_ds.protocol import ALWAYS
 from slsam_ds.schedules import SCHEDULES
-from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error
+from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error, slow
 from tests.models import arms_of_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -209,3 +210,31 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
                         assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
                 else:
                     assert result.ascent_loss is None
+
+
+def misplaced(engine: str, other_parameters: str) -> tuple[int, int]:
+    """How many elements an engine numbers otherwise than the model has them; how many it numbers on all ranks."""
+    training = Training(Setup(engine=engine, slsam={"other_parameters": other_parameters}))
+    slsam, weights = training.slsam, training.weights()
+    layers = slsam.layers
+    names = [name for layer in layers for name, _ in layer.parameters] + [name for name, _ in layers.always]
+    flat = torch.cat([weights[name].flatten() for name in names])
+    arms = [*range(len(layers)), *([ALWAYS] if layers.always else [])]
+    counts = torch.zeros(2, dtype=torch.int64)
+    for piece in slsam.engine.pieces(arms):
+        runs = slsam.engine.runs(piece)
+        for run in runs:
+            here = piece.master[run.start : run.start + run.numel].float()
+            counts[0] += int((here != flat[run.number : run.number + run.numel]).sum())
+        counts[1] += sum(run.numel for run in runs) if piece.owner == training.rank else 0
+    mistakes, counted = slsam.engine.ranks.all_reduce(counts).tolist()
+    return mistakes, counted - len(flat)
+
+
+@pytest.mark.parametrize("num_ranks", [slow(2), 3])
+@pytest.mark.parametrize(
+    "engine", [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", slow("zero3"), *ALSO_OFFLOADED]
+)
+def test_every_engine_gives_the_elements_the_same_numbers(engine: str, num_ranks: int) -> None:
+    for other_parameters in ("arms", "always"):
+        assert run_on_ranks(num_ranks, misplaced, engine, other_parameters) == [(0, 0)] * num_ranks
