@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Shard
 
 from slsam_ds import SLSAMConfig, StepResult
 from slsam_ds.combinations import COMBINATIONS
@@ -212,9 +213,9 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
                     assert result.ascent_loss is None
 
 
-def misplaced(engine: str, other_parameters: str) -> tuple[int, int]:
-    """How many elements an engine numbers otherwise than the model has them; how many it numbers on all ranks."""
-    training = Training(Setup(engine=engine, slsam={"other_parameters": other_parameters}))
+def misplaced(setup: Setup) -> tuple[int, int]:
+    """How many elements an engine numbers otherwise than the model has them; how many more than there are."""
+    training = Training(setup)
     slsam, weights = training.slsam, training.weights()
     layers = slsam.layers
     names = [name for layer in layers for name, _ in layer.parameters] + [name for name, _ in layers.always]
@@ -237,4 +238,22 @@ def misplaced(engine: str, other_parameters: str) -> tuple[int, int]:
 )
 def test_every_engine_gives_the_elements_the_same_numbers(engine: str, num_ranks: int) -> None:
     for other_parameters in ("arms", "always"):
-        assert run_on_ranks(num_ranks, misplaced, engine, other_parameters) == [(0, 0)] * num_ranks
+        setup = Setup(engine=engine, slsam={"other_parameters": other_parameters})
+        assert run_on_ranks(num_ranks, misplaced, setup) == [(0, 0)] * num_ranks
+
+
+def columns(parameter: Tensor) -> Shard | None:
+    """Where `fully_shard` cuts it."""
+    return Shard(1) if parameter.ndim == 2 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"fsdp": {"shard_placement_fn": columns}}, {"replicas": 2}], ids=str)
+def test_numbers_of_shards_that_are_columns_or_replicas(settings: dict[str, Any]) -> None:
+    assert run_on_ranks(4, misplaced, Setup(engine="fsdp2", **settings)) == [(0, 0)] * 4
+
+
+@pytest.mark.slow
+def test_numbers_of_partitions_in_another_order() -> None:
+    deepspeed = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    assert run_on_ranks(3, misplaced, Setup(engine="zero2", deepspeed=deepspeed)) == [(0, 0)] * 3
