@@ -102,7 +102,8 @@ class Largest:
             counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
             for each in values():
                 in_question = each >> (shift + 8) == found.to(each.device)
-                counts += _histogram(torch.where(in_question, each >> shift & (_BINS - 1), _BINS)).to(device)
+                lanes = 1 if each.device.type == "cpu" else _LANES
+                counts += histogram(torch.where(in_question, each >> shift & (_BINS - 1), _BINS), lanes).to(device)
             counts = self._engine.ranks.all_reduce(counts)
             num_values = counts.sum() if num_values is None else num_values
             reached = counts.flip(0).cumsum(0).flip(0)  # how many have this value of the byte, or a larger one
@@ -118,13 +119,14 @@ def _counted(parts: Parts) -> Iterable[Part]:
     return (part for part in parts() if part.counted)
 
 
-def _histogram(values: Tensor) -> Tensor:
-    """How often each value below 256 is there; 256 is not counted. Shape (256,), int64.
+def histogram(values: Tensor, lanes: int = 1) -> Tensor:
+    """How often each value below 256 is there; 256 is not counted. int64, 1-D, to shape (256,).
+
+    With several lanes, neighbouring elements are counted in different places, which are then added up.
 
     `torch.bincount` would make the host wait, and `torch.histc` counts in float32, and not where deterministic
     algorithms are asked for.
     """
-    lanes = 1 if values.device.type == "cpu" else _LANES
     lane = torch.arange(values.numel(), device=values.device) % lanes
     counts = torch.zeros((_BINS + 1) * lanes, dtype=torch.int64, device=values.device)
     counts.scatter_add_(0, values * lanes + lane, torch.ones_like(values))

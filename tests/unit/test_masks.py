@@ -12,8 +12,8 @@ from torch import Tensor
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
 from slsam_ds.masks import MASK_KEY
 from slsam_ds.masks.bits import pack, unpack
-from slsam_ds.masks.selection import Largest, Part
-from slsam_ds.rng import random_bits
+from slsam_ds.masks.selection import Largest, Part, histogram
+from slsam_ds.rng import random_bits, seed_of
 from tests.models import tiny_decoder, window
 from tests.reference import drawn, largest
 
@@ -49,6 +49,12 @@ def test_as_many_as_wanted_are_selected(num_values: int, count: int) -> None:
     assert torch.equal(keys[found].sort(descending=True).values, top)
 
 
+@pytest.mark.parametrize("lanes", [1, 7, 1024])
+def test_a_histogram_is_the_same_in_any_number_of_lanes(lanes: int) -> None:
+    values = torch.randint(0, 257, (5000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(histogram(values, lanes), torch.bincount(values, minlength=257)[:256])
+
+
 def test_what_may_not_be_chosen_is_not() -> None:
     keys = torch.tensor([5, -1, 3, -1, 3, 0])
     parts = functools.partial(parts_of, keys, [6], torch.arange(6))
@@ -75,13 +81,7 @@ def test_random_bits_are_those_of_the_number() -> None:
     assert found.max() < 2**30
     assert (found < 2**29).float().mean() == pytest.approx(0.5, abs=0.02)
     assert len(found.unique()) > 9_990
-    assert torch.equal(drawn(numbers, 3), random_bits(numbers, _key(3)))
-
-
-def _key(step: int) -> int:
-    from slsam_ds.rng import seed_of
-
-    return seed_of(0, step)
+    assert torch.equal(drawn(numbers, 3), random_bits(numbers, seed_of(0, 3)))
 
 
 def trained(**knobs: Any) -> tuple[SLSAM, torch.optim.Optimizer]:
