@@ -22,7 +22,6 @@ NUM_STEPS, NUM_BLOCKS, WIDTH, NUM_SAMPLES, LENGTH = 30, 16, 32, 4, 16
 
 _READ = {
     "code": "code",
-    "description of the code": "a description of the code",
     "formula alone": "neither text nor code",
     "own": "ours",
 }

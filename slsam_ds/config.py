@@ -83,7 +83,8 @@ class SLSAMConfig:
     ascent_source: str = "current"
     """What the perturbation climbs along: "current", the gradient of a pass over the window; or, in a single pass,
     "previous", the gradient that each layer last descended along, or "momentum", the optimizer's first moment. In a
-    single pass a layer is not perturbed the first time. "friendly": the current gradient less its running mean."""
+    single pass a layer is not perturbed the first time. "friendly": the current gradient less its running mean;
+    "random": a direction drawn anew in every step, in a single pass."""
 
     metric: str = "euclidean"
     """How far, and in which geometry: "euclidean"; "adaptive", by the size of each weight; "preconditioned", less where
@@ -101,7 +102,8 @@ class SLSAMConfig:
 
     ascend_when: str | dict[str, Any] = "always"
     """Which steps perturb: "always"; {"every": m}: one step in m; {"last": share}: the last part of the run;
-    {"probability": q}: each with that probability. In the others rho is 0."""
+    {"probability": q}: each with that probability; {"norm_above": c}: those after a step whose squared gradient norm
+    was c deviations above the usual. In the others rho is 0."""
 
     descend_along: str | dict[str, Any] = "perturbed"
     """What the update follows: "perturbed", the gradient h at the perturbed point; "renormalised": h with the norm of
@@ -169,12 +171,15 @@ class SLSAMConfig:
             except ValueError as error:
                 _require(self, name, False, str(error))
         direction, (combination, _) = DIRECTIONS[self.ascent_source], read_choice(self.descend_along, COMBINATIONS)
+        if read_choice(self.ascend_when, SCHEDULES)[0].compares_norms:
+            reason = 'compares gradient norms of the same layers; use update="all" or selector="all"'
+            _require(self, "ascend_when", self.update == "all" or self.selector == "all", reason)
         if not direction.needs_pass:
             for name, needed in (("ascent_scope", "global"), ("ascent_fraction", 1.0)):
                 reason = f'ascent_source="{self.ascent_source}" has no ascent pass; use {_shown(needed)}'
                 _require(self, name, getattr(self, name) == needed, reason)
-        if self.ascent_source == "friendly":
-            reason = 'ascent_source="friendly" keeps one mean for all ranks; use "global"'
+        if direction.for_all_ranks:
+            reason = f'ascent_source="{self.ascent_source}" is one direction for all ranks; use "global"'
             _require(self, "ascent_scope", self.ascent_scope == "global", reason)
         if combination.reads_ascent:
             reason = "needs the gradient at the weights over the whole window and all ranks; use"

@@ -137,6 +137,12 @@ class StepResult:
     ascent_seconds: float = 0.0
     descent_seconds: float = 0.0
 
+    @property
+    def sq_norm(self) -> float:
+        """Squared gradient norm over the updated arms: at the weights where that was found, else at x + ε."""
+        at_weights = self.ascent_norms if self.ascent_norms.keys() >= set(self.active) else self.grad_norms
+        return sum(at_weights.get(arm, 0.0) ** 2 for arm in self.active)
+
     def to_record(self) -> dict[str, Any]:
         """The line of `slsam_steps.jsonl`: JSON-serialisable values by name. `mask_density` only with a mask."""
         names = _RECORDED if self.mask_density is None else (*_RECORDED, "mask_density")

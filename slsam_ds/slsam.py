@@ -120,7 +120,7 @@ class SLSAM:
             update=config.update,
             norm_layers=norm_layers(model, layers) if config.perturb == "norm_layers" else (),
         )
-        schedule = make_schedule(config.ascend_when, total_steps=total_steps, seed=config.seed)
+        self._schedule = schedule = make_schedule(config.ascend_when, total_steps=total_steps, seed=config.seed)
         self._direction = DIRECTIONS[config.ascent_source](engine)
         self._metric = METRICS[config.metric](engine)
         self._combination = make_combination(config.descend_along)
@@ -256,6 +256,7 @@ class SLSAM:
             report_skipped(result, self.layers, in_a_row=self.progress.skipped_in_a_row, limit=limit)
         else:
             self.policy.learn(choice, result.grad_norms, result.ascent_norms)  # 6 reward
+            self._schedule.observe(result.sq_norm)
         return dataclasses.replace(result, seconds=time.perf_counter() - started)
 
     def workload(self, window: Sequence[Any], sizes: Sequence[int] | None = None) -> Workload:
@@ -280,6 +281,7 @@ class SLSAM:
             "arms": self.layers.outline(),
             "previous": self._direction.state_dict(),
             "masks": None if self._mask is None else self._mask.state_dict(),
+            "schedule": self._schedule.state_dict(),
             **self.policy.state_dict(),
             "costs": self._pricing.state_dict(),
         }
@@ -297,6 +299,7 @@ class SLSAM:
         self._direction.load_state_dict(state["previous"])
         if self._mask is not None:
             self._mask.load_state_dict(state.get("masks"))
+        self._schedule.load_state_dict(state.get("schedule"))
         self._resumed = True
 
     def start_after(self, steps: int) -> None:

@@ -39,6 +39,7 @@ from slsam_ds.perturbation import perturb_, preserved, rounding_generator
 from slsam_ds.plan import BadNumbers, Plan, StepResult
 from slsam_ds.protocol import ALWAYS, Engine, Piece, Shard
 from slsam_ds.records.stopwatch import Stopwatch
+from slsam_ds.rng import seed_of
 from slsam_ds.tally import Numbers, Tally, local_sq_norms
 from slsam_ds.trial import try_prefix
 
@@ -153,6 +154,7 @@ class _Step:
         self._mask = mask
         self._engine, self._plan, self._direction, self._metric = engine, plan, direction, metric
         self._share_of_ascent = share_of_ascent
+        self._seed = seed_of(plan.seed, plan.step)
         self._at_x: dict[tuple[Tensor, int], Tensor] = {}  # of the updated arms, by what is stepped and the place there
         self._tally, self._clock = Tally(engine.ranks, engine.device), Stopwatch(engine.device)
 
@@ -163,11 +165,11 @@ class _Step:
             return None
         if not direction.needs_pass:
             self.passes.await_agreement()  # the next to travel are perturbed weights
-            return direction.climb(plan.perturbed, None)
+            return direction.climb(plan.perturbed, None, seed=self._seed)
         with self._clock.inside():
             self._engine.begin_ascent()
             gradient = self._global_ascent(part) if plan.scope == "global" else self._local_ascent(part)
-            return direction.climb(plan.perturbed, gradient.restricted(plan.perturbed))
+            return direction.climb(plan.perturbed, gradient.restricted(plan.perturbed), seed=self._seed)
 
     def descend(self, part: Part) -> None:
         """Add the gradient at the weights as they are now to the window's."""

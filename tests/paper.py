@@ -1,6 +1,6 @@
 """The algorithm of the SL-SAM paper in one process, on whole tensors: a second oracle, beside `tests.reference`.
 
-Written from the description of the authors' code, with numpy for the bandit. Shares no code with the package, nor with
+Written from a description of the authors' code, with numpy for the bandit. Shares no code with the package, nor with
 the other reference. Every parameter tensor takes part or not by itself; one norm over those that do; the ascent
 gradient's norms teach the bandit; AdamW steps the tensors that took part and nothing else is scaled.
 """
@@ -35,7 +35,7 @@ class PaperBandit:
     def to_budget(self, w: np.ndarray) -> np.ndarray:
         order = np.argsort(-w, kind="stable")
         p, left = np.empty_like(w), self.budget
-        rest = np.cumsum(w[order][::-1])[::-1]  # of each and all lighter ones
+        rest = np.maximum(np.cumsum(w[order][::-1])[::-1], 1e-5)  # of each and all lighter ones
         for place, arm in enumerate(order):
             if w[arm] * left > rest[place]:
                 p[arm] = 1.0

@@ -29,7 +29,8 @@ class Reference:
     eps: float = 1e-4
     weight_decay: float = 0.1
     clip: float = 0.0
-    # "previous" (what a layer last descended along, in bf16), "momentum", "friendly" (less its running mean, in bf16)
+    # "previous" (what a layer last descended along, in bf16), "momentum", "friendly" (less its running mean, in bf16),
+    # "random" (what `drawn` says)
     direction: str = "current"
     metric: str = "euclidean"  # or "adaptive", "preconditioned", "by_layer"
     descend_along: str | dict = "perturbed"  # or "renormalised", or {"mixed": a}
@@ -40,6 +41,7 @@ class Reference:
     masks: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # by arm, from its latest refresh on
     masked_in: dict[int, int] = field(default_factory=dict)
     num_steps: int = 0
+    drawn: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
     means: Tensors = field(default_factory=dict)
     previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
@@ -68,6 +70,9 @@ class Reference:
         if self.direction == "momentum":
             moments = {name: self.moments[name][0] for name in names if name in self.moments}
             return moments, norm_of(moments), 0.0
+        if self.direction == "random":
+            drawn = {name: self.drawn(dict(self.model.named_parameters())[name].detach()) for name in names}
+            return drawn, norm_of(drawn), 0.0
         ascent, loss = self.gradient(names, batches)
         if self.direction == "friendly":
             means = {name: self.means.get(name) for name in names}
@@ -111,7 +116,7 @@ class Reference:
             for name in self.arms[arm]:
                 at_first = torch.ones(numels[name], dtype=torch.bool)
                 if self.mask == "dynamic":
-                    at_first = drawn(starts[name] + torch.arange(numels[name]), 0) < round(self.mask_density * 2**30)
+                    at_first = bits_of(starts[name] + torch.arange(numels[name]), 0) < round(self.mask_density * 2**30)
                 moves[name] = self.masks.get(arm, {}).get(name, at_first)
         active = torch.cat([moves[name] for name in names])
         if any(self.num_steps - self.masked_in.get(arm, -self.mask_every) >= self.mask_every for arm in arms):
@@ -125,7 +130,7 @@ class Reference:
                 share = 0.25 * (1 + math.cos(math.pi * (self.num_steps - 1) / self.total_steps))
                 stay = count - min(round(share * count), len(active) - count)
                 chosen = largest(torch.where(active, size, -1.0), min(stay, int(active.sum())))
-                chance = drawn(numbers, self.num_steps) + torch.where(active, 0, 2**30)
+                chance = bits_of(numbers, self.num_steps) + torch.where(active, 0, 2**30)
                 chosen |= largest(torch.where(chosen, -1, chance), count - int(chosen.sum()))
             parts = dict(zip(names, chosen.split([numels[name] for name in names]), strict=True))
             for arm in arms:
@@ -187,7 +192,14 @@ class Reference:
         for arm in updated:
             for name in self.arms[arm]:
                 self.adamw(name, descent[name] * factor, self.lr * lr_scale(arm))
-        return {"loss": loss, "ascent_loss": ascent_loss, "grad_norms": norms, "mask_density": mask_density}
+        sq_norm = norm**2 if ascends else sum(each**2 for each in norms.values())
+        return {
+            "loss": loss,
+            "ascent_loss": ascent_loss,
+            "grad_norms": norms,
+            "sq_norm": sq_norm,
+            "mask_density": mask_density,
+        }
 
     @torch.no_grad()
     def adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:
@@ -211,7 +223,7 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     return chosen
 
 
-def drawn(numbers: torch.Tensor, step: int) -> torch.Tensor:
+def bits_of(numbers: torch.Tensor, step: int) -> torch.Tensor:
     """SplitMix64's mixing function, with seed 0: 30 bits for each number."""
     digest = hashlib.blake2b(repr((0, step)).encode(), digest_size=8).digest()
     mixed = numbers.numpy().astype(np.uint64) + np.uint64(int.from_bytes(digest, "little") >> 1)

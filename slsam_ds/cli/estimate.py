@@ -95,7 +95,10 @@ def _count(
 
 def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMConfig) -> str:
     num_arms = len(counted.numels)
-    active = f"{modes[-1].num_active:.3g} of {num_arms} layers per step"
+    perturbed, updated = modes[-1].num_perturbed, modes[-1].num_active
+    active = f"{updated:.3g} of {num_arms} layers per step"
+    if config.rho > 0 and (config.perturb, config.update) != ("sample", "sample"):
+        active = f"perturbs {perturbed:.3g} and updates {updated:.3g} of {num_arms} layers per step, by a sample"
     if config.budget is not None:
         how = f"drawn to meet a budget of {config.budget:g}; as it learns, a bandit moves within it"
     elif config.selector == "all":

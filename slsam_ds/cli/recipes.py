@@ -10,7 +10,6 @@ from slsam_ds.recipes import RECIPES, Recipe
 
 _READ = {
     "code": "its code was read",
-    "description of the code": "a description of its code was followed",
     "formula alone": "neither its text nor its code was read",
     "own": "of this project",
 }

@@ -36,7 +36,8 @@ def summarize(
         lines.append(f"Held-out loss ({held_out_title}): {before:.4f} before, {after:.4f} after ({change})")
     if steps and layers:
         history = RunHistory.from_records(layers, steps)
-        lines += [*facts_as_text(history), f"Layers active, in how many of {len(steps)} steps:", *_chart(history)]
+        title = "Layers updated, and perturbed" if history.perturbs_others else "Layers active"
+        lines += [*facts_as_text(history), f"{title}, in how many of {len(steps)} steps:", *_chart(history)]
     lines.append(f"Outputs: {Path(output_dir)} (model, {LAYERS_FILE}, {STEPS_FILE})")
     if steps:
         lines.append(f"Pictures of the run: python -m slsam_ds.report {Path(output_dir)}")
@@ -49,11 +50,12 @@ def _chart(history: RunHistory) -> list[str]:
     two_columns = len(layers) > _MAX_ROWS
     width = _BAR // 2 if two_columns else _BAR
     longest = max(len(layer.name) for layer in layers)
-    digits = len(str(most))
+    digits = len(str(len(history)))
     rows = []
     for layer in layers:
         bar = "█" * max(round(width * layer.num_active / most), 1 if layer.num_active else 0)
-        rows.append(f"  {layer.name:<{longest}} {layer.num_active:>{digits}} {bar:<{width}}")
+        perturbed = f" {layer.num_perturbed:>{digits}}" if history.perturbs_others else ""
+        rows.append(f"  {layer.name:<{longest}} {layer.num_active:>{digits}}{perturbed} {bar:<{width}}")
     if two_columns:
         half = (len(rows) + 1) // 2
         rows = [f"{left}{right}" for left, right in zip(rows[:half], [*rows[half:], ""], strict=False)]

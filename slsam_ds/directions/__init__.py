@@ -10,6 +10,7 @@ from slsam_ds.directions.direction import Direction
 from slsam_ds.directions.friendly import Friendly
 from slsam_ds.directions.momentum import Momentum
 from slsam_ds.directions.previous import PreviousGradients
+from slsam_ds.directions.random import Random
 
 __all__ = ["DIRECTIONS", "Direction"]
 
@@ -18,5 +19,6 @@ DIRECTIONS: Mapping[str, type[Direction]] = {
     "previous": PreviousGradients,
     "momentum": Momentum,
     "friendly": Friendly,
+    "random": Random,
 }
 """The values of the knob `ascent_source`."""

@@ -12,5 +12,5 @@ class CurrentGradient(Direction):
     needs_pass: ClassVar[bool] = True
     is_gradient: ClassVar[bool] = True
 
-    def climb(self, arms: tuple[int, ...], ascent: Gradient | None) -> Gradient | None:
+    def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         return ascent

@@ -16,6 +16,7 @@ class Direction:
         engine: Where the weights and the optimizer's state are.
 
     Attributes:
+        for_all_ranks: Whether it is one direction for all ranks, so that an ascent of each rank by itself has no place.
         needs_pass: Whether a forward and backward at the weights come first, whose gradient `climb` is given.
         is_gradient: Whether what it climbs along is made of the gradient of one window, so that its squares say on
             which elements the loss depends most.
@@ -24,6 +25,7 @@ class Direction:
             those takes it along.
     """
 
+    for_all_ranks: ClassVar[bool] = False
     needs_pass: ClassVar[bool] = False
     is_gradient: ClassVar[bool] = False
     kept: ClassVar[Mapping[str, torch.dtype]] = {}
@@ -31,7 +33,7 @@ class Direction:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def climb(self, arms: tuple[int, ...], ascent: Gradient | None) -> Gradient | None:
+    def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         """What these arms climb along; None where there is nothing yet: the step is then taken unperturbed.
 
         Every rank calls it with the same arms; it may reduce a few numbers over ranks.
@@ -39,6 +41,7 @@ class Direction:
         Args:
             arms: The perturbed arms, ascending.
             ascent: Their gradient at the weights, with `needs_pass`; else None.
+            seed: Of what is drawn in this step; the same on every rank.
         """
         raise NotImplementedError
 

@@ -24,6 +24,7 @@ class Friendly(Direction):
     Reference: Li et al. 2024 (Friendly SAM), with the constants of their code.
     """
 
+    for_all_ranks: ClassVar[bool] = True
     needs_pass: ClassVar[bool] = True
     is_gradient: ClassVar[bool] = True
     kept: ClassVar[Mapping[str, torch.dtype]] = {STATE_KEY: torch.bfloat16}
@@ -33,7 +34,7 @@ class Friendly(Direction):
         self._mean = KeptVector(engine, STATE_KEY)
         self._updated: set[torch.Tensor] = set()
 
-    def climb(self, arms: tuple[int, ...], ascent: Gradient | None) -> Gradient | None:
+    def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         assert ascent is not None
         engine = self._engine
         self._mean.start()

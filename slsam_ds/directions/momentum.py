@@ -27,7 +27,7 @@ class Momentum(Direction):
         super().__init__(engine)
         self._key = _key_of_first_moment(engine.optimizer)
 
-    def climb(self, arms: tuple[int, ...], ascent: Gradient | None) -> Gradient | None:
+    def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         engine = self._engine
         shards = list(self._moments(arms))
         local = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)

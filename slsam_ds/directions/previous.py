@@ -39,7 +39,7 @@ class PreviousGradients(Direction):
         """Those that there is a gradient of, ascending."""
         return tuple(sorted(self.sq_norms))
 
-    def climb(self, arms: tuple[int, ...], ascent: Gradient | None) -> Gradient | None:
+    def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         known = tuple(arm for arm in arms if arm in self.sq_norms)
         if not known:
             return None

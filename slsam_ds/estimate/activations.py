@@ -2,10 +2,41 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from slsam_ds.estimate.draws import Draw
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBytes:
+    """Bytes that a forward saves, by who is trained. Exact where a place has one arm; else at most so many.
+
+    Attributes:
+        base: By arm, if it is the lowest.
+        share: By arm, if it is trained.
+        place: By arm: which block it is in, or before or after them.
+        most: By place: what all of its arms save together. Some save the same: queries, keys and values their input.
+    """
+
+    base: tuple[float, ...]
+    share: tuple[float, ...]
+    place: tuple[int, ...]
+    most: Mapping[int, float]
+
+    def of(self, sample: Sequence[int]) -> float:
+        """Of one sample."""
+        return self.mean(Draw.of(sample, len(self.base)))
+
+    def mean(self, draw: Draw) -> float:
+        """On average."""
+        added: Counter[int] = Counter()
+        for place, share, chance in zip(self.place, self.share, draw.included, strict=True):
+            added[place] += chance * share  # type: ignore[assignment]
+        return self.base[draw.lowest] + sum(min(self.most[place], found) for place, found in added.items())
 
 
 class SavedActivations:

@@ -2,19 +2,19 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from slsam_ds.estimate.activations import SavedActivations
+from slsam_ds.estimate.activations import ActivationBytes, SavedActivations
 from slsam_ds.estimate.on_meta import OnMeta
-from slsam_ds.model.layers import LayerMap
+from slsam_ds.model.layers import LayerMap, norm_layers
 from slsam_ds.pricing.calibration import calibrate, flop_counter, requiring_grad
-from slsam_ds.pricing.cost import CostModel, PriceList
+from slsam_ds.pricing.cost import CostModel
 from slsam_ds.protocol import ALWAYS, Engine
 
 
@@ -29,11 +29,12 @@ class Counted:
         ends: Backward ends at the lowest active arm, and not before the first block whatever is sampled.
         in_blocks: By arm: whether it is a block, or around them.
         always: Weights trained in every step.
+        norm_layers: The arms that are weights of normalisation layers.
         blocks: All weights by block, frozen ones too.
         outside: All weights outside of the blocks.
         costs: Prices of samples, AdamW's step being 1.
         flops: Of forward and backward with everything active: AdamW's step.
-        activations: By sample: bytes that its forward saves.
+        activations: By who is trained: bytes that its forward saves.
         hidden: Bytes of what one block hands to the next.
     """
 
@@ -43,11 +44,12 @@ class Counted:
     in_blocks: tuple[bool, ...]
     ends: bool
     always: int
+    norm_layers: tuple[int, ...]
     blocks: tuple[int, ...]
     outside: int
     costs: CostModel
     flops: float
-    activations: PriceList
+    activations: ActivationBytes
     hidden: int
 
     @property
@@ -94,12 +96,12 @@ def count(
 
     on_meta = OnMeta(keeps_inputs=False)
     saved = _ActivationCounter(engine, layers, compute_loss, OnMeta(keeps_inputs=keeps_inputs))
-    activations = saved.prices()
+    activations = saved.find()
     if checkpoint is not None:
         recomputed = saved.largest_block
         checkpoint(on_meta)
-        kept = saved.prices()
-        activations = PriceList(tuple(base + recomputed for base in kept.base), kept.share)
+        kept = saved.find()
+        activations = replace(kept, base=tuple(base + recomputed for base in kept.base))
     costs = calibrate(engine, model, layers, run)
     engine.end_step()
     with flop_counter() as counter:
@@ -112,6 +114,7 @@ def count(
         in_blocks=tuple(not around for around in layers.outside_blocks),
         ends=saved.ends,
         always=sum(parameter.numel() for _, parameter in layers.always),
+        norm_layers=norm_layers(model, layers),
         blocks=blocks,
         outside=_num_weights(model) - sum(blocks),
         costs=costs,
@@ -122,8 +125,8 @@ def count(
 
 
 class _ActivationCounter:
-    """Activations by sample, from three forwards: what a place keeps depends on whether its own arm is active, and on
-    whether anything below it is.
+    """Activations by sample, from a few forwards: what a place keeps depends on which of its own arms are active, and
+    on whether anything below it is.
 
     Places: 0 is before the blocks, then one for each block, then what comes after.
 
@@ -146,27 +149,32 @@ class _ActivationCounter:
         self.largest_block = self.hidden = 0
         self.ends = not layers.always
 
-    def prices(self) -> PriceList:
+    def find(self) -> ActivationBytes:
         """By the lowest arm of a sample, and by each arm in it."""
         arms = list(range(len(self._layers)))
         always = [ALWAYS] if self._layers.always else []
         everything = self._count([*arms, *always])
         lowest_only = self._count(always or [0])
         self.largest_block = max(everything[place + 1] for place in range(len(self._blocks)))
-        share = [float(everything[place] - lowest_only[place]) for place in self._place]
+        most = {place: float(everything[place] - lowest_only[place]) for place in set(self._place)}
+        share = self._shares(always or [0], lowest_only, most)
+
+        def found(base: Sequence[float]) -> ActivationBytes:
+            return ActivationBytes(tuple(base), share, tuple(self._place), most)
+
         if always:
-            return PriceList((float(lowest_only.total()),) * len(arms), tuple(share))
+            return found([float(lowest_only.total())] * len(arms))
         # What arm 0 shares with the head (tied embeddings) is active in no other sample.
         passive = lowest_only
         if len(arms) > 1:
-            with requiring_grad(self._blocks[0]) as found:
+            with requiring_grad(self._blocks[0]) as flags:
                 second = self._count([1])
             passive = second if self._before[0] else lowest_only
             # Arm 1 is the first block, or above it.
-            self.ends = not any(found)
+            self.ends = not any(flags)
             if not self.ends:
                 rest = float(second.total()) - share[1]
-                return PriceList((float(lowest_only.total()) - share[0], *[rest] * (len(arms) - 1)), tuple(share))
+                return found([float(lowest_only.total()) - share[0], *[rest] * (len(arms) - 1)])
         cut = self._count([arm for arm in arms if not self._before[arm]], cut=True)
         cut[1] += cut[0]  # before the blocks nothing is active: the first of them keeps its input by itself
         base = []
@@ -175,8 +183,26 @@ class _ActivationCounter:
                 base.append(float(lowest_only.total()) - share[0])
             else:
                 above = sum(num_bytes for other, num_bytes in passive.items() if other > place)
-                base.append(float(cut[place] + above) - share[arm])
-        return PriceList(tuple(base), tuple(share))
+                base.append(float(cut[place] + above) - most[place])
+        return found(base)
+
+    def _shares(self, below: Sequence[int], passive: Counter[int], most: Mapping[int, float]) -> tuple[float, ...]:
+        """By arm: what a place saves with it more than without, where `below` is active anyway."""
+        arms_of: dict[int, list[int]] = {}
+        for arm, place in enumerate(self._place):
+            arms_of.setdefault(place, []).append(arm)
+        shares, alike = [0.0] * len(self._place), {}
+        for place, arms in arms_of.items():
+            kind = (place in (0, len(self._blocks) + 1), most[place], *(self._layers[arm].numel for arm in arms))
+            if kind not in alike:  # the tensors of one block are counted for all blocks like it
+                alike[kind] = (
+                    [most[place]]
+                    if len(arms) == 1
+                    else [float(self._count({*below, arm})[place] - passive[place]) for arm in arms]
+                )
+            for arm, share in zip(arms, alike[kind], strict=True):
+                shares[arm] = share
+        return tuple(shares)
 
     def _count(self, arms: Collection[int], *, cut: bool = False) -> Counter[int]:
         """Bytes by place with these arms active; `cut`: as if nothing below a place were, for all places at once."""

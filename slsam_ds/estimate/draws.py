@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from slsam_ds.config import SLSAMConfig
+from slsam_ds.config import PerturbSpread, SLSAMConfig
 from slsam_ds.pricing.budget import BudgetedExp3
 from slsam_ds.pricing.cost import PriceList
 from slsam_ds.selectors import make_selector
@@ -12,11 +12,11 @@ from slsam_ds.selectors import make_selector
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A sample, or the mean of all samples with the same lowest arm.
+    """A set of arms, or the mean of all those with the same lowest arm: a sample, or who is perturbed or updated by it.
 
     Attributes:
         lowest: The lowest arm.
-        included: By arm: how likely it is in there; 0 and 1 alone for a sample.
+        included: By arm: how likely it is in there; 0 and 1 alone for one set.
     """
 
     lowest: int
@@ -34,6 +34,24 @@ class Draw:
     def price(self, prices: PriceList) -> float:
         """As `PriceList.of`, on average."""
         return prices.base[self.lowest] + self.total(prices.share)
+
+    def spread(self, how: PerturbSpread, norm_layers: Sequence[int] = ()) -> "Draw":
+        """Who takes part, given this sample: as `Policy` has it."""
+        num_arms = len(self.included)
+        match how:
+            case "sample":
+                return self
+            case "above":
+                return Draw.of(range(self.lowest, num_arms), num_arms)
+            case "all":
+                return Draw.of(range(num_arms), num_arms)
+            case "norm_layers":
+                return Draw.of(norm_layers, num_arms)
+
+    def joined(self, other: "Draw") -> "Draw":
+        """Who is in either. An arm that is in one by chance is in the other by the same chance, never or always."""
+        included = tuple(max(pair) for pair in zip(self.included, other.included, strict=True))
+        return Draw(min(self.lowest, other.lowest), included)
 
 
 _GAMMA = 0.1  # of `gamma="auto"`, whose value needs the length of the run
@@ -64,7 +82,7 @@ class Draws:
         return min(values), max(values)
 
     @property
-    def num_active(self) -> float:
+    def num_sampled(self) -> float:
         """Expected number of arms."""
         return self.mean(lambda draw: sum(draw.included))
 
@@ -84,11 +102,6 @@ def find_draws(config: SLSAMConfig, numels: Sequence[int], prices: PriceList) ->
         ValueError: More layers per step than there are, or a budget that cannot be met.
     """
     num_arms = len(numels)
-    if (config.perturb, config.update) != ("sample", "sample"):
-        raise ValueError(
-            f'slsam.perturb="{config.perturb}", slsam.update="{config.update}": an estimate knows steps that perturb '
-            'and update the same layers; use "sample" for both'
-        )
     if config.budget is not None or config.selector == "depth":
         return _budgeted(config, numels, prices)
     if config.selector == "bernoulli":

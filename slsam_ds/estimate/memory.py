@@ -18,9 +18,9 @@ class Memory:
     Attributes:
         weights: Or shards of them, with what is gathered at once.
         kept: For the descent: weights to restore, hidden states to start from, and what stays gathered.
-        gradients: Of the sample.
+        gradients: Of the pass that finds more.
         optimizer: Masters, moments and previous gradients, once every layer has been sampled.
-        activations: Of one micro-batch.
+        activations: Of one micro-batch, in the pass that saves more.
         host: What was offloaded.
     """
 
@@ -40,20 +40,22 @@ class Memory:
 def memory(step: StepUse, draw: Draw) -> Memory:
     """What a rank holds when its step has this draw."""
     setup, counted = step.setup, step.counted
-    sampled, part = step.sampled(draw), 1 / setup.world_size
+    updated, ascended, part = step.updated(draw), step.ascended(draw), 1 / setup.world_size
+    passes = [updated] if ascended is None else [updated, ascended]
+    restored = step.weights(step.perturbed(draw)) if step.config.rho > 0 else 0.0
     weight_part = 1.0 if setup.whole_weights else part
     width = FP32 if setup.engine == "fsdp2" else setup.width  # fully_shard casts float32 shards when it gathers them
     shards = counted.total * width * weight_part
-    optimizer, on_host = _optimizer(step, sampled)
+    optimizer, on_host = _optimizer(step, step.weights(updated))
     weights = shards
     if setup.offload_parameters:
         weights, on_host = 0.0, on_host + shards
     return Memory(
         weights=weights + _gathered_at_once(setup, counted),
-        kept=(sampled * width * weight_part if step.config.rho > 0 else 0.0) + _kept(step, draw),
-        gradients=_gradients(step, sampled, width),
+        kept=restored * width * weight_part + _kept(step, draw),
+        gradients=_gradients(step, max(map(step.weights, passes)), width),
         optimizer=optimizer,
-        activations=draw.price(counted.activations),
+        activations=max(counted.activations.mean(arms) for arms in passes),
         host=on_host,
     )
 
@@ -72,7 +74,7 @@ def _gathered_at_once(setup: RunSetup, counted: Counted) -> float:
 def _kept(step: StepUse, draw: Draw) -> float:
     """Bytes of what the ascent leaves for the descent."""
     setup, counted = step.setup, step.counted
-    hidden = step.num_ascents * counted.hidden if step.reuses_prefix(draw) else 0
+    hidden = step.num_ascents * counted.hidden if step.reuses_prefix(step.touched(draw)) else 0
     stays = 0.0
     if setup.engine == "zero3":  # some of it is among what is gathered at once anyway
         room = counted.total - min(counted.total, setup.reuse_distance / 2)
@@ -82,19 +84,19 @@ def _kept(step: StepUse, draw: Draw) -> float:
     return min(MAX_BYTES, hidden) + stays
 
 
-def _gradients(step: StepUse, sampled: float, width: int) -> float:
+def _gradients(step: StepUse, trained: float, width: int) -> float:
     """Bytes: whole where the window's gradients wait for its end, else what they are reduced into."""
     setup, part = step.setup, 1 / step.setup.world_size
     if setup.whole_weights:
-        return sampled * width
-    waiting = sampled * setup.width if setup.num_micro_batches > 1 else 0.0
+        return trained * width
+    waiting = trained * setup.width if setup.num_micro_batches > 1 else 0.0
     if setup.engine == "fsdp2":
-        return sampled * width * part + waiting
+        return trained * width * part + waiting
     # ZeRO-3 has one buffer for the shards of everything that is trainable, from the start, where the optimizer is.
     return waiting + (0.0 if setup.offload_optimizer else step.counted.trained * width * part)
 
 
-def _optimizer(step: StepUse, sampled: float) -> tuple[float, float]:
+def _optimizer(step: StepUse, updated: float) -> tuple[float, float]:
     """Bytes on the device and on the host."""
     setup, trained = step.setup, step.counted.trained
     part = 1.0 if setup.engine == "zero0" else 1 / setup.world_size
@@ -105,5 +107,5 @@ def _optimizer(step: StepUse, sampled: float) -> tuple[float, float]:
     if setup.offload_optimizer:  # with the gradients that DeepSpeed steps there
         return 0.0, masters + waiting + trained * FP32 * part
     if step.config.offload_state:
-        return masters + sampled * _MOMENTS * part, waiting
+        return masters + updated * _MOMENTS * part, waiting
     return masters + waiting, 0.0

@@ -31,7 +31,8 @@ class Mode:
 
     Attributes:
         name: Of the mode.
-        num_active: Expected number of layers per step.
+        num_active: Expected number of layers per step that are updated.
+        num_perturbed: And that are perturbed, in a step that climbs.
         price: FLOPs, AdamW's being 1.
         flops: FLOPs of the window, forward and backward.
         memory: Bytes by kind, and in all.
@@ -41,6 +42,7 @@ class Mode:
 
     name: str
     num_active: float
+    num_perturbed: float
     price: Spread
     flops: Spread
     memory: dict[str, Spread]
@@ -67,9 +69,6 @@ def _take(name: str, step: StepUse) -> Mode:
     kinds = [(share, step), (1 - share, step.without_ascent())]
     kinds = [(weight, kind) for weight, kind in kinds if weight > 0]
 
-    def price(kind: StepUse, draw: Draw) -> float:
-        return draw.price(counted.costs.prices(kind.workload))
-
     def spent(quantity: Callable[[StepUse, Draw], float], factor: float = 1.0) -> Spread:
         spreads = [(weight, _spread(draws, partial(quantity, kind))) for weight, kind in kinds]
         return Spread(
@@ -83,9 +82,10 @@ def _take(name: str, step: StepUse) -> Mode:
 
     return Mode(
         name=name,
-        num_active=draws.num_active,
-        price=spent(price),
-        flops=spent(price, counted.flops * setup.num_micro_batches),
+        num_active=draws.mean(lambda draw: sum(step.updated(draw).included)),
+        num_perturbed=draws.mean(lambda draw: sum(step.perturbed(draw).included)) if share else 0.0,
+        price=spent(StepUse.price),
+        flops=spent(StepUse.price, counted.flops * setup.num_micro_batches),
         memory={kind: held(kind) for kind in MEMORY_KINDS},
         reduced=spent(reduced),
         gathered=spent(gathered),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from slsam_ds.choices import read_choice
+from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.estimate.counting import Counted
@@ -98,13 +100,61 @@ class StepUse:
         """Perturbed shards travel to where forward reads them."""
         return self.config.rho > 0 and self.config.ascent_scope == "global"
 
-    def sampled(self, draw: Draw) -> float:
-        """Weights that are trained."""
-        return draw.total(self.counted.numels) + self.counted.always
+    def updated(self, sample: Draw) -> Draw:
+        """The arms that a sample updates."""
+        return sample.spread(self.config.update)
+
+    def perturbed(self, sample: Draw) -> Draw:
+        """And those that it perturbs, in a step that climbs.
+
+        Raises:
+            ValueError: These are normalisation layers, and there are none.
+        """
+        if self.config.perturb == "norm_layers" and not self.counted.norm_layers:
+            raise ValueError('slsam.perturb="norm_layers": the model trains no weights of normalisation layers')
+        return sample.spread(self.config.perturb, self.counted.norm_layers)
+
+    def ascended(self, sample: Draw) -> Draw | None:
+        """And those whose gradient the ascent finds; None: there is no ascent pass."""
+        if self.num_ascents == 0:
+            return None
+        perturbed, reads = self.perturbed(sample), read_choice(self.config.descend_along, COMBINATIONS)[0].reads_ascent
+        return perturbed.joined(self.updated(sample)) if reads else perturbed
+
+    def touched(self, sample: Draw) -> Draw:
+        """And all whose gradient either pass finds."""
+        ascended, updated = self.ascended(sample), self.updated(sample)
+        return updated.joined(ascended) if ascended is not None else updated
+
+    def price(self, sample: Draw) -> float:
+        """FLOPs of the step, AdamW's being 1."""
+        costs, ascended, updated = self.counted.costs, self.ascended(sample), self.updated(sample)
+
+        def forward_backward(arms: Draw) -> float:
+            return costs.forward + costs.backward_above[arms.lowest] + arms.total(costs.weight_gradient)
+
+        price = forward_backward(updated)
+        if ascended is not None:
+            below = costs.forward_below[min(ascended.lowest, updated.lowest)]
+            price += self.workload.ascent * forward_backward(ascended) - self.workload.reused * below
+        return price
+
+    def weights(self, arms: Draw) -> float:
+        """Weights of some arms, and of what takes part in every step."""
+        return arms.total(self.counted.numels) + self.counted.always
 
     def above(self, draw: Draw) -> int:
         """Weights of the blocks from the lowest arm up."""
-        return sum(self.counted.blocks[0 if self.counted.always else self.counted.depths[draw.lowest] :])
+        return sum(self.counted.blocks[self._first_block(draw) :])
+
+    def untouched_above(self, draw: Draw, touched: Draw) -> float:
+        """Of these the weights of blocks of which nothing is touched."""
+        first = self._first_block(draw)
+        frozen = [1.0 if depth >= first else 0.0 for depth in range(len(self.counted.blocks))]
+        for depth, inside, chance in zip(self.counted.depths, self.counted.in_blocks, touched.included, strict=True):
+            if inside:
+                frozen[depth] *= 1 - chance
+        return sum(chance * numel for chance, numel in zip(frozen, self.counted.blocks, strict=True))
 
     def outside_below(self, draw: Draw) -> int:
         """Weights outside of the blocks, below the lowest arm: embeddings, which no backward reads."""
@@ -118,6 +168,9 @@ class StepUse:
     def reuses_prefix(self, draw: Draw) -> bool:
         """The descent starts above the blocks below the lowest arm, of micro-batches that the ascent has taken."""
         return self.workload.reused > 0 and self.counted.depths[draw.lowest] >= 2 and self.counted.ends
+
+    def _first_block(self, draw: Draw) -> int:
+        return 0 if self.counted.always else self.counted.depths[draw.lowest]
 
     def forward(self, draw: Draw) -> float:
         """Weights that the forwards of a descent read, on average over its micro-batches."""

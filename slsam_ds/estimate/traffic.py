@@ -13,8 +13,10 @@ from slsam_ds.protocol import MAX_KEPT_BYTES
 
 def reduced(step: StepUse, draw: Draw) -> float:
     """Bytes of gradients that a rank hands over in a step: once for each pass, whatever the window."""
-    num_passes = 1 + (step.num_ascents > 0 and step.config.ascent_scope == "global")
-    return num_passes * step.sampled(draw) * step.setup.width
+    weights, ascended = step.weights(step.updated(draw)), step.ascended(draw)
+    if ascended is not None and step.config.ascent_scope == "global":
+        weights += step.weights(ascended)
+    return weights * step.setup.width
 
 
 def gathered(step: StepUse, draw: Draw) -> float:
@@ -32,25 +34,31 @@ def gathered(step: StepUse, draw: Draw) -> float:
 
 
 def _gathered_zero12(step: StepUse, draw: Draw) -> float:
-    """The sample: after it was perturbed, and after it was stepped."""
-    return (1 + step.publishes) * step.sampled(draw)
+    """What was perturbed, and then what was stepped."""
+    published = step.weights(step.perturbed(draw)) if step.publishes else 0.0
+    return published + step.weights(step.updated(draw))
 
 
 def _gathered_zero3(step: StepUse, draw: Draw) -> float:
     """Once per micro-batch and pass, what is too far from its backward once more; what is kept, once per step."""
-    kept, num_ascents, num_descents = kept_zero3(step, draw), step.num_ascents, step.setup.num_micro_batches
-    again = max(0.0, step.up(draw) - step.setup.reuse_distance / 2 - kept)
-    ascents = num_ascents * (step.counted.total - kept + again)
-    descents = num_descents * (step.forward(draw) - kept + again)
-    return ascents + descents + kept
+    kept, ascended, num_descents = kept_zero3(step, draw), step.ascended(draw), step.setup.num_micro_batches
+
+    def again(arms: Draw) -> float:
+        return max(0.0, step.up(arms) - step.setup.reuse_distance / 2 - kept)
+
+    gathered = kept + num_descents * (step.forward(step.touched(draw)) - kept + again(step.updated(draw)))
+    if ascended is not None:
+        gathered += step.num_ascents * (step.counted.total - kept + again(ascended))
+    return gathered
 
 
 def kept_zero3(step: StepUse, draw: Draw) -> float:
     """Weights that stay gathered from one backward to the next: what it reads and nobody trains, within a limit."""
-    if step.num_ascents == 0:
+    ascended = step.ascended(draw)
+    if ascended is None:
         return 0.0
-    unchanged = step.above(draw) + step.counted.outside - step.outside_below(draw) - step.sampled(draw)
-    return min(step.setup.reuse_distance / 2, unchanged)
+    read = step.above(ascended) + step.counted.outside - step.outside_below(ascended)
+    return min(step.setup.reuse_distance / 2, max(0.0, read - step.weights(step.touched(draw))))
 
 
 def _gathered_fsdp2(step: StepUse, draw: Draw) -> float:
@@ -58,11 +66,12 @@ def _gathered_fsdp2(step: StepUse, draw: Draw) -> float:
 
     What is kept is gathered once per step.
     """
-    num_ascents, num_descents = step.num_ascents, step.setup.num_micro_batches
-    blocks, around = _kept_fsdp2(step, draw)
-    ascents = num_ascents * (step.counted.total + step.up(draw) - 2 * blocks - around)
-    descents = num_descents * (step.forward(draw) + step.up(draw) - 2 * blocks - around)
-    return ascents + descents + blocks + around
+    (blocks, around), ascended = _kept_fsdp2(step, draw), step.ascended(draw)
+    descent = step.forward(step.touched(draw)) + step.up(step.updated(draw)) - 2 * blocks - around
+    gathered = step.setup.num_micro_batches * descent + blocks + around
+    if ascended is not None:
+        gathered += step.num_ascents * (step.counted.total + step.up(ascended) - 2 * blocks - around)
+    return gathered
 
 
 def kept_fsdp2(step: StepUse, draw: Draw) -> float:
@@ -72,14 +81,11 @@ def kept_fsdp2(step: StepUse, draw: Draw) -> float:
 
 def _kept_fsdp2(step: StepUse, draw: Draw) -> tuple[float, float]:
     """Those of blocks, and of what is around them, within a limit; the blocks come first."""
-    if step.num_ascents == 0:
+    counted, ascended, touched = step.counted, step.ascended(draw), step.touched(draw)
+    if ascended is None:
         return 0.0, 0.0
-    counted = step.counted
-    by_arm = [
-        counted.blocks[depth] if inside else 0 for depth, inside in zip(counted.depths, counted.in_blocks, strict=True)
-    ]
-    around = [chance for chance, inside in zip(draw.included, counted.in_blocks, strict=True) if not inside]
+    around = [chance for chance, inside in zip(touched.included, counted.in_blocks, strict=True) if not inside]
     frozen_around = 0.0 if counted.always else math.prod(1 - chance for chance in around)
     room = MAX_KEPT_BYTES / step.setup.width
-    blocks = min(room, step.above(draw) - draw.total(by_arm))
+    blocks = min(room, step.untouched_above(ascended, touched))
     return blocks, min(room - blocks, frozen_around * counted.outside)

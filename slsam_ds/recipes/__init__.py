@@ -27,7 +27,7 @@ class Recipe:
     knobs: Mapping[str, Any]
     formula: str
     source: str
-    read: Literal["code", "description of the code", "formula alone", "own"]
+    read: Literal["code", "formula alone", "own"]
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -76,12 +76,12 @@ RECIPES: Mapping[str, Recipe] = {
         source="ours",
         read="own",
     ),
-    "paper": Recipe(knobs=_PAPER, formula=_OF_PAPER, source=_PAPER_SOURCE, read="description of the code"),
+    "paper": Recipe(knobs=_PAPER, formula=_OF_PAPER, source=_PAPER_SOURCE, read="code"),
     "paper_vision": Recipe(
         knobs={**_PAPER, "active_layers": 0.5},
         formula=_OF_PAPER,
         source=f"{_PAPER_SOURCE}: DeiT-small on CIFAR",
-        read="description of the code",
+        read="code",
         training={
             "learning_rate": 1e-4,
             "weight_decay": 5e-5,
@@ -95,7 +95,7 @@ RECIPES: Mapping[str, Recipe] = {
         knobs=_PAPER,
         formula=_OF_PAPER,
         source=f"{_PAPER_SOURCE}: RoBERTa on GLUE",
-        read="description of the code",
+        read="code",
         training={
             "learning_rate": 1e-5,
             "weight_decay": 0.01,
@@ -109,7 +109,7 @@ RECIPES: Mapping[str, Recipe] = {
         knobs=_PAPER,
         formula=_OF_PAPER,
         source=f"{_PAPER_SOURCE}: Llama-3.2-3B-Instruct on Open-Platypus",
-        read="description of the code",
+        read="code",
         training={
             "learning_rate": 1e-5,
             "per_device_train_batch_size": 2,
@@ -166,11 +166,11 @@ RECIPES: Mapping[str, Recipe] = {
         source="its formula; compare single-step and asynchronous SAM",
         read="formula alone",
     ),
-    "renormalised": Recipe(
+    "stable_sam": Recipe(
         knobs={**_DENSE, "descend_along": "renormalised", "ascent_scope": "global"},
         formula="P = U = all; descend along h ||g|| / ||h||",
-        source="its formula; compare StableSAM, Tan et al. 2024",
-        read="formula alone",
+        source="StableSAM, Tan et al. 2024",
+        read="code",
     ),
     "gradient_norm_penalty": Recipe(
         knobs={**_DENSE, "descend_along": {"mixed": 0.8}, "ascent_scope": "global"},
@@ -196,10 +196,47 @@ RECIPES: Mapping[str, Recipe] = {
         source="its formula; compare LookSAM, Liu et al. 2022, which also reuses a part of the gradient",
         read="formula alone",
     ),
-    "at_random": Recipe(
+    "rst": Recipe(
         knobs={**_DENSE, "ascend_when": {"probability": 0.5}},
-        formula="SAM in every second step, drawn at random",
-        source="its formula; compare randomized sharpness-aware training, Zhao et al. 2022",
+        formula="SAM in every second step, drawn at random; the base optimizer in the others",
+        source="RST (SS-SAM), Zhao et al. 2022, as the authors of SL-SAM wrote it",
+        read="code",
+    ),
+    "when_steep": Recipe(
+        knobs={**_DENSE, "ascend_when": {"norm_above": 0.0}},
+        formula="SAM after steps with ||g||^2 above its running mean, the base optimizer after others",
+        source="its formula; compare AE-SAM, Jiang et al. 2023, where the same step's gradient decides",
+        read="formula alone",
+    ),
+    "tensors_at_random": Recipe(
+        knobs={
+            **_DENSE,
+            "granularity": "tensor",
+            "selector": "uniform",
+            "active_layers": 0.6,
+            "update": "all",
+            "rho": 0.08,
+        },
+        formula="P = 60 % of the tensors, drawn uniformly, U = all; rho larger by 1 / 0.6",
+        source="ESAM, Du et al. 2022, without its selection of samples",
+        read="code",
+    ),
+    "by_layer": Recipe(
+        knobs={**_DENSE, "metric": "by_layer", "rho": 0.01},
+        formula="P = U = all; in each layer eps = rho ||w|| g / ||g||",
+        source="its formula; compare mu-P2, Haas et al. 2024",
+        read="formula alone",
+    ),
+    "adam_geometry": Recipe(
+        knobs={**_DENSE, "metric": "preconditioned"},
+        formula="P = U = all; eps = rho g / D / ||g / D^(1/2)||, D = sqrt(v) + 1e-8 of Adam",
+        source="ours; compare LightSAM",
+        read="formula alone",
+    ),
+    "random_direction": Recipe(
+        knobs={**_DENSE, **_WHOLE_ASCENT, "ascent_source": "random"},
+        formula="P = U = all; eps = rho z / ||z|| with standard normal z; one pass",
+        source="its formula; compare random weight perturbation, Li et al. 2022",
         read="formula alone",
     ),
     "layers_at_random": Recipe(

@@ -96,7 +96,7 @@ def write_report(history: RunHistory, name: str, target: Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: The files cannot be written.
     """
-    from slsam_ds.report.figures import DARK, LIGHT, PANELS, draw_panel, draw_report
+    from slsam_ds.report.figures import DARK, LIGHT, draw_panel, draw_report, panels_of
 
     target.mkdir(parents=True, exist_ok=True)
     title = f"SL-SAM: {name}"
@@ -110,7 +110,7 @@ def write_report(history: RunHistory, name: str, target: Path) -> None:
             *(draw_panel(panel, history, theme) for theme in (LIGHT, DARK)),
             *(draw_panel(panel, history, theme, wide=True) for theme in (LIGHT, DARK) if panel.wide),
         )
-        for panel in PANELS
+        for panel in panels_of(history)
     ]
     tables = (progress_table(history), layer_table(history))
     page = build_page(title, subtitle, run_facts(history), pictures, tables, [PRICE_ASSUMPTIONS])

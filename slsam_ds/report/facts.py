@@ -46,8 +46,10 @@ class LayerFacts:
     Attributes:
         name: Its name.
         numel: Its weights.
-        num_active: Steps that chose it.
+        num_active: Steps that updated it.
         share_active: Those out of all steps.
+        num_perturbed: Steps that perturbed it.
+        share_perturbed: Those out of all steps.
         probability: Mean inclusion probability.
         last_probability: The latest one.
         grad_norm: Median descent-gradient norm over the steps that chose it; NaN where none did.
@@ -57,6 +59,8 @@ class LayerFacts:
     numel: int
     num_active: int
     share_active: float
+    num_perturbed: int
+    share_perturbed: float
     probability: float
     last_probability: float
     grad_norm: float
@@ -64,13 +68,15 @@ class LayerFacts:
 
 def layer_facts(history: RunHistory) -> list[LayerFacts]:
     """One for every layer, in forward order."""
-    counts = history.active.sum(axis=0)
+    counts, perturbed = history.active.sum(axis=0), history.perturbed_layers.sum(axis=0)
     return [
         LayerFacts(
             name=name,
             numel=int(history.numels[index]),
             num_active=int(counts[index]),
             share_active=float(counts[index] / len(history)),
+            num_perturbed=int(perturbed[index]),
+            share_perturbed=float(perturbed[index] / len(history)),
             probability=float(history.probabilities[:, index].mean(dtype=np.float64)),
             last_probability=float(history.probabilities[-1, index]),
             grad_norm=median(history.grad_norms[:, index]),
@@ -102,6 +108,7 @@ def run_facts(history: RunHistory) -> list[Fact]:
             f"of {history.numels.sum():,} per step; "
             f"{history.active.sum(axis=1).mean():.3g} of {len(history.names)} layers",
         ),
+        *_perturbed_facts(history),
         *_price_facts(history),
         *_perturbation_facts(history),
         *_time_facts(history),
@@ -121,6 +128,16 @@ def _loss_facts(history: RunHistory) -> list[Fact]:
         return [Fact("Training loss", f"{last:.4g}", "in the only step")]
     of = "step" if tenth == 1 else f"{tenth:,} steps"
     return [Fact("Training loss", f"{last:.4g}", f"in the last {of}, {first:.4g} in the first")]
+
+
+def _perturbed_facts(history: RunHistory) -> list[Fact]:
+    """Only where these are others than the active ones."""
+    if not history.perturbs_others:
+        return []
+    layers = history.perturbed_layers[history.rho > 0]
+    share = (layers @ history.numels / history.numels.sum()).mean()
+    note = f"per step that perturbs; {layers.sum(axis=1).mean():.3g} of {len(history.names)} layers"
+    return [Fact("Perturbed parameters", f"{100 * share:.1f}%", note)]
 
 
 def _price_facts(history: RunHistory) -> list[Fact]:

@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from numpy.typing import NDArray
 
 from slsam_ds.report.bins import StepBins
-from slsam_ds.report.facts import DENSE_SAM_PRICE, active_shares, layer_facts, loss_rises
+from slsam_ds.report.facts import DENSE_SAM_PRICE, active_shares, loss_rises
 from slsam_ds.report.history import Floats, RunHistory
 
 _WIDTH, _HEIGHT, _WIDE = 5.5, 2.9, 11.0  # inches; small ones are for a phone as well
@@ -126,8 +127,9 @@ def draw_panel(panel: Panel, history: RunHistory, theme: Theme, *, wide: bool = 
 
 def draw_report(history: RunHistory, title: str, subtitle: str, theme: Theme = LIGHT) -> bytes:
     """All panels with their titles in one picture, as PNG."""
-    wide = [panel for panel in PANELS if panel.wide]
-    narrow = [panel for panel in PANELS if not panel.wide]
+    panels = panels_of(history)
+    wide = [panel for panel in panels if panel.wide]
+    narrow = [panel for panel in panels if not panel.wide]
     num_rows = len(wide) + -(-len(narrow) // 2)
     header = 0.9
     with rc_context(theme.style()):
@@ -157,13 +159,21 @@ _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 
 
 def _draw_selection(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    _draw_layers(figure, history, theme, history.active, "active")
+
+
+def _draw_perturbed(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
+    _draw_layers(figure, history, theme, history.perturbed_layers, "perturbed")
+
+
+def _draw_layers(figure: FigureBase, history: RunHistory, theme: Theme, layers: NDArray[np.bool_], label: str) -> None:
+    """Which layers took part in which steps."""
     bins = StepBins(history.steps, _MAX_COLUMNS)
-    shares = bins.means(history.active.astype(np.float32))
-    label = "active" if bins.width == 1 else "share of steps"
+    shares = bins.means(layers.astype(np.float32))
+    label = label if bins.width == 1 else "share of steps"
     axes, side = _heat_map(figure, history, theme, bins, shares, colors=theme.selection, label=label)
     _mark_skipped(axes, history, theme)
-    totals = [layer.share_active for layer in layer_facts(history)]
-    _bars(side, totals, theme.blue)
+    _bars(side, layers.mean(axis=0).tolist(), theme.blue)
     side.set_xlabel("of all steps")
     side.xaxis.set_major_formatter(_PERCENT)
 
@@ -313,6 +323,20 @@ PANELS: Sequence[Panel] = (
     ),
     Panel("Seconds per step", "Wall clock of the first rank. Steps far above the others are cut off.", _draw_seconds),
 )
+
+
+_PERTURBED = Panel(
+    "Which layers were perturbed",
+    "Drawn as the picture above, which shows the layers that were updated.",
+    _draw_perturbed,
+    wide=True,
+)
+
+
+def panels_of(history: RunHistory) -> list[Panel]:
+    """The panels that a run needs."""
+    first, *others = PANELS
+    return [first, *([_PERTURBED] if history.perturbs_others else []), *others]
 
 
 def _heat_map(

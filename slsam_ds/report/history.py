@@ -32,7 +32,8 @@ class RunHistory:
         names: Name of every layer.
         numels: Its weights. Shape (L,), int64.
         steps: Numbers of the steps, ascending. Shape (T,), int64.
-        active: Which layers a step chose. Shape (T, L), bool.
+        active: Which layers a step updated. Shape (T, L), bool.
+        perturbed_layers: Which it perturbed. Shape (T, L), bool.
         probabilities: Inclusion probabilities. Shape (T, L), float32.
         grad_norms: Descent-gradient norms of the active layers. Shape (T, L), float32.
         skipped: Steps that changed nothing. Shape (T,), bool.
@@ -50,6 +51,7 @@ class RunHistory:
     numels: NDArray[np.int64]
     steps: NDArray[np.int64]
     active: NDArray[np.bool_]
+    perturbed_layers: NDArray[np.bool_]
     probabilities: Floats
     grad_norms: Floats
     skipped: NDArray[np.bool_]
@@ -70,6 +72,12 @@ class RunHistory:
         """Steps that moved the weights before the descent: by `ascend_when` not all do. Shape (T,)."""
         perturbed: NDArray[np.bool_] = (self.rho > 0) & (self.perturbation_norm != 0) & ~self.skipped
         return perturbed
+
+    @property
+    def perturbs_others(self) -> bool:
+        """Whether there are steps that perturb other layers than they update."""
+        climbs = self.rho > 0
+        return bool((self.perturbed_layers[climbs] != self.active[climbs]).any())
 
     @property
     def loss_at_weights(self) -> Floats:
@@ -108,6 +116,7 @@ class RunHistory:
             numels=numels,
             steps=np.array([row.step for row in rows]),
             active=np.stack([row.active for row in rows]),
+            perturbed_layers=np.stack([row.perturbed for row in rows]),
             probabilities=np.stack([row.probabilities for row in rows]),
             grad_norms=np.stack([row.grad_norms for row in rows]),
             skipped=np.array([row.skipped for row in rows]),
@@ -143,6 +152,7 @@ class _Row:
 
     step: int
     active: NDArray[np.bool_]
+    perturbed: NDArray[np.bool_]
     probabilities: Floats
     grad_norms: Floats
     skipped: bool
@@ -156,13 +166,17 @@ class _Row:
         probabilities = np.array(record["probabilities"], dtype=np.float32)
         if probabilities.shape != (num_layers,):
             raise ValueError(f"{probabilities.size} probabilities for {num_layers} layers")
-        active, grad_norms = np.zeros(num_layers, dtype=bool), np.full(num_layers, np.nan, dtype=np.float32)
+        active, perturbed = np.zeros((2, num_layers), dtype=bool)
         active[_checked_arms(record["active"], num_layers)] = True
+        climbs = _number(record["rho"]) > 0  # records of 0.1.0 do not name the perturbed layers: they were these
+        perturbed[_checked_arms(record.get("perturbed", record["active"] if climbs else []), num_layers)] = True
+        grad_norms = np.full(num_layers, np.nan, dtype=np.float32)
         arms = _checked_arms([int(arm) for arm in record["grad_norms"]], num_layers)
         grad_norms[arms] = [_number(norm) for norm in record["grad_norms"].values()]
         return cls(
             step=int(record["step"]),
             active=active,
+            perturbed=perturbed,
             probabilities=probabilities,
             grad_norms=grad_norms,
             skipped=bool(record["skipped"]),

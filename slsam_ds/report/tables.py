@@ -42,15 +42,21 @@ class Table:
 
 def layer_table(history: RunHistory) -> Table:
     """One row for every layer, in forward order."""
+    apart = history.perturbs_others
     return Table(
         f"Layers over {_counted(len(history))}",
-        ("layer", "weights", "active in", "of steps", "probability", "the last", "gradient norm"),
+        (
+            *("layer", "weights", "active in", "of steps"),
+            *(("perturbed in", "of steps") if apart else ()),
+            *("probability", "the last", "gradient norm"),
+        ),
         tuple(
             (
                 layer.name,
                 f"{layer.numel:,}",
                 f"{layer.num_active:,}",
                 f"{100 * layer.share_active:.1f}%",
+                *((f"{layer.num_perturbed:,}", f"{100 * layer.share_perturbed:.1f}%") if apart else ()),
                 f"{layer.probability:.3f}",
                 f"{layer.last_probability:.3f}",
                 _number(layer.grad_norm),

@@ -10,6 +10,7 @@ from slsam_ds.choices import read_choice
 from slsam_ds.schedules.always import Always
 from slsam_ds.schedules.every import Every
 from slsam_ds.schedules.last import Last
+from slsam_ds.schedules.norm_above import NormAbove
 from slsam_ds.schedules.probability import Probability
 from slsam_ds.schedules.schedule import Schedule
 
@@ -20,6 +21,7 @@ SCHEDULES: Mapping[str, type[Schedule]] = {
     "every": Every,
     "last": Last,
     "probability": Probability,
+    "norm_above": NormAbove,
 }
 """The values of the knob `ascend_when`."""
 

@@ -17,6 +17,7 @@ from slsam_ds.bandit import FixedCount, Numbers, checked_numbers, counter_genera
 _LEARNING_RATE = 0.001
 _LOSS_PROBABILITY = 0.001
 _LOWEST_PROBABILITY = 1e-8
+_SMALLEST_SUM = 1e-5
 
 
 class AdamBS(FixedCount):
@@ -25,7 +26,8 @@ class AdamBS(FixedCount):
     With norms g_i of the arms that took part and L the largest of them, the loss of an arm is
     l_i = (L / 0.001)² - (g_i / p_i)², less the smallest of them; w_i = p_i exp(-0.001 l_i / p_i), and w_i = p_i where
     an arm took no part. The new probabilities are these weights, scaled so that they sum to the budget and none is
-    above 1.
+    above 1. Where a few arms have taken nearly all of the weight, the others are not scaled up beyond w_i / 0.00001 of
+    what is left of the budget, and the sum stays below it.
 
     Args:
         num_arms: Number of arms N.
@@ -53,7 +55,7 @@ class AdamBS(FixedCount):
         self._probabilities = [budget / num_arms] * num_arms
 
     def probabilities(self) -> Tensor:
-        """Of each arm, by itself. Shape (N,), float64. They sum to the budget, less what the cap at 1 takes."""
+        """Of each arm, by itself. Shape (N,), float64. They sum to the budget, or to less where few arms have all."""
         return torch.tensor(self._probabilities, dtype=torch.float64)
 
     def sample(self, step: int) -> tuple[int, ...]:
@@ -100,6 +102,8 @@ class AdamBS(FixedCount):
 def scaled_to_budget(weights: Sequence[float], budget: float) -> list[float]:
     """Weights scaled so that they sum to the budget, from the heaviest down: who would get more than 1 gets 1.
 
+    What they are divided by, their own sum, is at least 1e-5.
+
     Returns:
         Probabilities from 1e-8 to 1.
     """
@@ -108,12 +112,12 @@ def scaled_to_budget(weights: Sequence[float], budget: float) -> list[float]:
     sums = [0.0] * (len(order) + 1)  # of the weights from each place on, added up from the small end
     for place in reversed(range(len(order))):
         sums[place] = sums[place + 1] + ordered[place]
+    sums = [max(each, _SMALLEST_SUM) for each in sums]
     num_capped = 0
     while num_capped < len(order) and ordered[num_capped] * (budget - num_capped) > sums[num_capped]:
         num_capped += 1
     left = max(0.0, budget - num_capped)
     scaled = [1.0] * len(weights)
     for arm in order[num_capped:]:
-        share = weights[arm] / sums[num_capped] if sums[num_capped] > 0 else 0.0
-        scaled[arm] = min(1.0, max(_LOWEST_PROBABILITY, share * left))
+        scaled[arm] = min(1.0, max(_LOWEST_PROBABILITY, weights[arm] * left / sums[num_capped]))
     return scaled

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard
 from slsam_ds import SLSAMConfig, StepResult
 from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
+from slsam_ds.directions import random as random_direction
 from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
 from slsam_ds.protocol import ALWAYS
@@ -67,7 +68,8 @@ class Case:
     def setup(self, engine: str) -> Setup:
         return Setup(engine=engine, accumulation=self.accumulation, clip=self.clip, slsam=self.slsam)
 
-    def ascends(self, step: int) -> bool:
+    def ascends(self, step: int, sq_norms: Sequence[float]) -> bool:
+        """Whether a step climbs, given the squared norms of the gradients of those before."""
         match self.slsam.get("ascend_when", "always"):
             case {"every": period}:
                 return step % period == 1 % period
@@ -76,6 +78,12 @@ class Case:
             case {"probability": chance}:
                 key = hashlib.blake2b(f"slsam schedule 0 {step}".encode(), digest_size=16).digest()
                 return random.Random(int.from_bytes(key, "big")).random() < chance
+            case {"norm_above": threshold}:
+                mean = variance = 0.0
+                for sq_norm in sq_norms:
+                    mean = 0.9 * mean + 0.1 * sq_norm
+                    variance = 0.9 * variance + 0.1 * (sq_norm - mean) ** 2
+                return not sq_norms or sq_norms[-1] >= mean + threshold * variance**0.5
         return True
 
 
@@ -112,6 +120,8 @@ CASES: Mapping[str, Case] = {
     "the last steps": Case(slsam={"ascend_when": {"last": 0.4}}, choices=FEW),
     "steps drawn at random": Case(slsam={"ascend_when": {"probability": 0.5}}, choices=FEW),
     "every second step": Case(slsam={"ascend_when": {"every": 2}}, choices=FEW[:4]),
+    "after steep steps": Case(slsam={"ascend_when": {"norm_above": 1.5}, "selector": "all"}, choices=[(ALL, ALL)] * 6),
+    "random": Case(slsam={"ascent_source": "random"}, choices=FEW, accumulation=2),
     "always": Case(slsam={"other_parameters": "always"}, choices=[((0, 2), (1,)), ((3,), (0, 1)), ((0,), (3,))]),
 }
 
@@ -147,6 +157,7 @@ def expected(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         rho=case.slsam.get("rho", 0.05),
         clip=case.clip,
         direction=case.slsam.get("ascent_source", "current"),
+        drawn=instead_of_a_draw,
         metric=case.slsam.get("metric", "euclidean"),
         descend_along=case.slsam.get("descend_along", "perturbed"),
         mask=case.slsam.get("mask"),
@@ -155,11 +166,12 @@ def expected(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         total_steps=len(case.choices),
         **ADAMW,
     )
-    results = []
+    results: list[dict[str, Any]] = []
     for step, choice in enumerate(case.choices, start=1):
         perturbed, updated = (arms_there(arms, case) for arms in choice)
+        ascends = case.ascends(step, [result["sq_norm"] for result in results])
         batches = [batch for rank in range(WORLD_SIZE) for batch in window(step, rank, case.accumulation)]
-        results.append(reference.step(perturbed, batches, updated=updated, ascends=case.ascends(step)))
+        results.append({**reference.step(perturbed, batches, updated=updated, ascends=ascends), "ascends": ascends})
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, results
 
 
@@ -168,8 +180,14 @@ def arms_there(arms: Arms, case: Case) -> list[int]:
     return [0, *(arm + 1 for arm in arms), 5] if "other_parameters" in case.slsam else list(arms)
 
 
+def instead_of_a_draw(weights: Tensor) -> Tensor:
+    """What every rank can say of its shard as the reference does of the whole."""
+    return torch.sin(20 * weights)
+
+
 def train(engine: str, names: Sequence[str]) -> dict[str, tuple[dict[str, Tensor], list[StepResult]]]:
     found = {}
+    random_direction.normal = lambda piece, seed: instead_of_a_draw(piece.master).to(piece.weight.device)
     for name in names:
         case = CASES[name]
         training = Training(case.setup(engine), total_steps=len(case.choices))
@@ -196,7 +214,7 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
             assert max_error(weights, per_rank[0][name][0]) == 0.0, name
             for step, (result, reference) in enumerate(zip(results, reported, strict=True), start=1):
                 perturbed, updated = case.choices[step - 1]
-                climbs = case.ascends(step)
+                climbs = reference["ascends"]
                 assert result.active == updated
                 assert result.perturbed == (perturbed if climbs else ())
                 assert result.rho == (case.slsam.get("rho", 0.05) if climbs else 0.0)
@@ -205,7 +223,7 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
                 offset = 1 if "other_parameters" in case.slsam else 0
                 there = {arm: reference["grad_norms"][arm + offset] for arm in updated}
                 assert result.grad_norms == pytest.approx(there, rel=1e-4)
-                if climbs and case.slsam.get("ascent_source") not in ("previous", "momentum"):
+                if climbs and case.slsam.get("ascent_source") not in ("previous", "momentum", "random"):
                     assert result.ascent_loss == pytest.approx(reference["ascent_loss"], abs=1e-5)
                     if case.slsam.get("metric") != "preconditioned" or result.perturbation_projection is not None:
                         assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)

@@ -44,17 +44,21 @@ def counted_of(setup: Setup) -> Counted:
     )
 
 
-def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str, float]:
+def step_use(setup: Setup, counted: Counted) -> StepUse:
     run = RunSetup(
         engine=setup.engine,
         world_size=WORLD_SIZE,
         num_micro_batches=setup.accumulation,
         precision="bf16" if setup.dtype == torch.bfloat16 else "fp32",
     )
-    step, draw = StepUse(counted, run, SLSAMConfig(**setup.slsam)), Draw.of(sample, len(counted.numels))
+    return StepUse(counted, run, SLSAMConfig(**setup.slsam))
+
+
+def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str, float]:
+    step, draw = step_use(setup, counted), Draw.of(sample, len(counted.numels))
     held = memory(step, draw)
     return {
-        "flops": draw.price(counted.costs.prices(step.workload)) * counted.flops * setup.accumulation,
+        "flops": step.price(draw) * counted.flops * setup.accumulation,
         "activations": held.activations,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
@@ -63,15 +67,29 @@ def estimate(setup: Setup, counted: Counted, sample: Sequence[int]) -> dict[str,
     }
 
 
-def measure(setup: Setup, samples: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-    """The same of real steps, sample by sample."""
+Arms = tuple[int, ...]
+
+
+def spread(setup: Setup, counted: Counted, sample: Sequence[int]) -> tuple[Arms, Arms]:
+    """The perturbed and the updated arms."""
+    step, draw = step_use(setup, counted), Draw.of(sample, len(counted.numels))
+    perturbed, updated = (
+        tuple(arm for arm, chance in enumerate(arms.included) if chance)
+        for arms in (step.perturbed(draw), step.updated(draw))
+    )
+    return perturbed, updated
+
+
+def measure(setup: Setup, choices: Sequence[tuple[Arms, Arms]]) -> list[dict[str, float]]:
+    """The same of real steps, choice by choice."""
     training = Training(setup)
     training.follow([range(len(training.slsam.layers))])  # from here on there is optimizer state of every layer
-    return [measure_step(training, sample) for sample in samples]
+    return [measure_step(training, *choice) for choice in choices]
 
 
-def measure_step(training: Training, sample: Sequence[int]) -> dict[str, float]:
-    training.follow([sample] * NUM_LEARNING)
+def measure_step(training: Training, perturbed: Arms, updated: Arms) -> dict[str, float]:
+    for step in range(1, NUM_LEARNING + 1):
+        training.step(training.window(step), perturbed=perturbed, updated=updated)
     found: dict[str, float] = {"activations": 0.0, "gradients": 0.0}
     engine = training.slsam.engine
 
@@ -93,7 +111,7 @@ def measure_step(training: Training, sample: Sequence[int]) -> dict[str, float]:
     engine.reduce = reduce
     try:
         with Traffic() as traffic, FlopCounterMode(display=False) as counter:
-            training.step(training.window(1), active=sample, loss_fn=loss)
+            training.step(training.window(1), perturbed=perturbed, updated=updated, loss_fn=loss)
     finally:
         del engine.reduce
     return {
@@ -135,6 +153,13 @@ def num_bytes(tensor: Tensor) -> int:
 TOLERANCES = {"reduce": 0.02, "gather": 0.01, "optimizer": 0.002}
 EXACTLY = 1e-6
 MODEL = {"num_blocks": 6, "hidden": 64}
+APART: Sequence[dict[str, str]] = (
+    {"update": "all"},
+    {"perturb": "all"},
+    {"perturb": "above", "descend_along": "renormalised"},
+    {"update": "above", "update_scale": "none"},
+)
+"""Knobs with which perturbed and updated arms differ."""
 SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
 
 
@@ -147,12 +172,20 @@ SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
         slow(LlamaSetup(engine="zero3", model=MODEL, accumulation=2)),
         slow(LlamaSetup(engine="fsdp2", model=MODEL)),
         slow(LlamaSetup(engine="fsdp2", model=MODEL, accumulation=2)),
+        *[
+            slow(LlamaSetup(engine=engine, model=MODEL, slsam=knobs))
+            for engine in ("zero2", "zero3", "fsdp2")
+            for knobs in APART
+        ],
     ],
-    ids=lambda setup: f"{setup.engine}-{setup.dtype}-{setup.accumulation}",
+    ids=lambda setup: "-".join(
+        [setup.engine, str(setup.dtype), str(setup.accumulation), *map(str, setup.slsam.values())]
+    ),
 )
 def test_real_steps_take_what_was_estimated(setup: Setup) -> None:
     counted = counted_of(setup)
-    for sample, found in zip(SAMPLES, run_on_ranks(WORLD_SIZE, measure, setup, SAMPLES)[0], strict=True):
+    choices = [spread(setup, counted, sample) for sample in SAMPLES]
+    for sample, found in zip(SAMPLES, run_on_ranks(WORLD_SIZE, measure, setup, choices)[0], strict=True):
         expected = estimate(setup, counted, sample)
         if setup.engine == "fsdp2" and setup.accumulation > 1:
             del expected["gradients"]  # FSDP2 keeps them to itself until they are reduced

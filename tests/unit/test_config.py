@@ -13,8 +13,8 @@ from slsam_ds.recipes import PRESETS
 
 SELECTORS = '"exp3m", "uniform", "cyclic", "all", "top_k", "bernoulli", "depth"'
 SCHEDULES = (
-    'expected "always", {"every": a whole number of steps from 1}, {"last": a share of the run in (0, 1]} or '
-    '{"probability": a probability in (0, 1]}'
+    'expected "always", {"every": a whole number of steps from 1}, {"last": a share of the run in (0, 1]}, '
+    '{"probability": a probability in (0, 1]} or {"norm_above": a number from -10 to 10}'
 )
 ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
 
@@ -57,7 +57,7 @@ BAD_VALUES = [
     ("ascent_fraction", 1.1, "1.1", "choose a number in (0, 1]"),
     ("ascent_fraction", math.nan, "NaN", "choose a number in (0, 1]"),
     ("ascent_fraction", "all", '"all"', "expected a number"),
-    ("ascent_source", "next", '"next"', 'expected one of "current", "previous", "momentum", "friendly"'),
+    ("ascent_source", "next", '"next"', 'expected one of "current", "previous", "momentum", "friendly", "random"'),
     ("ascent_source", 1, "1", "expected a name"),
     ("mask", "random", '"random"', 'expected one of "fisher", "dynamic", or null'),
     ("mask", 1, "1", "expected a name or null"),
@@ -71,6 +71,8 @@ BAD_VALUES = [
     ("ascend_when", {"every": 1.5}, '{"every": 1.5}', SCHEDULES),
     ("ascend_when", {"last": 0.0}, '{"last": 0.0}', SCHEDULES),
     ("ascend_when", {"probability": 0}, '{"probability": 0}', SCHEDULES),
+    ("ascend_when", {"norm_above": "usual"}, '{"norm_above": "usual"}', SCHEDULES),
+    ("ascend_when", {"norm_above": 1.0}, '{"norm_above": 1.0}', "compares gradient norms of the same layers"),
     ("ascend_when", {"last": math.nan}, '{"last": NaN}', SCHEDULES),
     ("ascend_when", {"every": 2, "last": 0.5}, '{"every": 2, "last": 0.5}', SCHEDULES),
     ("ascend_when", "every", '"every"', SCHEDULES),
@@ -115,6 +117,7 @@ ACCEPTED = [
     ("ascend_when", {"every": 4}),
     ("ascend_when", {"last": 0.25}),
     ("ascent_source", "friendly"),
+    ("ascent_source", "random"),
     ("ascend_when", {"probability": 0.5}),
     ("descend_along", "renormalised"),
     ("descend_along", {"mixed": 1.5}),

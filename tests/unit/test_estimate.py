@@ -29,7 +29,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.local import LocalEngine
 from slsam_ds.estimate.activations import SavedActivations
 from slsam_ds.estimate.counting import Counted, count
-from slsam_ds.estimate.draws import find_draws
+from slsam_ds.estimate.draws import Draw, find_draws
 from slsam_ds.estimate.modes import Mode, compare
 from slsam_ds.estimate.sharding import RunSetup
 from slsam_ds.model.forward_order import example_inputs
@@ -55,7 +55,7 @@ def test_expected_and_extreme_prices_are_those_of_all_samples(selector: Any, k: 
     draws = find_draws(config, NUMELS, PRICES)
     assert draws.mean(lambda draw: draw.price(PRICES)) == pytest.approx(math.fsum(paid) / len(paid))
     assert draws.range(lambda draw: draw.price(PRICES)) == pytest.approx((min(paid), max(paid)))
-    assert draws.num_active == pytest.approx(len(samples[0]))
+    assert draws.num_sampled == pytest.approx(len(samples[0]))
 
 
 def test_a_budget_is_the_expected_price() -> None:
@@ -79,17 +79,19 @@ def test_a_depth_is_priced_with_all_that_is_above_it() -> None:
     by_price = find_draws(SLSAMConfig(selector="depth", budget=1.1), NUMELS, PRICES)
     assert by_price.mean(lambda draw: draw.price(PRICES)) == pytest.approx(1.1)
     by_size = find_draws(SLSAMConfig(selector="depth", active_layers=3), NUMELS, PRICES)
-    assert by_size.num_active == pytest.approx(3)
+    assert by_size.num_sampled == pytest.approx(3)
     assert [draw.included for _, draw in by_size.by_lowest] == [
         (*[0.0] * arm, *[1.0] * (NUM_ARMS - arm)) for arm in range(NUM_ARMS)
     ]
 
 
-def test_steps_that_update_others_than_they_perturb_are_not_estimated() -> None:
-    with pytest.raises(
-        ValueError, match=r'slsam\.update="all": an estimate knows steps that perturb and update the same'
-    ):
-        find_draws(SLSAMConfig(update="all"), NUMELS, PRICES)
+def test_a_sample_spreads_as_the_policy_has_it() -> None:
+    draw = Draw(2, (0.0, 0.0, 1.0, 0.5, 0.25))
+    assert draw.spread("sample") == draw
+    assert draw.spread("above") == Draw(2, (0.0, 0.0, 1.0, 1.0, 1.0))
+    assert draw.spread("all") == Draw(0, (1.0,) * 5)
+    assert draw.spread("norm_layers", (1, 4)) == Draw(1, (0.0, 1.0, 0.0, 0.0, 1.0))
+    assert draw.joined(Draw.of((1, 4), 5)) == Draw(1, (0.0, 1.0, 1.0, 0.5, 1.0))
 
 
 def forward(model: nn.Module) -> Callable[[], Tensor]:
@@ -135,6 +137,22 @@ def test_activations_are_those_of_a_real_forward(attention: str, others: Any, ti
         found = real_bytes(model, engine, [ALWAYS, *sample] if others == "always" else list(sample))
         # A fused kernel on a GPU also keeps its random state, 24 bytes for each block.
         assert activations.of(tuple(sample)) == pytest.approx(found, abs=5 * 24), list(sample)
+
+
+@pytest.mark.parametrize("others", ["arms", "freeze"])
+def test_activations_of_single_tensors_are_at_most_those_of_their_blocks(others: Any) -> None:
+    config = SLSAMConfig(granularity="tensor", other_parameters=others)
+    activations = count_weightless(lambda: tiny_llama(num_blocks=3), config).activations
+    model = tiny_llama(num_blocks=3)
+    layers = map_layers(model, config)
+    engine = LocalEngine(model, torch.optim.SGD(model.parameters()), layers)
+    arms = range(len(layers))
+    found = real_bytes(model, engine, list(arms))
+    assert activations.of(arms) == pytest.approx(found, abs=3 * 24)
+    largest_block = max(activations.most.values())
+    for sample in ([0], [4], [arms[-1]], [2, 9, 12], [1, 10, 15, 20], arms[8:]):
+        real = real_bytes(model, engine, list(sample))
+        assert real - 3 * 24 <= activations.of(sample) <= real + 1.5 * largest_block, list(sample)
 
 
 def real_bytes(model: nn.Module, engine: LocalEngine, arms: list[int]) -> int:

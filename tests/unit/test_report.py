@@ -111,6 +111,29 @@ def test_a_mask_is_told_where_there_was_one() -> None:
     assert "Mask" not in {fact.label for fact in run_facts(history_of(make_step(1)))}
 
 
+def test_layers_that_are_perturbed_and_not_updated_are_told_apart() -> None:
+    figures = pytest.importorskip("slsam_ds.report.figures", exc_type=ImportError)
+    alike = history_of(make_step(1), make_step(2, **NOT_CLIMBED, perturbed=[]))
+    assert not alike.perturbs_others
+    assert alike.perturbed_layers.tolist() == [[False, True, False, True], [False] * 4]
+    assert figures.panels_of(alike) == list(figures.PANELS)
+    assert "perturbed in" not in layer_table(alike).header
+    steps = [make_step(1, perturbed=[2]), make_step(2, perturbed=[0, 2]), make_step(3, **NOT_CLIMBED, perturbed=[])]
+    apart = history_of(*steps)
+    assert apart.perturbs_others
+    titles = [panel.title for panel in figures.panels_of(apart)]
+    assert titles[:2] == ["Which layers were active", "Which layers were perturbed"]
+    table = layer_table(apart)
+    assert [row[table.header.index("perturbed in")] for row in table.rows] == ["1", "0", "2", "0"]
+    facts = {fact.label: f"{fact.value} {fact.note}" for fact in run_facts(apart)}
+    assert facts["Perturbed parameters"] == "35.0% per step that perturbs; 1.5 of 4 layers"
+    text = summarize(make_layers(), steps, held_out=None, held_out_title="", output_dir="out")
+    assert "Layers updated, and perturbed, in how many of 3 steps:" in text
+    assert "model.layers.2 0 2" in text
+    for panel in figures.panels_of(apart)[:2]:
+        panel.draw(figures.Figure(), apart, figures.LIGHT)
+
+
 NOT_CLIMBED = {"rho": 0.0, "ascent_loss": None, "perturbation_norm": 0.0, "perturbation_projection": None}
 
 
