@@ -21,7 +21,7 @@ MASK_KEY = "slsam_mask"
 
 # So many elements are looked at at once: on the CPU, within its caches.
 _PART_NUMEL = 2**22
-_PART_NUMEL_ON_CPU = 2**16
+_PART_NUMEL_ON_CPU = 2**18
 
 
 class Mask(ABC):

@@ -52,7 +52,7 @@ def test_as_many_as_wanted_are_selected(num_values: int, count: int) -> None:
 @pytest.mark.parametrize("lanes", [1, 7, 1024])
 def test_a_histogram_is_the_same_in_any_number_of_lanes(lanes: int) -> None:
     values = torch.randint(0, 257, (5000,), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(histogram(values, lanes), torch.bincount(values, minlength=257)[:256])
+    assert torch.equal(histogram(values, 256, lanes=lanes), torch.bincount(values, minlength=257)[:256])
 
 
 def test_what_may_not_be_chosen_is_not() -> None:
