@@ -15,9 +15,12 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from slsam_ds.choices import is_number, read_choice
 from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
+from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
 from slsam_ds.recipes import PRESETS
 from slsam_ds.schedules import SCHEDULES
@@ -86,6 +89,16 @@ class SLSAMConfig:
     metric: str = "euclidean"
     """How far, and in which geometry: "euclidean"; "adaptive", by the size of each weight; "preconditioned", less where
     Adam has seen large gradients; "by_layer", rho being a share of the norm of each layer's weights."""
+
+    mask: str | None = None
+    """Which elements of the perturbed layers move (Sparse SAM): null, all; "fisher", those with the largest squared
+    gradients; "dynamic", a random choice at first, whose elements with small gradients are exchanged for others."""
+
+    mask_density: float = 0.5
+    """Share of the elements that a mask lets move, in (0, 1]."""
+
+    mask_every: int = 100
+    """Steps after which a layer's mask is renewed."""
 
     ascend_when: str | dict[str, Any] = "always"
     """Which steps perturb: "always"; {"every": m}: one step in m; {"last": share}: the last part of the run;
@@ -172,7 +185,23 @@ class SLSAMConfig:
             reason = "needs the gradient at the weights over the whole window and all ranks; use"
             _require(self, "descend_along", direction.needs_pass, f'{reason} ascent_source="current"')
             _require(self, "descend_along", self.ascent_scope == "global", f'{reason} ascent_scope="global"')
+        self._check_mask()
         self._check_spread()
+
+    def _check_mask(self) -> None:
+        """There is something to mask, and the mask is that of all ranks."""
+        _require(self, "mask_density", 0 < self.mask_density <= 1, "choose a number in (0, 1]")
+        _require(self, "mask_every", self.mask_every >= 1, "choose a whole number of steps ≥ 1")
+        if self.mask is None:
+            return
+        _require(self, "mask", self.mask in MASKS, f"expected {_one_of(MASKS)}, or null")
+        _require(self, "mask", self.rho > 0, "with rho=0 there is no perturbation to mask; use null, or a larger rho")
+        reason = f'mask="{self.mask}" is one mask for all ranks; use "global"'
+        _require(self, "ascent_scope", self.ascent_scope == "global", reason)
+        if MASKS[self.mask].asks_for_gradient:
+            fit = [name for name, direction in DIRECTIONS.items() if direction.is_gradient]
+            reason = f'mask="{self.mask}" goes by squared gradients; use {_one_of(fit)}, or mask="dynamic"'
+            _require(self, "ascent_source", self.ascent_source in fit, reason)
 
     def _check_spread(self) -> None:
         """Who is drawn, perturbed and updated must go together."""
@@ -251,6 +280,11 @@ class SLSAMConfig:
     def has_ascent_pass(self) -> bool:
         """Whether there are steps that begin with a forward and backward at the weights."""
         return self.rho > 0 and DIRECTIONS[self.ascent_source].needs_pass
+
+    @property
+    def kept(self) -> dict[str, torch.dtype]:
+        """What the optimizer's state holds besides its own when it is saved or loaded: see `Direction.kept`."""
+        return {**DIRECTIONS[self.ascent_source].kept, **(MASKS[self.mask].kept if self.mask is not None else {})}
 
     def num_active(self, num_arms: int) -> int:
         """How many of `num_arms` arms a step activates: at least 1.

@@ -109,6 +109,7 @@ class SLSAMEngine:
         folder = Path(save_dir, tag)
         folder.mkdir(parents=True, exist_ok=True)
         self.slsam.save_random_state(folder)
+        self.slsam.unpack_masks()
         later = self._engine.checkpoint_engine.is_decoupled()  # then DeepSpeed alone knows when all is written
         with saved_as_given(self._engine):
             saved = self._engine.save_checkpoint(

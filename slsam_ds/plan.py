@@ -106,6 +106,8 @@ class StepResult:
         perturbation_norm: Norm of the change really made to the weights, rounding noise included.
         perturbation_projection: ⟨applied, ε⟩ / ‖ε‖²: 1 where the perturbation arrived whole; None without one. ‖ε‖ is
             rho in the Euclidean metric.
+        mask_density: Share of the elements of the perturbed arms that the mask let move; None without a mask, or where
+            nothing was perturbed.
         skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
         bad_numbers: Where it was; None also where DeepSpeed alone found an overflow.
         price: FLOPs of the step, a step of AdamW on the same parameters being 1; None where it is not known.
@@ -126,6 +128,7 @@ class StepResult:
     rho: float
     perturbation_norm: float = 0.0
     perturbation_projection: float | None = None
+    mask_density: float | None = None
     skipped: bool = False
     bad_numbers: BadNumbers | None = None
     price: float | None = None
@@ -141,8 +144,9 @@ class StepResult:
         return sum(at_weights.get(arm, 0.0) ** 2 for arm in self.active)
 
     def to_record(self) -> dict[str, Any]:
-        """The line of `slsam_steps.jsonl`: JSON-serialisable values by name."""
-        return {name: _plain(getattr(self, name)) for name in _RECORDED}
+        """The line of `slsam_steps.jsonl`: JSON-serialisable values by name. `mask_density` only with a mask."""
+        names = _RECORDED if self.mask_density is None else (*_RECORDED, "mask_density")
+        return {name: _plain(getattr(self, name)) for name in names}
 
 
 _RECORDED = (

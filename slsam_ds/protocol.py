@@ -65,6 +65,21 @@ class Shard:
     gradient: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements that follow each other in a piece, or in what is stepped, as they do in the model.
+
+    Attributes:
+        start: Where the first one is, laid flat.
+        number: Its number in the model: see `LayerMap.numbers`.
+        numel: How many.
+    """
+
+    start: int
+    number: int
+    numel: int
+
+
 class Ranks(Protocol):
     """The ranks that train together."""
 
@@ -195,6 +210,10 @@ class Engine(Protocol):
 
     def pieces(self, arms: Collection[int]) -> list[Piece]:
         """This rank's shares of these arms, in the order of their elements: what `reduce` gives gradients for."""
+        ...
+
+    def runs(self, piece: Piece) -> list[Run]:
+        """Which elements of the model a piece holds: the same numbers in every engine. Padding is in no run."""
         ...
 
     def local_gradients(self) -> AbstractContextManager[list[Shard]]:

@@ -108,6 +108,29 @@ def reseed(*key: int) -> None:
     torch.manual_seed(seed_of(*key))
 
 
+def random_bits(numbers: Tensor, key: int) -> Tensor:
+    """30 random bits for each number: a pure function of it and of `key`, so that it is the same on any rank.
+
+    The mixing function of SplitMix64 (Steele, Lea, Flood 2014), whose arithmetic is that of 64 bits without a sign.
+
+    Args:
+        numbers: int64, any shape.
+        key: Below 2^63.
+
+    Returns:
+        int64, of the same shape, in [0, 2^30).
+    """
+    mixed: Tensor = numbers + key
+    mixed = (mixed ^ _shifted(mixed, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    mixed = (mixed ^ _shifted(mixed, 27)) * (0x94D049BB133111EB - 2**64)
+    return (mixed ^ _shifted(mixed, 31)) & (2**30 - 1)
+
+
+def _shifted(values: Tensor, count: int) -> Tensor:
+    """To the right, filled up with zeros: torch's own fills up with the sign."""
+    return values.bitwise_right_shift(count).bitwise_and(2 ** (64 - count) - 1)
+
+
 def seed_of(*key: int) -> int:
     """A seed that is a pure function of `key`, without a pattern."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()

@@ -19,6 +19,7 @@ from slsam_ds.engines import release_gathered, select_engine
 from slsam_ds.engines.agreement import checksum
 from slsam_ds.engines.guard import guard, stepping
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
+from slsam_ds.masks import make_mask
 from slsam_ds.metrics import METRICS
 from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.layers import LayerMap, map_layers, norm_layers
@@ -60,7 +61,8 @@ class SLSAM:
         optimizer: The module's torch optimizer; its groups are split by layer. None with a DeepSpeedEngine.
         config: The knobs, or a dict of them; None: the defaults.
         layer_map: The arms, where they were found before the model was wrapped.
-        total_steps: Length of the run; `gamma="auto"` and some values of `ascend_when` need it.
+        total_steps: Length of the run; `gamma="auto"`, `mask="dynamic"` and some values of `ascend_when` need
+            it.
         max_grad_norm: Clip the gradient of the updated layers to this global norm before the update; None: do not.
             DeepSpeed has `gradient_clipping` in its configuration instead.
         lr_scheduler: A scheduler already built on the optimizer, whose groups are split by layer.
@@ -122,6 +124,15 @@ class SLSAM:
         self._direction = DIRECTIONS[config.ascent_source](engine)
         self._metric = METRICS[config.metric](engine)
         self._combination = make_combination(config.descend_along)
+        self._mask = make_mask(
+            config.mask,
+            engine,
+            layers.numels_of_all(),
+            density=config.mask_density,
+            every=config.mask_every,
+            seed=config.seed,
+            total_steps=total_steps,
+        )
         self.forwards = ForwardState(model, engine.device)
         self._prefixes = PrefixReuse(config, layers, self.forwards, may_skip_modules=engine.may_skip_modules)
         self._pricing = Pricing(config, layers, self.policy.use_prices, ascent_share=schedule.share)
@@ -135,7 +146,7 @@ class SLSAM:
             max_grad_norm=_checked_max_grad_norm(max_grad_norm, engine),
         )
         self._checkpoint = (
-            TorchCheckpoint(engine, model, optimizer, self._direction.kept) if optimizer is not None else None
+            TorchCheckpoint(engine, model, optimizer, config.kept, self.unpack_masks) if optimizer is not None else None
         )
         self.progress = Progress.start(len(layers))
         self._stop_requested = False
@@ -234,6 +245,7 @@ class SLSAM:
             direction=self._direction,
             metric=self._metric,
             combination=self._combination,
+            mask=self._mask,
             prefix=prefix,
             sizes=sizes,
         )
@@ -268,6 +280,7 @@ class SLSAM:
             "layers": self._fingerprint,
             "arms": self.layers.outline(),
             "previous": self._direction.state_dict(),
+            "masks": None if self._mask is None else self._mask.state_dict(),
             "schedule": self._schedule.state_dict(),
             **self.policy.state_dict(),
             "costs": self._pricing.state_dict(),
@@ -284,6 +297,8 @@ class SLSAM:
         self.policy.load_state_dict(state)
         self.progress = Progress.from_dict(state)
         self._direction.load_state_dict(state["previous"])
+        if self._mask is not None:
+            self._mask.load_state_dict(state.get("masks"))
         self._schedule.load_state_dict(state.get("schedule"))
         self._resumed = True
 
@@ -339,6 +354,13 @@ class SLSAM:
         if self._checkpoint is not None:
             self._checkpoint.complete_optimizer_state()
             self._resumed = True
+        self.unpack_masks()
+
+    def unpack_masks(self) -> None:
+        """Until the next step, hold the masks in the optimizer's state, where whatever saves it takes them along."""
+        if self._mask is not None:
+            self._mask.unpack()
+            self._resumed = True
 
     def _torch_checkpoint(self, verb: str) -> TorchCheckpoint:
         if self._checkpoint is None:
@@ -374,6 +396,8 @@ class SLSAM:
         that was never taken, and leaves it where the checkpoint has none (`allow_partial_load`).
         """
         pieces = self.engine.pieces([*range(len(self.layers)), *([ALWAYS] if self.layers.always else [])])
+        if self._mask is not None:
+            self._mask.pack(pieces)  # first: a layer never updated may have one, and no other state
         for piece in pieces:
             if piece.arm != ALWAYS and self.progress.updates[piece.arm] == 0:
                 self.engine.optimizer.state.pop(piece.stepped, None)
@@ -385,6 +409,7 @@ class SLSAM:
             "the bandit's state": self.selector.state_dict(),
             "the model's layers": self._fingerprint,
             "the micro-batches per step": window_length,
+            "the layers with a mask": () if self._mask is None else self._mask.claims(),
             **self._checksums(step),
         }
 

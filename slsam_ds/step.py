@@ -30,13 +30,14 @@ from torch import Tensor
 from slsam_ds.combinations import Combination
 from slsam_ds.directions import Direction
 from slsam_ds.gradient import Gradient
+from slsam_ds.masks import Mask
 from slsam_ds.metrics import Metric
 from slsam_ds.model.forward_state import ForwardState
 from slsam_ds.model.prefix import Prefix
 from slsam_ds.passes import BeginPass, Part, Passes
 from slsam_ds.perturbation import perturb_, preserved, rounding_generator
 from slsam_ds.plan import BadNumbers, Plan, StepResult
-from slsam_ds.protocol import ALWAYS, Engine, Shard
+from slsam_ds.protocol import ALWAYS, Engine, Piece, Shard
 from slsam_ds.records.stopwatch import Stopwatch
 from slsam_ds.rng import seed_of
 from slsam_ds.tally import Numbers, Tally, local_sq_norms
@@ -53,6 +54,7 @@ def take_step(
     direction: Direction,
     metric: Metric,
     combination: Combination,
+    mask: Mask | None = None,
     prefix: Prefix | None = None,
     sizes: Sequence[int] | None = None,
 ) -> StepResult:
@@ -70,6 +72,7 @@ def take_step(
         direction: Where to climb.
         metric: How far.
         combination: What the update descends along.
+        mask: Which elements of the perturbed arms move; None: all.
         prefix: The blocks that the descent need not run again.
         sizes: See `SLSAM.step_with`.
 
@@ -77,7 +80,7 @@ def take_step(
         RanksDisagreeError: Before any gradient travels.
     """
     passes = Passes(engine, plan, window, begin_pass, prefix, sizes)
-    step = _Step(engine, plan, passes, direction, metric, share_of_ascent=combination.share_of_ascent)
+    step = _Step(engine, plan, passes, direction, metric, mask, share_of_ascent=combination.share_of_ascent)
     with _left_clean(engine):
         engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
         for part in step.passes.parts():
@@ -106,6 +109,8 @@ def take_step(
         )
         if updated:
             direction.keep()
+            if mask is not None and numbers.all_finite("ascent_loss", "ascent_sq_norms"):
+                mask.keep(plan.step)
     return step.result(numbers, bad, updated=updated)
 
 
@@ -130,6 +135,7 @@ class _Step:
         passes: Runs the micro-batches.
         direction: As for `take_step`.
         metric: Likewise.
+        mask: Likewise.
         share_of_ascent: How much of the descent is the gradient at x.
     """
 
@@ -140,10 +146,12 @@ class _Step:
         passes: Passes,
         direction: Direction,
         metric: Metric,
+        mask: Mask | None,
         *,
         share_of_ascent: float,
     ) -> None:
         self.passes = passes
+        self._mask = mask
         self._engine, self._plan, self._direction, self._metric = engine, plan, direction, metric
         self._share_of_ascent = share_of_ascent
         self._seed = seed_of(plan.seed, plan.step)
@@ -257,13 +265,19 @@ class _Step:
         scales = self._metric.scales(ascent, rho=plan.rho, over_ranks=plan.scope == "global")
         scale_of = dict(zip(ascent.arms, scales / ascent.loss_scale, strict=True))
         tally.add("applied", torch.zeros(3, device=engine.device))  # also by a rank that holds nothing of these arms
+        if self._mask is not None:
+            numel = self._mask.numel(ascent.arms) / engine.ranks.world_size
+            tally.add("maskable", torch.full((), numel, device=engine.device))
+            tally.add("moving", torch.zeros((), device=engine.device))
         for number, shard in enumerate(ascent.shards):
-            piece = shard.piece
+            piece, along = shard.piece, self._metric.stretched(shard)
+            if self._mask is not None:
+                along = self._masked(piece, along)
             key = (plan.seed, plan.step, piece.owner, part.num_left, number)
             measured = perturb_(
                 piece.weight,
                 piece.master,
-                self._metric.stretched(shard),
+                along,
                 scale=scale_of[piece.arm],
                 rounding=plan.rounding,
                 generator=rounding_generator(piece.weight.device, *key),
@@ -271,9 +285,19 @@ class _Step:
             )
             if piece.owner == engine.ranks.rank:  # replicas hold the same elements: one speaks for all
                 tally.add("applied", measured)
+        if self._mask is not None:
+            self._mask.refresh(plan.step, ascent)  # while there is a gradient; for the steps to come
         # Every rank counts its share of the one perturbation of a global ascent, and its own of a local one.
         count = (scales > 0).any().double()
         tally.add("num_perturbations", count / engine.ranks.world_size if plan.scope == "global" else count)
+
+    def _masked(self, piece: Piece, along: Tensor) -> Tensor:
+        """0 where the mask lets nothing move; ε keeps the scale of the whole."""
+        assert self._mask is not None
+        moves = self._mask.moves(piece, along.device)
+        if piece.owner == self._engine.ranks.rank:
+            self._tally.add("moving", moves.sum())
+        return along.masked_fill(~moves, 0.0)
 
     def _local_sq_norms(self, shards: Sequence[Shard], arms: tuple[int, ...]) -> Tensor:
         engine = self._engine
@@ -293,6 +317,8 @@ def _measured(plan: Plan, numbers: Numbers) -> dict[str, Any]:
         projection, sq_norm, asked_for = (each / count for each in numbers.vector("applied"))
         told["perturbation_norm"] = math.sqrt(sq_norm)
         told["perturbation_projection"] = projection / asked_for if asked_for > 0 else None
+        if "maskable" in numbers:
+            told["mask_density"] = numbers["moving"] / numbers["maskable"]
     return told
 
 

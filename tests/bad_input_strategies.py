@@ -35,7 +35,8 @@ _KNOBS = [knob.name for knob in dataclasses.fields(SLSAMConfig)]
 _VALID: dict[str, list[Any]] = {
     "rho": [0, 0.02], "active_layers": [0.5, 2], "selector": ["uniform", "cyclic", "all", "top_k", "exp3m"],
     "gamma": [0.5, "auto"], "share": [0, 0.1], "reward": ["grad_rms"], "ascent_scope": ["rank", "micro_batch"],
-    "ascent_fraction": [0.5], "ascent_source": ["previous"], "budget": [1.0], "update_scale": ["none"],
+    "ascent_fraction": [0.5], "ascent_source": ["previous"], "mask": ["fisher", "dynamic", None],
+    "mask_density": [0.2, 1], "mask_every": [3], "budget": [1.0], "update_scale": ["none"],
     "rounding": ["nearest"], "prefix_reuse": [True, "auto"], "other_parameters": ["freeze", "always"],
     "layers": [["a.*"], None], "offload_state": [True], "max_skipped_steps": [3, None], "check_weights_every": [0],
     "seed": [7],

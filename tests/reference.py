@@ -6,9 +6,13 @@ A step perturbs the arms P and updates the arms U. g and h are means over all mi
 is one norm over all of P; AdamW has a step counter per layer, which counts the layer's own updates only.
 """
 
+import hashlib
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 Batches = Sequence[Mapping[str, torch.Tensor]]
@@ -30,6 +34,13 @@ class Reference:
     direction: str = "current"
     metric: str = "euclidean"  # or "adaptive", "preconditioned", "by_layer"
     descend_along: str | dict = "perturbed"  # or "renormalised", or {"mixed": a}
+    mask: str | None = None  # or "fisher", "dynamic"
+    mask_density: float = 0.5
+    mask_every: int = 100
+    total_steps: int = 0
+    masks: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # by arm, from its latest refresh on
+    masked_in: dict[int, int] = field(default_factory=dict)
+    num_steps: int = 0
     drawn: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
     means: Tensors = field(default_factory=dict)
     previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
@@ -91,6 +102,44 @@ class Reference:
             norm = norm_of({name: tensor * stretch[name].sqrt() for name, tensor in ascent.items()})
         return {name: (self.rho / norm if norm > 0 else 0.0) * stretch[name] * g for name, g in ascent.items()}
 
+    def masked(self, perturbed: Sequence[int], ascent: Tensors, epsilon: Tensors) -> tuple[Tensors, float | None]:
+        """Epsilon, where the mask lets it be, and the share of it; then the mask for the steps to come."""
+        if self.mask is None or not epsilon:
+            return epsilon, None
+        numels = {name: self.model.get_parameter(name).numel() for name in self.names(range(len(self.arms)))}
+        starts = dict(zip(numels, itertools.accumulate(numels.values(), initial=0), strict=False))
+        arms = [arm for arm in perturbed if self.arms[arm][0] in epsilon]
+        names = self.names(arms)
+        numbers = torch.cat([starts[name] + torch.arange(numels[name]) for name in names])
+        moves = {}
+        for arm in arms:
+            for name in self.arms[arm]:
+                at_first = torch.ones(numels[name], dtype=torch.bool)
+                if self.mask == "dynamic":
+                    at_first = bits_of(starts[name] + torch.arange(numels[name]), 0) < round(self.mask_density * 2**30)
+                moves[name] = self.masks.get(arm, {}).get(name, at_first)
+        active = torch.cat([moves[name] for name in names])
+        if any(self.num_steps - self.masked_in.get(arm, -self.mask_every) >= self.mask_every for arm in arms):
+            count, size = (
+                round(self.mask_density * len(active)),
+                torch.cat([ascent[name].flatten().abs() for name in names]),
+            )
+            if self.mask == "fisher":
+                chosen = largest(size, count)
+            else:
+                share = 0.25 * (1 + math.cos(math.pi * (self.num_steps - 1) / self.total_steps))
+                stay = count - min(round(share * count), len(active) - count)
+                chosen = largest(torch.where(active, size, -1.0), min(stay, int(active.sum())))
+                chance = bits_of(numbers, self.num_steps) + torch.where(active, 0, 2**30)
+                chosen |= largest(torch.where(chosen, -1, chance), count - int(chosen.sum()))
+            parts = dict(zip(names, chosen.split([numels[name] for name in names]), strict=True))
+            for arm in arms:
+                self.masks[arm] = {name: parts[name] for name in self.arms[arm]}
+                self.masked_in[arm] = self.num_steps
+        return {
+            name: tensor * moves[name].view_as(tensor) for name, tensor in epsilon.items()
+        }, active.float().mean().item()
+
     @torch.no_grad()
     def add(self, epsilon: Tensors) -> Tensors:
         parameters = dict(self.model.named_parameters())
@@ -110,6 +159,7 @@ class Reference:
         ascends: bool = True,
     ) -> dict:
         updated = perturbed if updated is None else updated
+        self.num_steps += 1
         descent: Tensors = {}
         ascent_loss = loss = 0.0
         for number, part in enumerate(parts or [batches]):
@@ -117,7 +167,8 @@ class Reference:
             ascent, norm, part_ascent_loss = {}, 0.0, 0.0
             if ascends:
                 ascent, norm, part_ascent_loss = self.climb(perturbed, climbed[number] if climbed else part)
-            before = self.add(self.epsilon(perturbed, ascent, norm))
+            epsilon, mask_density = self.masked(perturbed, ascent, self.epsilon(perturbed, ascent, norm))
+            before = self.add(epsilon)
             part_descent, part_loss = self.gradient(self.names(updated), part)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
@@ -142,7 +193,13 @@ class Reference:
             for name in self.arms[arm]:
                 self.adamw(name, descent[name] * factor, self.lr * lr_scale(arm))
         sq_norm = norm**2 if ascends else sum(each**2 for each in norms.values())
-        return {"loss": loss, "ascent_loss": ascent_loss, "grad_norms": norms, "sq_norm": sq_norm}
+        return {
+            "loss": loss,
+            "ascent_loss": ascent_loss,
+            "grad_norms": norms,
+            "sq_norm": sq_norm,
+            "mask_density": mask_density,
+        }
 
     @torch.no_grad()
     def adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:
@@ -157,3 +214,19 @@ class Reference:
 
 def norm_of(tensors: Tensors) -> float:
     return sum(tensor.double().square().sum().item() for tensor in tensors.values()) ** 0.5
+
+
+def largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Which are the `count` largest; of equal ones the first."""
+    chosen = torch.zeros(len(values), dtype=torch.bool)
+    chosen[values.argsort(descending=True, stable=True)[:count]] = True
+    return chosen
+
+
+def bits_of(numbers: torch.Tensor, step: int) -> torch.Tensor:
+    """SplitMix64's mixing function, with seed 0: 30 bits for each number."""
+    digest = hashlib.blake2b(repr((0, step)).encode(), digest_size=8).digest()
+    mixed = numbers.numpy().astype(np.uint64) + np.uint64(int.from_bytes(digest, "little") >> 1)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((mixed ^ (mixed >> np.uint64(31))) & np.uint64(2**30 - 1)).astype(np.int64))

@@ -10,6 +10,7 @@ class CurrentGradient(Direction):
     """The ascent pass's own gradient, of the same window that the step descends on."""
 
     needs_pass: ClassVar[bool] = True
+    is_gradient: ClassVar[bool] = True
 
     def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         return ascent

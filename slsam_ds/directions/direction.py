@@ -18,6 +18,8 @@ class Direction:
     Attributes:
         for_all_ranks: Whether it is one direction for all ranks, so that an ascent of each rank by itself has no place.
         needs_pass: Whether a forward and backward at the weights come first, whose gradient `climb` is given.
+        is_gradient: Whether what it climbs along is made of the gradient of one window, so that its squares say on
+            which elements the loss depends most.
         kept: What the direction remembers between steps, of the size of the weights: key and dtype. It lies in the
             optimizer's state under that key, beside the moments, so that whatever saves, loads, reshards or offloads
             those takes it along.
@@ -25,6 +27,7 @@ class Direction:
 
     for_all_ranks: ClassVar[bool] = False
     needs_pass: ClassVar[bool] = False
+    is_gradient: ClassVar[bool] = False
     kept: ClassVar[Mapping[str, torch.dtype]] = {}
 
     def __init__(self, engine: Engine) -> None:

@@ -26,6 +26,7 @@ class Friendly(Direction):
 
     for_all_ranks: ClassVar[bool] = True
     needs_pass: ClassVar[bool] = True
+    is_gradient: ClassVar[bool] = True
     kept: ClassVar[Mapping[str, torch.dtype]] = {STATE_KEY: torch.bfloat16}
 
     def __init__(self, engine: Engine) -> None:

@@ -25,6 +25,7 @@ class PreviousGradients(Direction):
             with the all-reduce of the step that found the gradient, so that climbing needs none.
     """
 
+    is_gradient: ClassVar[bool] = True
     kept: ClassVar[Mapping[str, torch.dtype]] = {STATE_KEY: torch.bfloat16}
 
     def __init__(self, engine: Engine) -> None:

@@ -5,7 +5,8 @@ steps the shards. What is left to do here: reduce once per window, let nothing g
 and what does not change stay for the second pass, and tell which ranks hold the same shard.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.protocol import MAX_KEPT_BYTES, Piece
+from slsam_ds.protocol import MAX_KEPT_BYTES, Piece, Run
 from slsam_ds.shards import local_elements
 
 
@@ -86,6 +87,9 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         read_dtype = gathered_as if gathered_as != torch.float32 else self._read_dtype(parameter)
         return Piece(arm, weight, weight, parameter, _owner(parameter), read_dtype=read_dtype)
 
+    def _local_runs(self, parameter: nn.Parameter) -> tuple[Tensor, Iterator[Run]]:
+        return parameter, _runs_of_shard(parameter, self._numbers[parameter])
+
     def _end_prefetch_at(self, arm: int | None) -> None:
         """Keep backward from gathering what is below this arm, where nothing is left to do.
 
@@ -149,6 +153,23 @@ def _owner(parameter: Tensor) -> int:
     dimensions = zip(parameter.placements, coordinate, strict=True)
     place = tuple(0 if placement.is_replicate() else index for placement, index in dimensions)
     return int(parameter.device_mesh.mesh[place])
+
+
+def _runs_of_shard(parameter: Tensor, number: int) -> Iterator[Run]:
+    """This rank's shard of a parameter whose first element has this number: one run, if it is cut along its rows.
+
+    FSDP2 cuts as `torch.chunk` does.
+    """
+    assert isinstance(parameter, DTensor)
+    mesh_dim = parameter.device_mesh.ndim - 1
+    placement: Any = parameter.placements[mesh_dim]
+    dim = placement.dim
+    size = parameter.shape[dim]
+    chunk = -(-size // parameter.device_mesh.size(mesh_dim))
+    first = min(parameter.device_mesh.get_local_rank(mesh_dim) * chunk, size)
+    inner, held = math.prod(parameter.shape[dim + 1 :]), parameter.to_local().shape[dim]
+    for row in range(math.prod(parameter.shape[:dim]) if held else 0):
+        yield Run(row * held * inner, number + (row * size + first) * inner, held * inner)
 
 
 def _find_root(model: nn.Module) -> FSDPModule:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.placement import Replicated
 from slsam_ds.engines.torch_optimizer import TorchOptimizerEngine
-from slsam_ds.protocol import Piece
+from slsam_ds.protocol import Piece, Run
 
 
 class LocalEngine(TorchOptimizerEngine, Replicated):
@@ -34,6 +34,10 @@ class LocalEngine(TorchOptimizerEngine, Replicated):
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         self.ranks.average(gradients)
+
+    def _local_runs(self, parameter: nn.Parameter) -> tuple[Tensor, list[Run]]:
+        stepped, offset = self._stepped_as(parameter)
+        return stepped, [Run(offset, self._numbers[parameter], parameter.numel())]
 
     def _stepped_as(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
         """What the optimizer steps that holds the parameter in full precision, and where in it that begins."""

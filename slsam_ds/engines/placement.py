@@ -9,7 +9,7 @@ from torch import nn
 
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.protocol import ALWAYS, Piece, Shard
+from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 
 
 class Replicated:
@@ -84,6 +84,15 @@ class Sharded:
     def local_gradients(self) -> Any:
         """Not asked for: `SLSAM` refuses a local `ascent_scope` here."""
         raise AssertionError("local gradients of sharded weights")
+
+
+def runs_within(runs: Iterable[Run], piece: Piece) -> list[Run]:
+    """Those parts of the runs of what is stepped that a piece holds; they start where they do in the piece."""
+    begin, end = piece.offset, piece.offset + piece.weight.numel()
+    cut = [(run, max(run.start, begin), min(run.start + run.numel, end)) for run in runs]
+    return [
+        Run(start - begin, run.number + start - run.start, stop - start) for run, start, stop in cut if start < stop
+    ]
 
 
 def as_many_as_fit(sized: Iterable[tuple[Any, int]], room: int) -> list[Any]:

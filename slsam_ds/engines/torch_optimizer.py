@@ -1,5 +1,6 @@
 """What engines have in common whose parameters a torch optimizer steps directly."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.autocast import AutocastWatch
+from slsam_ds.engines.placement import runs_within
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import joined, scaled_learning_rates, state_fetched, stepped_parameters
-from slsam_ds.protocol import ALWAYS, Piece, Shard
+from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 from slsam_ds.shards import local_elements
 
 
@@ -34,6 +36,7 @@ class TorchOptimizerEngine(SwitchesArms):
         self._parameters = {layer.index: [parameter for _, parameter in layer.parameters] for layer in layer_map}
         if layer_map.always:
             self._parameters[ALWAYS] = [parameter for _, parameter in layer_map.always]
+        self._numbers = layer_map.numbers()
         self._start_with(self._parameters)
         self.device = self._parameters[layer_map[0].index][0].device
         self.ranks = ProcessGroupRanks(None, self.device)
@@ -72,12 +75,27 @@ class TorchOptimizerEngine(SwitchesArms):
     def pieces(self, arms: Collection[int]) -> list[Piece]:
         return [self._piece(arm, parameter) for arm in sorted(arms) for parameter in self._parameters[arm]]
 
+    def runs(self, piece: Piece) -> list[Run]:
+        return runs_within(self._runs_of_stepped[piece.stepped], piece)
+
     def live_weights(self, arms: Collection[int]) -> list[Tensor]:
         return [local_elements(parameter.detach()) for parameter in self._parameters_of(arms)]
 
     @abstractmethod
     def _piece(self, arm: int, parameter: nn.Parameter) -> Piece:
         """This rank's share of a parameter."""
+
+    @abstractmethod
+    def _local_runs(self, parameter: nn.Parameter) -> tuple[Tensor, Iterable[Run]]:
+        """What is stepped that holds this rank's share of a parameter, and where the share is in it."""
+
+    @functools.cached_property
+    def _runs_of_stepped(self) -> dict[Tensor, list[Run]]:
+        found: dict[Tensor, list[Run]] = {}
+        for parameter in self._parameters_of(self._parameters):
+            stepped, runs = self._local_runs(parameter)
+            found.setdefault(stepped, []).extend(runs)
+        return found
 
     @abstractmethod
     def _average(self, gradients: Sequence[Tensor]) -> None:

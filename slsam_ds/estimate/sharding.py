@@ -71,7 +71,7 @@ class StepUse:
 
     def without_ascent(self) -> "StepUse":
         """The step as it is where the schedule does not let it climb."""
-        return replace(self, config=replace(self.config, rho=0.0))
+        return replace(self, config=replace(self.config, rho=0.0, mask=None))
 
     @property
     def workload(self) -> Workload:
@@ -80,10 +80,12 @@ class StepUse:
         return Workload.of(self.config, self.setup.num_micro_batches, reuses_prefix=reuses)
 
     @property
-    def num_kept_bytes(self) -> int:
-        """Bytes per trained weight that the ascent direction keeps beside the optimizer's moments."""
-        kept = DIRECTIONS[self.config.ascent_source].kept if self.config.rho > 0 else {}
-        return sum(dtype.itemsize for dtype in kept.values())
+    def num_kept_bytes(self) -> float:
+        """Bytes per trained weight that the ascent direction keeps beside the optimizer's moments, and the mask."""
+        if self.config.rho == 0:
+            return 0.0
+        of_mask = 0.0 if self.config.mask is None else 1 / 8  # a bit
+        return sum(dtype.itemsize for dtype in DIRECTIONS[self.config.ascent_source].kept.values()) + of_mask
 
     @property
     def num_ascents(self) -> int:

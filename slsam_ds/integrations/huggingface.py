@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerCallback
 
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
-from slsam_ds.directions import DIRECTIONS
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import check_complete, is_stock, last_complete_checkpoint
@@ -294,8 +293,10 @@ class SLSAMMixin(_TrainerMethods):
             self._step_writer = None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled and self.slsam is not None:
-            self.slsam.complete_optimizer_state()
+        if self.slsam is not None:
+            self.slsam.unpack_masks()
+            if self.is_fsdp_enabled:
+                self.slsam.complete_optimizer_state()
         with self._given_groups():
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -311,7 +312,7 @@ class SLSAMMixin(_TrainerMethods):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
-            kept = {} if is_stock(checkpoint) else DIRECTIONS[self.slsam_config.ascent_source].kept
+            kept = {} if is_stock(checkpoint) else self.slsam_config.kept
             complete_state(self.optimizer.optimizer, also=kept)
         was_split = (
             checkpoint is not None and not is_stock(checkpoint) and read_state(checkpoint)["version"] == SPLIT_VERSION

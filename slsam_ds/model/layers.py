@@ -4,6 +4,7 @@ Pure: knows torch modules only. No framework, no ranks, no weights are read.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from slsam_ds.config import Granularity, OtherParameters, SLSAMConfig
 from slsam_ds.model.compiled import check_not_compiled
 from slsam_ds.model.forward_order import used_before
+from slsam_ds.protocol import ALWAYS
 from slsam_ds.shards import whole_shape
 
 NamedParameter = tuple[str, nn.Parameter]
@@ -76,6 +78,20 @@ class LayerMap:
     def numels(self) -> tuple[int, ...]:
         """Number of weights of each arm, over all ranks."""
         return tuple(layer.numel for layer in self.layers)
+
+    def numels_of_all(self) -> dict[int, int]:
+        """Number of weights by arm, over all ranks; also of what is always trained."""
+        always = {ALWAYS: sum(_numel(parameter) for _, parameter in self.always)} if self.always else {}
+        return {**dict(enumerate(self.numels)), **always}
+
+    def numbers(self) -> dict[nn.Parameter, int]:
+        """Number of the first weight of each trained parameter, over all ranks.
+
+        All weights are counted from 0: arm by arm, an arm's parameters in their order, what is always trained last.
+        """
+        named = [*(each for layer in self.layers for each in layer.parameters), *self.always]
+        starts = itertools.accumulate((_numel(parameter) for _, parameter in named), initial=0)
+        return {parameter: start for (_, parameter), start in zip(named, starts, strict=False)}
 
     @property
     def outside_blocks(self) -> tuple[bool, ...]:

@@ -37,6 +37,7 @@ _PLAIN: Mapping[str, Any] = {
     "ascent_source": "current",
     "ascend_when": "always",
     "metric": "euclidean",
+    "mask": None,
     "descend_along": "perturbed",
 }
 """SAM as published, of whatever is sampled."""
@@ -133,6 +134,18 @@ RECIPES: Mapping[str, Recipe] = {
         knobs={**_DENSE, "granularity": "tensor", "perturb": "norm_layers"},
         formula="P = weights of normalisation layers, U = all",
         source="SAM-ON, Mueller et al. 2023",
+        read="code",
+    ),
+    "ssam_f": Recipe(
+        knobs={**_DENSE, "ascent_scope": "global", "mask": "fisher", "mask_density": 0.5, "mask_every": 100},
+        formula="P = U = all; eps = rho m g / ||g||; m = 1 where g^2 was in the upper half, found every 100 steps",
+        source="SSAM-F, Mi et al. 2022, arXiv 2306.17504",
+        read="code",
+    ),
+    "ssam_d": Recipe(
+        knobs={**_DENSE, "ascent_scope": "global", "mask": "dynamic", "mask_density": 0.5, "mask_every": 100},
+        formula="as ssam_f; m a random half; every 100 steps a share with the least |g|, 1/2 down to 0, is redrawn",
+        source="SSAM-D, Mi et al. 2022, arXiv 2306.17504",
         read="code",
     ),
     "friendly_sam": Recipe(

@@ -19,6 +19,7 @@ def step_metrics(record: Mapping[str, Any], numels: Sequence[int]) -> dict[str, 
         ascent_rise: Loss at the perturbed point minus loss at the weights: what SAM lives on.
         price: FLOPs of the step, a step of AdamW being 1.
         perturbation_norm, perturbation_projection: As measured; 1 for the projection where all of ε arrived.
+        mask_density: Share of the perturbed arms' elements that the mask let move.
         active_share: Share of the arms' parameters that were active, in [0, 1].
         selection_entropy: Of the inclusion probabilities, 1 where all arms are equally likely, 0 where one is certain.
         ascent_seconds, descent_seconds: Wall-clock time of each pass on this rank, its reduction included.
@@ -39,6 +40,8 @@ def step_metrics(record: Mapping[str, Any], numels: Sequence[int]) -> dict[str, 
         if record["perturbation_projection"] is not None:  # also perturbed along a direction that needs no ascent pass
             metrics["perturbation_norm"] = record["perturbation_norm"]
             metrics["perturbation_projection"] = record["perturbation_projection"]
+        if record.get("mask_density") is not None:
+            metrics["mask_density"] = record["mask_density"]
     return {PREFIX + name: value for name, value in metrics.items()}
 
 

@@ -158,6 +158,9 @@ def _perturbation_facts(history: RunHistory) -> list[Fact]:
         if num_perturbed < len(history) - history.skipped.sum():
             note += f", in the {num_perturbed:,} of {len(history):,} steps that perturbed them"
         facts.append(Fact("Perturbation", f"{projection:.3f}", note))
+    density = mean(history.mask_density)
+    if not np.isnan(density):
+        facts.append(Fact("Mask", f"{100 * density:.1f}%", "of the perturbed layers' weights moved"))
     if not np.isnan(rise):
         facts.append(Fact("Rise of the loss", f"{100 * rise:+.2g}%", "at the perturbed weights, in the median step"))
     return facts

@@ -14,8 +14,10 @@ from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, iterate_steps
 
 Floats = NDArray[np.floating[Any]]
 
-_NUMBERS = ("loss", "ascent_loss", "rho", "perturbation_norm", "perturbation_projection", "price", "seconds")
-_NEWER = ("price",)  # records of 0.1.0 lack it
+_NUMBERS = (
+    "loss", "ascent_loss", "rho", "perturbation_norm", "perturbation_projection", "mask_density", "price", "seconds",
+)  # fmt: skip
+_OPTIONAL = ("price", "mask_density")  # records of 0.1.0 lack the one, those of runs without a mask the other
 
 
 class RecordsError(ValueError):
@@ -40,6 +42,7 @@ class RunHistory:
         rho: Radius asked for.
         perturbation_norm: Radius reached.
         perturbation_projection: Share of the perturbation that reached the weights.
+        mask_density: Share of the perturbed layers' elements that the mask let move.
         price: FLOPs relative to a step of AdamW.
         seconds: Wall-clock time.
     """
@@ -57,6 +60,7 @@ class RunHistory:
     rho: Floats
     perturbation_norm: Floats
     perturbation_projection: Floats
+    mask_density: Floats
     price: Floats
     seconds: Floats
 
@@ -176,7 +180,7 @@ class _Row:
             probabilities=probabilities,
             grad_norms=grad_norms,
             skipped=bool(record["skipped"]),
-            numbers=tuple(_number(record.get(name) if name in _NEWER else record[name]) for name in _NUMBERS),
+            numbers=tuple(_number(record.get(name) if name in _OPTIONAL else record[name]) for name in _NUMBERS),
         )
 
 

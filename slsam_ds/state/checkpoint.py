@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,20 @@ class TorchCheckpoint:
         engine: Knows the ranks.
         model: Plain or sharded by FSDP2.
         optimizer: Its torch optimizer.
-        kept: What the ascent direction keeps in the optimizer's state: see `Direction.kept`.
+        kept: What the optimizer's state holds besides its own: see `Direction.kept`.
+        unpack: Called to put what waits elsewhere into the optimizer's state.
     """
 
     def __init__(
-        self, engine: Engine, model: nn.Module, optimizer: torch.optim.Optimizer, kept: Mapping[str, torch.dtype]
+        self,
+        engine: Engine,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        kept: Mapping[str, torch.dtype],
+        unpack: Callable[[], None],
     ) -> None:
-        self._engine, self._model, self._optimizer, self._kept = engine, model, optimizer, kept
+        self._engine, self._model, self._optimizer = engine, model, optimizer
+        self._kept, self._unpack = kept, unpack
 
     def save(self, folder: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         """Called by every rank.
@@ -105,6 +112,7 @@ class TorchCheckpoint:
         from slsam_ds.engines.torch_checkpoint import complete_state
 
         complete_state(self._optimizer, also=self._kept)
+        self._unpack()
 
 
 def save_random_state(engine: Engine, folder: Path) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Shard
 
 from slsam_ds import SLSAMConfig, StepResult
 from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.directions import random as random_direction
+from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
+from slsam_ds.protocol import ALWAYS
 from slsam_ds.schedules import SCHEDULES
-from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error
+from tests.distributed.training import ADAMW, ALSO_OFFLOADED, ALSO_ZERO0, ALSO_ZERO1, Setup, Training, max_error, slow
 from tests.models import arms_of_llama, window
 from tests.ranks import run_on_ranks
 from tests.reference import Reference
@@ -107,6 +110,13 @@ CASES: Mapping[str, Case] = {
     "by layer": Case(slsam={"metric": "by_layer"}, choices=FEW),
     "friendly": Case(slsam={"ascent_source": "friendly", "offload_state": True}, choices=AGAIN, accumulation=2),
     "friendly and adaptive": Case(slsam={"ascent_source": "friendly", "metric": "adaptive"}, choices=AGAIN),
+    "fisher": Case(slsam={"mask": "fisher", "mask_every": 2}, choices=AGAIN, accumulation=2),
+    "fisher and adaptive": Case(
+        slsam={"mask": "fisher", "mask_every": 1, "mask_density": 0.2, "metric": "adaptive", "rho": 1.0}, choices=AGAIN
+    ),
+    "fisher, previous": Case(slsam={"mask": "fisher", "ascent_source": "previous", "mask_every": 1}, choices=AGAIN),
+    "dynamic": Case(slsam={"mask": "dynamic", "mask_every": 2, "offload_state": True}, choices=[*AGAIN, (ALL, (3,))]),
+    "dynamic, most elements": Case(slsam={"mask": "dynamic", "mask_every": 1, "mask_density": 0.9}, choices=AGAIN),
     "the last steps": Case(slsam={"ascend_when": {"last": 0.4}}, choices=FEW),
     "steps drawn at random": Case(slsam={"ascend_when": {"probability": 0.5}}, choices=FEW),
     "every second step": Case(slsam={"ascend_when": {"every": 2}}, choices=FEW[:4]),
@@ -121,6 +131,7 @@ EVERY_KNOB = {
     "metric": METRICS,
     "descend_along": COMBINATIONS,
     "ascend_when": SCHEDULES,
+    "mask": MASKS,
 }
 """Knobs whose values are members, each a file of its own."""
 
@@ -130,6 +141,7 @@ def test_every_member_has_a_case(knob: str) -> None:
     """A new direction, metric, combination or schedule comes with a plain reference, or this fails."""
     default = getattr(SLSAMConfig(), knob)
     values = [case.slsam.get(knob, default) for case in CASES.values()]
+    values = [value for value in values if value is not None]
     assert {value if isinstance(value, str) else next(iter(value)) for value in values} == set(EVERY_KNOB[knob])
 
 
@@ -148,6 +160,10 @@ def expected(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         drawn=instead_of_a_draw,
         metric=case.slsam.get("metric", "euclidean"),
         descend_along=case.slsam.get("descend_along", "perturbed"),
+        mask=case.slsam.get("mask"),
+        mask_density=case.slsam.get("mask_density", 0.5),
+        mask_every=case.slsam.get("mask_every", 100),
+        total_steps=len(case.choices),
         **ADAMW,
     )
     results: list[dict[str, Any]] = []
@@ -174,7 +190,7 @@ def train(engine: str, names: Sequence[str]) -> dict[str, tuple[dict[str, Tensor
     random_direction.normal = lambda piece, seed: instead_of_a_draw(piece.master).to(piece.weight.device)
     for name in names:
         case = CASES[name]
-        training = Training(case.setup(engine), **({"total_steps": len(case.choices)} if "last" in name else {}))
+        training = Training(case.setup(engine), total_steps=len(case.choices))
         results = []
         for step, (perturbed, updated) in enumerate(case.choices, start=1):
             before = training.live_weights()
@@ -202,6 +218,7 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
                 assert result.active == updated
                 assert result.perturbed == (perturbed if climbs else ())
                 assert result.rho == (case.slsam.get("rho", 0.05) if climbs else 0.0)
+                assert result.mask_density == (pytest.approx(reference["mask_density"]) if climbs else None)
                 assert result.loss == pytest.approx(reference["loss"], abs=1e-5), (name, step)
                 offset = 1 if "other_parameters" in case.slsam else 0
                 there = {arm: reference["grad_norms"][arm + offset] for arm in updated}
@@ -212,3 +229,49 @@ def test_every_choice_follows_the_reference(engine: str) -> None:
                         assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
                 else:
                     assert result.ascent_loss is None
+
+
+def misplaced(setup: Setup) -> tuple[int, int]:
+    """How many elements an engine numbers otherwise than the model has them; how many more than there are."""
+    training = Training(setup)
+    slsam, weights = training.slsam, training.weights()
+    layers = slsam.layers
+    names = [name for layer in layers for name, _ in layer.parameters] + [name for name, _ in layers.always]
+    flat = torch.cat([weights[name].flatten() for name in names])
+    arms = [*range(len(layers)), *([ALWAYS] if layers.always else [])]
+    counts = torch.zeros(2, dtype=torch.int64)
+    for piece in slsam.engine.pieces(arms):
+        runs = slsam.engine.runs(piece)
+        for run in runs:
+            here = piece.master[run.start : run.start + run.numel].float()
+            counts[0] += int((here != flat[run.number : run.number + run.numel]).sum())
+        counts[1] += sum(run.numel for run in runs) if piece.owner == training.rank else 0
+    mistakes, counted = slsam.engine.ranks.all_reduce(counts).tolist()
+    return mistakes, counted - len(flat)
+
+
+@pytest.mark.parametrize("num_ranks", [slow(2), 3])
+@pytest.mark.parametrize(
+    "engine", [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", slow("zero3"), *ALSO_OFFLOADED]
+)
+def test_every_engine_gives_the_elements_the_same_numbers(engine: str, num_ranks: int) -> None:
+    for other_parameters in ("arms", "always"):
+        setup = Setup(engine=engine, slsam={"other_parameters": other_parameters})
+        assert run_on_ranks(num_ranks, misplaced, setup) == [(0, 0)] * num_ranks
+
+
+def columns(parameter: Tensor) -> Shard | None:
+    """Where `fully_shard` cuts it."""
+    return Shard(1) if parameter.ndim == 2 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"fsdp": {"shard_placement_fn": columns}}, {"replicas": 2}], ids=str)
+def test_numbers_of_shards_that_are_columns_or_replicas(settings: dict[str, Any]) -> None:
+    assert run_on_ranks(4, misplaced, Setup(engine="fsdp2", **settings)) == [(0, 0)] * 4
+
+
+@pytest.mark.slow
+def test_numbers_of_partitions_in_another_order() -> None:
+    deepspeed = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    assert run_on_ranks(3, misplaced, Setup(engine="zero2", deepspeed=deepspeed)) == [(0, 0)] * 3

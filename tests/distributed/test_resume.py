@@ -53,10 +53,10 @@ def load(training: Training, folder: str) -> None:
 
 
 def train(
-    setup: Setup, folder: str, samples: Sequence[Sequence[int] | None], resumed: bool, own_data: bool = False
+    setup: Setup, folder: str, samples: Sequence[Any], resumed: bool, own_data: bool = False
 ) -> tuple[dict[str, Tensor], list[tuple[int, ...]], dict[str, Any]]:
     """The whole run, which saves half way; or its second half, from there. On every rank the same data, or its own."""
-    training = Training(setup)
+    training = Training(setup, total_steps=len(samples))
     if resumed:
         load(training, folder)
     active = []
@@ -64,7 +64,8 @@ def train(
         if resumed and step <= HALF:
             continue
         batches = window(step, training.rank if own_data else 0, setup.accumulation)
-        active.append(training.step(batches, active=sample).active)
+        forced = sample if isinstance(sample, dict) else {"active": sample}
+        active.append(training.step(batches, **forced).active)
         if step == HALF and not resumed:
             save(training, folder)
     return training.weights(), active, training.slsam.state_dict()
@@ -115,6 +116,18 @@ def test_resume_takes_along_what_a_direction_keeps(direction: str, engine: str, 
     setup = Setup(engine=engine, slsam={"ascent_source": direction})
     error, _, _ = resumed_by(num_ranks, setup, tmp_path)
     assert error <= (0.0 if num_ranks == 2 else TOLERANCE)
+
+
+@pytest.mark.parametrize("num_ranks", [slow(1), slow(2), 3])
+@pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, "zero2", slow("zero3"), slow("fsdp2"), *ALSO_OFFLOADED])
+@pytest.mark.parametrize("mask", [slow("fisher"), "dynamic"])
+def test_resume_takes_masks_along(mask: str, engine: str, num_ranks: int, tmp_path: Path) -> None:
+    """Also those of layers that were never updated, which have no other state: all are perturbed, in every step."""
+    setup = Setup(engine=engine, slsam={"mask": mask, "mask_every": 3, "offload_state": mask == "dynamic"})
+    choices = [{"perturbed": range(6), "updated": sample} for sample in SAMPLES]
+    error, whole, resumed = resumed_by(num_ranks, setup, tmp_path, choices)
+    assert error <= (0.0 if num_ranks == 2 else TOLERANCE)
+    assert resumed[1]["masks"] == whole[1]["masks"] == dict.fromkeys("012345", 7)
 
 
 def through_stock_checkpoint(setup: Setup, folder: str) -> float:

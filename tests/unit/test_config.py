@@ -59,6 +59,13 @@ BAD_VALUES = [
     ("ascent_fraction", "all", '"all"', "expected a number"),
     ("ascent_source", "next", '"next"', 'expected one of "current", "previous", "momentum", "friendly", "random"'),
     ("ascent_source", 1, "1", "expected a name"),
+    ("mask", "random", '"random"', 'expected one of "fisher", "dynamic", or null'),
+    ("mask", 1, "1", "expected a name or null"),
+    ("mask_density", 0, "0", "choose a number in (0, 1]"),
+    ("mask_density", 1.5, "1.5", "choose a number in (0, 1]"),
+    ("mask_density", math.nan, "NaN", "choose a number in (0, 1]"),
+    ("mask_every", 0, "0", "choose a whole number of steps ≥ 1"),
+    ("mask_every", 0.5, "0.5", "expected an integer"),
     ("ascend_when", "often", '"often"', SCHEDULES),
     ("ascend_when", {"every": 0}, '{"every": 0}', SCHEDULES),
     ("ascend_when", {"every": 1.5}, '{"every": 1.5}', SCHEDULES),
@@ -103,6 +110,10 @@ ACCEPTED = [
     ("ascent_fraction", 0.25),
     ("ascent_source", "previous"),
     ("ascent_source", "momentum"),
+    ("mask", "fisher"),
+    ("mask", "dynamic"),
+    ("mask_density", 1),
+    ("mask_every", 1),
     ("ascend_when", {"every": 4}),
     ("ascend_when", {"last": 0.25}),
     ("ascent_source", "friendly"),
@@ -229,6 +240,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "ascent_fraction": 1.0,
         "ascent_source": "current",
         "metric": "euclidean",
+        "mask": None,
+        "mask_density": 0.5,
+        "mask_every": 100,
         "ascend_when": "always",
         "descend_along": "perturbed",
         "budget": None,
@@ -252,6 +266,34 @@ def test_a_config_is_frozen() -> None:
     config.to_dict()["layers"].append("b")
     assert config.layers == ("a",)
     assert hash(config) == hash(SLSAMConfig(layers=("a",)))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"mask": "dynamic", "rho": 0}, 'mask="dynamic": with rho=0 there is no perturbation to mask; use null, or'),
+        (
+            {"mask": "fisher", "ascent_scope": "rank"},
+            'ascent_scope="rank": mask="fisher" is one mask for all ranks; use',
+        ),
+        (
+            {"mask": "fisher", "ascent_source": "momentum"},
+            'ascent_source="momentum": mask="fisher" goes by squared gradients; use one of "current", "previous", '
+            '"friendly", or mask="dynamic"',
+        ),
+    ],
+)
+def test_a_mask_of_nothing_is_refused(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"slsam.{sentence}")) as caught:
+        SLSAMConfig(**knobs)
+    assert "\n" not in str(caught.value)
+
+
+def test_masks_go_with_what_they_can_mask() -> None:
+    for source in ("current", "previous", "friendly"):
+        SLSAMConfig(mask="fisher", ascent_source=source)
+    for more in ({"ascent_source": "momentum"}, {"granularity": "tensor", "perturb": "norm_layers"}, {"budget": 1.0}):
+        SLSAMConfig(mask="dynamic", **more)
 
 
 # From a block

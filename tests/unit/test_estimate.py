@@ -227,6 +227,16 @@ def test_a_direction_costs_what_it_runs_and_keeps() -> None:
     assert previous.memory["optimizer"].mean == pytest.approx(momentum.memory["optimizer"].mean + per_rank)
 
 
+def test_a_mask_is_a_bit_for_each_weight_and_costs_nothing_else() -> None:
+    counted, setup = counted_llama(), RunSetup(engine="zero2", world_size=4)
+    plain, masked = (
+        compare(counted, setup, SLSAMConfig(selector="uniform", active_layers=2, **knobs))[-1]
+        for knobs in ({}, {"mask": "fisher", "ascend_when": {"every": 1}})
+    )
+    assert masked.price == plain.price
+    assert masked.memory["optimizer"].mean == pytest.approx(plain.memory["optimizer"].mean + counted.trained / 8 / 4)
+
+
 def test_a_renormalised_descent_costs_no_more() -> None:
     """It reads the norm of the ascent gradient, which the ascent has found of all that is updated."""
     counted = counted_llama()

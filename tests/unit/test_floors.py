@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
 ENTRIES = {"estimate/__main__", "recipes/__main__", "run"}  # thin, like launch/: what they run is in cli
 COMPOSITION = {"__init__", "assembly", "initialization", "slsam", "state/checkpoint", "stock_loop"}
-CHOICES = {"combinations", "directions", "metrics", "recipes", "schedules", "selectors"}
+CHOICES = {"combinations", "directions", "masks", "metrics", "recipes", "schedules", "selectors"}
 PURE_ROOMS = CHOICES | {"model", "pricing", "records", "state"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
 

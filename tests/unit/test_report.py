@@ -105,6 +105,12 @@ def test_a_step_that_did_not_climb_shows_its_loss_and_no_rise() -> None:
     np.testing.assert_allclose(loss_rises(history), [0.05, np.nan], rtol=1e-9)
 
 
+def test_a_mask_is_told_where_there_was_one() -> None:
+    masked = history_of(make_step(1, mask_density=1.0), make_step(2, mask_density=0.5))
+    assert "Mask: 75.0% of the perturbed layers' weights moved" in map(str, run_facts(masked))
+    assert "Mask" not in {fact.label for fact in run_facts(history_of(make_step(1)))}
+
+
 def test_layers_that_are_perturbed_and_not_updated_are_told_apart() -> None:
     figures = pytest.importorskip("slsam_ds.report.figures", exc_type=ImportError)
     alike = history_of(make_step(1), make_step(2, **NOT_CLIMBED, perturbed=[]))

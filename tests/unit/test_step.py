@@ -68,7 +68,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> HostReads:
 def trained(**settings: Any) -> SLSAM:
     model: nn.Module = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # AdamW reads its step counters, which are on the host
-    return SLSAM(model, optimizer, SLSAMConfig(active_layers=2, **settings), max_grad_norm=1.0)
+    return SLSAM(model, optimizer, SLSAMConfig(active_layers=2, **settings), max_grad_norm=1.0, total_steps=8)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,8 @@ def trained(**settings: Any) -> SLSAM:
         {"ascent_source": "previous"},
         {"descend_along": "renormalised"},
         {"ascend_when": {"every": 2}},
+        {"mask": "fisher", "mask_every": 2},
+        {"mask": "dynamic", "mask_every": 2},
     ],
     ids=str,
 )

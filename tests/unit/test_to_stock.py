@@ -12,10 +12,13 @@ from slsam_ds.model.given_groups import GIVEN
 
 BETAS = (0.9, 0.99)
 SETTINGS = {"lr": 0.1, "betas": BETAS, "weight_decay": 0.0}
-STATES = {  # of three layers of three weights each; the last was never updated
+STATES = {  # of three layers of three weights each; the last was never updated, and has a mask all the same
     0: {"step": torch.tensor(5.0), "exp_avg": torch.tensor([1.0, 2, 3, 0]), "exp_avg_sq": torch.tensor([4.0, 5, 6, 0])},
     1: {"step": torch.tensor(2.0), "exp_avg": torch.tensor([7.0, 8, 9, 0]), "exp_avg_sq": torch.tensor([1.0, 2, 3, 0])},
+    2: {"step": torch.tensor(0.0)},
 }
+for _state in STATES.values():
+    _state["slsam_mask"] = torch.tensor([1, 0, 1, 0], dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def test_layers_get_one_step_counter_and_moments_that_mean_the_same(checkpoint: 
     base = saved["base_optimizer_state"]
     assert base["param_groups"] == [{**SETTINGS, "params": [0]}]
     (state,) = base["state"].values()
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert state["step"] == 5
     for key, beta in zip(("exp_avg", "exp_avg_sq"), BETAS, strict=True):
         corrected = state[key] / (1 - beta**5)

@@ -269,7 +269,8 @@ def _stage(engine: DeepSpeedEngine) -> int:
     return 3 if engine.zero_optimization_partition_weights() else 2
 
 
-def _layout_of(engine: DeepSpeedEngine) -> Layout:
+def layout_of(engine: DeepSpeedEngine) -> Layout:
+    """How ZeRO cuts the optimizer's groups here."""
     zero: Any = engine.optimizer
     shapes, num_ranks = engine._get_zero_param_shapes(), engine.seq_dp_world_size
     if _stage(engine) == 3:
@@ -288,7 +289,7 @@ def _cut_anew(engine: DeepSpeedEngine, shapes: Shapes, saved: Sequence[Mapping[s
         rank: This one.
     """
     zero: Any = engine.optimizer
-    layout, there = _layout_of(engine), Layout.saved(saved, shapes)
+    layout, there = layout_of(engine), Layout.saved(saved, shapes)
     own = cut_anew(saved, there, layout, rank)
     if layout.paddings is not None:
         own[PADDINGS] = layout.paddings

@@ -164,14 +164,15 @@ def _in_step(file: Mapping[str, Any], stage: int, sources: Sequence[Sequence[int
     state, settings = optimizer["state"], settings_by_group(optimizer)
     result: dict[int, dict[str, Any]] = {}
     for own in sources:
-        stepped = [state[group] for group in own if group in state]
+        held = {group: _own_state(state.get(group, {})) for group in own}
+        stepped = [values for values in held.values() if values]
         if not stepped:
             continue
         latest = max(stepped, key=lambda values: float(values.get("step", 0)))
         for group in own:
             master = file[MASTERS[stage]][group]
-            before = state.get(group) or {key: _beginning(value, master) for key, value in latest.items()}
-            after = {key: value for key, value in before.items() if not key.startswith("slsam_")}
+            before = held[group] or {key: _beginning(value, master) for key, value in latest.items()}
+            after = dict(before)
             if "step" in latest:
                 after["step"] = latest["step"]
                 for key, beta in _MOMENTS.items():
@@ -181,6 +182,12 @@ def _in_step(file: Mapping[str, Any], stage: int, sources: Sequence[Sequence[int
                         after[key] = before[key] * ratio
             result[group] = after
     return result
+
+
+def _own_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the optimizer's own of it; nothing, where a mask alone was saved, with a step counter for it."""
+    own = {key: value for key, value in state.items() if not key.startswith("slsam_")}
+    return own if own.keys() - {"step"} else {}
 
 
 def _beginning(value: Any, master: Tensor) -> Any:

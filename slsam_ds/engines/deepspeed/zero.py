@@ -6,6 +6,7 @@ the sampled groups exist: what is not sampled is neither sent, nor zero-filled, 
 """
 
 import contextlib
+import functools
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,12 +17,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from slsam_ds.engines.arms import SwitchesArms
+from slsam_ds.engines.deepspeed.checkpoint import layout_of
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed, overlaid
 from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_of
+from slsam_ds.engines.placement import runs_within
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.protocol import ALWAYS, Piece, Shard
+from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 from slsam_ds.tally import local_sq_norms
 
 
@@ -62,6 +65,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
         self._group_dicts = internals.group_dicts(offloaded=self._offloaded)
         self._members: Sequence[Sequence[nn.Parameter]] = self._find_members()
         self._groups_of = self._groups_by_arm(layer_map)
+        self._numbers = layer_map.numbers()
         self._start_with(self._groups_of)
         self.device = torch.device(engine.device)
         share_deadline(self._zero.dp_process_group, self.device)
@@ -99,6 +103,9 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     def pieces(self, arms: Collection[int]) -> list[Piece]:
         return [piece for arm in sorted(arms) for group in self._groups_of[arm] for piece in self._pieces(arm, group)]
+
+    def runs(self, piece: Piece) -> list[Run]:
+        return runs_within(self._runs_of_stepped[piece.stepped], piece)
 
     def scale_gradients(self, factor: float) -> None:
         if factor == 1:
@@ -146,6 +153,27 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     @abstractmethod
     def _reduce_held(self) -> None:
         """Reduce the gradients that are on the parameters of all groups there are, as DeepSpeed's hooks would."""
+
+    @functools.cached_property
+    def _runs_of_stepped(self) -> dict[Tensor, list[Run]]:
+        """Where this rank's partitions are in the model, by the partition."""
+        layout, rank = layout_of(self._engine), self.ranks.rank
+        numbers = {
+            name: self._numbers[parameter]
+            for parameter, name in self._engine.param_names.items()
+            if parameter in self._numbers
+        }
+        return {
+            stepped: [
+                Run(fragment.offset, numbers[fragment.name] + fragment.start, fragment.stop - fragment.start)
+                for fragment in layout.fragments(group, rank)
+            ]
+            for group, stepped in enumerate(self._partitions())
+        }
+
+    @abstractmethod
+    def _partitions(self) -> Sequence[Tensor]:
+        """What the inner optimizer steps, of every group."""
 
     @abstractmethod
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:

@@ -102,6 +102,9 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
                     zero.reduce_ready_partitions_and_remove_grads(parameter, group)
         zero.overlapping_partition_gradients_reduce_epilogue()
 
+    def _partitions(self) -> Sequence[Tensor]:
+        return self._zero.single_partition_of_fp32_groups
+
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
         weight = self._zero.parallel_partitioned_bit16_groups[group][self.ranks.rank]
         master = self._zero.single_partition_of_fp32_groups[group]

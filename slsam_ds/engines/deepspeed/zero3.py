@@ -137,6 +137,9 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
                     zero.reduce_ready_partitions_and_remove_grads(parameter)
         zero.independent_gradient_partition_epilogue()
 
+    def _partitions(self) -> Sequence[Tensor]:
+        return self._zero.fp32_partitioned_groups_flat
+
     def _pieces(self, arm: int, group: int) -> Iterator[Piece]:
         stepped = self._zero.fp32_partitioned_groups_flat[group]
         master = stepped.detach()
