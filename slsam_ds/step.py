@@ -81,6 +81,7 @@ def take_step(
     """
     passes = Passes(engine, plan, window, begin_pass, prefix, sizes)
     step = _Step(engine, plan, passes, direction, metric, mask, share_of_ascent=combination.share_of_ascent)
+    direction.start()
     with _left_clean(engine):
         engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
         for part in step.passes.parts():
@@ -108,8 +109,9 @@ def take_step(
             skip=bad is not None,
         )
         if updated:
-            direction.keep()
-            if mask is not None and numbers.all_finite("ascent_loss", "ascent_sq_norms"):
+            ascent_is_finite = numbers.all_finite("ascent_loss", "ascent_sq_norms")
+            direction.keep(ascent_is_finite=ascent_is_finite)
+            if mask is not None and ascent_is_finite:
                 mask.keep(plan.step)
     return step.result(numbers, bad, updated=updated)
 

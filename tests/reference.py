@@ -30,7 +30,7 @@ class Reference:
     weight_decay: float = 0.1
     clip: float = 0.0
     # "previous" (what a layer last descended along, in bf16), "momentum", "friendly" (less its running mean, in bf16),
-    # "random" (what `drawn` says)
+    # "random"
     direction: str = "current"
     metric: str = "euclidean"  # or "adaptive", "preconditioned", "by_layer"
     descend_along: str | dict = "perturbed"  # or "renormalised", or {"mixed": a}
@@ -41,13 +41,18 @@ class Reference:
     masks: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # by arm, from its latest refresh on
     masked_in: dict[int, int] = field(default_factory=dict)
     num_steps: int = 0
-    drawn: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like
     means: Tensors = field(default_factory=dict)
     previous: dict[str, tuple[torch.Tensor, float]] = field(default_factory=dict)
     moments: dict[str, tuple[torch.Tensor, torch.Tensor, int]] = field(default_factory=dict)
 
     def names(self, arms: Sequence[int]) -> list[str]:
         return [name for arm in arms for name in self.arms[arm]]
+
+    def starts(self) -> dict[str, int]:
+        """Number of the first element of each parameter in the model."""
+        names = self.names(range(len(self.arms)))
+        numels = (self.model.get_parameter(name).numel() for name in names)
+        return dict(zip(names, itertools.accumulate(numels, initial=0), strict=False))
 
     def gradient(self, names: Sequence[str], batches: Batches) -> tuple[Tensors, float]:
         parameters = dict(self.model.named_parameters())
@@ -71,7 +76,15 @@ class Reference:
             moments = {name: self.moments[name][0] for name in names if name in self.moments}
             return moments, norm_of(moments), 0.0
         if self.direction == "random":
-            drawn = {name: self.drawn(dict(self.model.named_parameters())[name].detach()) for name in names}
+            starts, key, drawn = self.starts(), key_of(0, self.num_steps), {}
+            for name in names:
+                like = self.model.get_parameter(name)
+                first, second = (
+                    bits_of(starts[name] + torch.arange(like.numel()), key_of(key, which)).double() / 2**30
+                    for which in (0, 1)
+                )
+                z = (-2 * (first + 2**-30).log()).sqrt() * (2 * math.pi * second).cos()
+                drawn[name] = z.float().view_as(like)
             return drawn, norm_of(drawn), 0.0
         ascent, loss = self.gradient(names, batches)
         if self.direction == "friendly":
@@ -106,8 +119,8 @@ class Reference:
         """Epsilon, where the mask lets it be, and the share of it; then the mask for the steps to come."""
         if self.mask is None or not epsilon:
             return epsilon, None
-        numels = {name: self.model.get_parameter(name).numel() for name in self.names(range(len(self.arms)))}
-        starts = dict(zip(numels, itertools.accumulate(numels.values(), initial=0), strict=False))
+        starts = self.starts()
+        numels = {name: self.model.get_parameter(name).numel() for name in starts}
         arms = [arm for arm in perturbed if self.arms[arm][0] in epsilon]
         names = self.names(arms)
         numbers = torch.cat([starts[name] + torch.arange(numels[name]) for name in names])
@@ -116,7 +129,9 @@ class Reference:
             for name in self.arms[arm]:
                 at_first = torch.ones(numels[name], dtype=torch.bool)
                 if self.mask == "dynamic":
-                    at_first = bits_of(starts[name] + torch.arange(numels[name]), 0) < round(self.mask_density * 2**30)
+                    at_first = bits_of(starts[name] + torch.arange(numels[name]), key_of(0, 0)) < round(
+                        self.mask_density * 2**30
+                    )
                 moves[name] = self.masks.get(arm, {}).get(name, at_first)
         active = torch.cat([moves[name] for name in names])
         if any(self.num_steps - self.masked_in.get(arm, -self.mask_every) >= self.mask_every for arm in arms):
@@ -130,7 +145,7 @@ class Reference:
                 share = 0.25 * (1 + math.cos(math.pi * (self.num_steps - 1) / self.total_steps))
                 stay = count - min(round(share * count), len(active) - count)
                 chosen = largest(torch.where(active, size, -1.0), min(stay, int(active.sum())))
-                chance = bits_of(numbers, self.num_steps) + torch.where(active, 0, 2**30)
+                chance = bits_of(numbers, key_of(0, self.num_steps)) + torch.where(active, 0, 2**30)
                 chosen |= largest(torch.where(chosen, -1, chance), count - int(chosen.sum()))
             parts = dict(zip(names, chosen.split([numels[name] for name in names]), strict=True))
             for arm in arms:
@@ -223,10 +238,13 @@ def largest(values: torch.Tensor, count: int) -> torch.Tensor:
     return chosen
 
 
-def bits_of(numbers: torch.Tensor, step: int) -> torch.Tensor:
-    """SplitMix64's mixing function, with seed 0: 30 bits for each number."""
-    digest = hashlib.blake2b(repr((0, step)).encode(), digest_size=8).digest()
-    mixed = numbers.numpy().astype(np.uint64) + np.uint64(int.from_bytes(digest, "little") >> 1)
+def key_of(*parts: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def bits_of(numbers: torch.Tensor, key: int) -> torch.Tensor:
+    """SplitMix64's mixing function: 30 bits for each number."""
+    mixed = numbers.numpy().astype(np.uint64) + np.uint64(key)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((mixed ^ (mixed >> np.uint64(31))) & np.uint64(2**30 - 1)).astype(np.int64))

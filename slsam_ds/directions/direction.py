@@ -53,8 +53,16 @@ class Direction:
             sq_norms: Its squared norm by arm, over all ranks, not scaled.
         """
 
-    def keep(self) -> None:
-        """The optimizer has stepped: what `observe` saw counts from here on."""
+    def start(self) -> None:
+        """A step begins: what an earlier one, which was skipped or raised, has left pending is dropped."""
+
+    def keep(self, *, ascent_is_finite: bool) -> None:
+        """The optimizer has stepped: what `climb` and `observe` saw counts from here on.
+
+        Args:
+            ascent_is_finite: So were the numbers of the ascent. A step is taken without, where its part of the window
+                has no labels.
+        """
 
     def claims(self) -> Any:
         """What of its state the ranks must agree on; anything with a `repr`."""

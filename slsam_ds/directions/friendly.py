@@ -37,7 +37,6 @@ class Friendly(Direction):
     def climb(self, arms: tuple[int, ...], ascent: Gradient | None, *, seed: int) -> Gradient | None:
         assert ascent is not None
         engine = self._engine
-        self._mean.start()
         shards = []
         for shard in ascent.shards:
             piece, gradient = shard.piece, shard.gradient.float() / ascent.loss_scale
@@ -54,5 +53,9 @@ class Friendly(Direction):
     def observe(self, descent: Gradient, sq_norms: Mapping[int, float]) -> None:
         self._updated = {shard.piece.stepped for shard in descent.shards}
 
-    def keep(self) -> None:
-        self._mean.keep(self._updated)
+    def start(self) -> None:
+        self._mean.start()
+
+    def keep(self, *, ascent_is_finite: bool) -> None:
+        if ascent_is_finite:
+            self._mean.keep(self._updated)

@@ -53,7 +53,7 @@ class PreviousGradients(Direction):
             scaled = descent.loss_scale != 1
             self._kept.put(shard.piece, shard.gradient / descent.loss_scale if scaled else shard.gradient)
 
-    def keep(self) -> None:
+    def keep(self, *, ascent_is_finite: bool) -> None:
         self._kept.keep()
         self.sq_norms.update(self._pending_sq_norms)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from slsam_ds.gradient import Gradient
 from slsam_ds.masks.bits import KeptBits
 from slsam_ds.masks.selection import Choose, Part, Parts
+from slsam_ds.numbering import numbers_of
 from slsam_ds.protocol import Engine, Piece, Shard
 from slsam_ds.shards import local_elements
 
@@ -173,24 +174,14 @@ class Mask(ABC):
                 yield Part(
                     start=piece.offset + start,
                     gradient=gradient[start:stop],
-                    numbers=self._numbers(piece, start, stop, gradient.device),
+                    numbers=numbers_of(self._engine, piece, start, stop, gradient.device),
                     moves=functools.partial(self._moves, piece, start, stop, gradient.device),
                     counted=piece.owner == rank,
                 )
 
     def _moves(self, piece: Piece, start: int, stop: int, device: torch.device) -> Tensor:
         bits = self._bits.get(piece, start, stop, device)
-        return bits if bits is not None else self.first(self._numbers(piece, start, stop, device))
-
-    def _numbers(self, piece: Piece, start: int, stop: int, device: torch.device) -> Tensor:
-        """Of some elements of a piece, in the model; -1 for padding. int64."""
-        numbers = torch.full((stop - start,), -1, dtype=torch.int64, device=device)
-        for run in self._engine.runs(piece):
-            first, last = max(run.start, start), min(run.start + run.numel, stop)
-            if first < last:
-                number = run.number + first - run.start
-                torch.arange(number, number + last - first, out=numbers[first - start : last - start])
-        return numbers
+        return bits if bits is not None else self.first(numbers_of(self._engine, piece, start, stop, device))
 
 
 def magnitude(gradient: Tensor) -> Tensor:

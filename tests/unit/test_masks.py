@@ -15,7 +15,7 @@ from slsam_ds.masks.bits import pack, unpack
 from slsam_ds.masks.selection import Largest, Part, histogram
 from slsam_ds.rng import random_bits, seed_of
 from tests.models import tiny_decoder, window
-from tests.reference import bits_of, largest
+from tests.reference import bits_of, key_of, largest
 
 CPU: Any = SimpleNamespace(device=torch.device("cpu"), ranks=SimpleNamespace(all_reduce=lambda values: values))
 
@@ -81,7 +81,7 @@ def test_random_bits_are_those_of_the_number() -> None:
     assert found.max() < 2**30
     assert (found < 2**29).float().mean() == pytest.approx(0.5, abs=0.02)
     assert len(found.unique()) > 9_990
-    assert torch.equal(bits_of(numbers, 3), random_bits(numbers, seed_of(0, 3)))
+    assert torch.equal(bits_of(numbers, key_of(0, 3)), random_bits(numbers, seed_of(0, 3)))
 
 
 def trained(**knobs: Any) -> tuple[SLSAM, torch.optim.Optimizer]:

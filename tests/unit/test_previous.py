@@ -47,7 +47,7 @@ def test_pieces_may_be_cut_otherwise_and_padded() -> None:
     ]
     observe(previous, shards, {2: 55.0}, loss_scale=2.0)
     assert previous.arms == ()
-    previous.keep()
+    previous.keep(ascent_is_finite=True)
     recalled = recall(previous, [piece(2, stepped, 0, 1), piece(2, stepped, 1, 7)])
     assert previous.sq_norms == {2: 55.0}
     assert [shard.gradient.tolist() for shard in recalled] == [[1.0], [2.0, 3.0, 0.0, 4.0, 5.0, 0.0, 0.0]]
@@ -60,7 +60,7 @@ def test_it_is_kept_in_bf16_and_owns_its_memory() -> None:
     previous = previous_gradients(state, home=torch.device("cpu"))
     gradient = torch.ones(4, dtype=torch.bfloat16)
     observe(previous, [Shard(piece(0, stepped, 0, 4), gradient)], {0: 4.0}, loss_scale=1.0)
-    previous.keep()
+    previous.keep(ascent_is_finite=True)
     gradient.zero_()
     state[stepped][STATE_KEY] = state[stepped][STATE_KEY].float()  # as optimizers load it
     (shard,) = recall(previous, [piece(0, stepped, 0, 4)])
@@ -73,7 +73,7 @@ def test_an_arm_that_is_empty_on_this_rank() -> None:
     state[stepped] = {}
     previous = previous_gradients(state)
     observe(previous, [Shard(piece(1, stepped, 0, 0), torch.zeros(0))], {1: 9.0}, loss_scale=1.0)
-    previous.keep()
+    previous.keep(ascent_is_finite=True)
     (shard,) = recall(previous, [piece(1, stepped, 0, 0)])
     assert shard.gradient.numel() == 0
     assert previous.sq_norms == {1: 9.0}
