@@ -107,7 +107,8 @@ class SLSAMConfig:
 
     descend_along: str | dict[str, Any] = "perturbed"
     """What the update follows: "perturbed", the gradient h at the perturbed point; "renormalised": h with the norm of
-    the gradient g at the weights; {"mixed": a}: (1 - a) g + a h."""
+    the gradient g at the weights; {"mixed": a}: (1 - a) g + a h; {"corrected": c}: g of the whole window plus c (h - g)
+    of `ascent_fraction` of it."""
 
     budget: float | None = None
     """Expected price of a step, AdamW's on the same parameters being 1, in FLOPs; replaces `active_layers`."""
@@ -185,6 +186,9 @@ class SLSAMConfig:
             reason = "needs the gradient at the weights over the whole window and all ranks; use"
             _require(self, "descend_along", direction.needs_pass, f'{reason} ascent_source="current"')
             _require(self, "descend_along", self.ascent_scope == "global", f'{reason} ascent_scope="global"')
+        if combination.takes_part:
+            reason = 'corrects by a part of the window; use an ascent_fraction below 1, or {"mixed": a}'
+            _require(self, "descend_along", self.ascent_fraction < 1, reason)
         self._check_mask()
         self._check_spread()
 
@@ -280,6 +284,11 @@ class SLSAMConfig:
     def has_ascent_pass(self) -> bool:
         """Whether there are steps that begin with a forward and backward at the weights."""
         return self.rho > 0 and DIRECTIONS[self.ascent_source].needs_pass
+
+    @property
+    def descends_on_part(self) -> bool:
+        """Whether a step that ascends takes `ascent_fraction` of the window for the descent, and all for the ascent."""
+        return self.has_ascent_pass and read_choice(self.descend_along, COMBINATIONS)[0].takes_part
 
     @property
     def kept(self) -> dict[str, torch.dtype]:

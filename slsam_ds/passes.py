@@ -1,9 +1,10 @@
 """The forwards and backwards of a step: over the window, or over the part of it that the ascent takes."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Part:
     Attributes:
         start: Place in the window of its first micro-batch.
         num_left: Micro-batches of the window from there on.
-        descended: The micro-batches to descend on.
+        descended: The micro-batches to descend on: the first ones, where these are not all.
         climbed: What of them to climb on.
     """
 
@@ -64,8 +65,9 @@ class Passes:
     ) -> None:
         self._engine, self._plan, self._prefix = engine, plan, prefix
         self._window, self._climbed = window, _climbed_of(window, plan, sizes)
+        self._descended = _descended_of(window, plan)
         self._descend_on = begin_pass(window)
-        self._climb_on = begin_pass(self._climbed) if plan.ascent_fraction < 1 else self._descend_on
+        self._climb_on = begin_pass(self._climbed) if self._climbed is not window else self._descend_on
         # The comparison starts here and is awaited before the first gradient travels: it hides behind the passes.
         self._agreement = engine.ranks.agree(plan.claims, stop=plan.stop)
         self._reusable_everywhere: Callable[[], Sequence[bool]] | None = None
@@ -75,7 +77,7 @@ class Passes:
         """The parts of the window, in their order."""
         length = len(self._window)
         if self._plan.scope != "micro_batch":
-            return [Part(0, length, self._window, self._climbed)]
+            return [Part(0, len(self._descended), self._descended, self._climbed)]
         pairs = zip(self._window, self._climbed, strict=True)
         return [Part(place, length - place, [whole], [climbed]) for place, (whole, climbed) in enumerate(pairs)]
 
@@ -84,6 +86,15 @@ class Passes:
         kept_whole = all(one is other for one, other in zip(self._climbed, self._window, strict=False))
         around = self._prefix.kept if self._prefix is not None and kept_whole else _as_it_is
         return self._run(part.climbed, self._climb_on, around, start=part.start, num_left=len(part.climbed))
+
+    def ascend_first(self, part: Part) -> Tensor:
+        """The same on those micro-batches that are descended on."""
+        return self.ascend(replace(part, climbed=part.descended))
+
+    def ascend_rest(self, part: Part) -> Tensor:
+        """And on the others."""
+        rest = part.climbed[len(part.descended) :]
+        return self._run(rest, self._climb_on, _as_it_is, start=part.start + len(part.descended), num_left=len(rest))
 
     def descend(self, part: Part) -> Tensor:
         """Add the gradient at the weights as they are now to the window's. Returns the loss: likewise."""
@@ -143,11 +154,29 @@ class Passes:
 
 def _climbed_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) -> Sequence[Any]:
     """What of the window the ascent takes."""
-    if plan.ascent_fraction == 1:
+    if plan.ascent_fraction == 1 or plan.descends_on_part:
         return window
     num, share = ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch")
     size_of = dict(enumerate(sizes or ()))
     return [first_samples(window[place], share, size_of.get(place)) for place in range(num)]
+
+
+def _descended_of(window: Sequence[Any], plan: Plan) -> Sequence[Any]:
+    """What of the window the descent takes.
+
+    Raises:
+        ValueError: A part of it that is not so many whole micro-batches.
+    """
+    if not plan.descends_on_part:
+        return window
+    num, share = ascent_part(plan.ascent_fraction, len(window), of_each=False)
+    if not math.isclose(share, 1.0):
+        raise ValueError(
+            f'slsam.descend_along={{"corrected": ...}} with ascent_fraction={plan.ascent_fraction:g}: that is '
+            f"{plan.ascent_fraction * len(window):g} of the {len(window)} micro-batches of a step; choose a fraction "
+            "that is a whole number of them, or take more (gradient accumulation)"
+        )
+    return window[:num]
 
 
 @contextlib.contextmanager

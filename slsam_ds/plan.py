@@ -42,6 +42,7 @@ class Plan:
         rho: Perturbation radius; 0 = the step is not perturbed.
         scope: What the ascent gradient is averaged over.
         ascent_fraction: Share of the window's samples that it is averaged over, in (0, 1].
+        descends_on_part: The other way round: the ascent is on the whole window, and the descent on that share of it.
         rounding: How ε reaches low-precision weights.
         seed: Seed of the rounding noise.
         claims: What the ranks must agree on before anything travels.
@@ -59,6 +60,7 @@ class Plan:
     rho: float
     scope: AscentScope
     ascent_fraction: float
+    descends_on_part: bool = False
     rounding: Rounding
     seed: int
     claims: Mapping[str, Any]

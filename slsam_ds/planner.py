@@ -76,6 +76,7 @@ class Planner:
             rho=rho,
             scope=config.ascent_scope,
             ascent_fraction=config.ascent_fraction,
+            descends_on_part=bool(ascended) and self._combination.takes_part,
             rounding=config.rounding,
             seed=config.seed,
             claims={

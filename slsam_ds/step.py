@@ -80,7 +80,7 @@ def take_step(
         RanksDisagreeError: Before any gradient travels.
     """
     passes = Passes(engine, plan, window, begin_pass, prefix, sizes)
-    step = _Step(engine, plan, passes, direction, metric, mask, share_of_ascent=combination.share_of_ascent)
+    step = _Step(engine, plan, passes, direction, metric, mask, combination)
     direction.start()
     with _left_clean(engine):
         engine.begin_step(plan.ascended, plan.updated)  # 2 freeze: each pass finds gradients of its own arms only
@@ -88,7 +88,8 @@ def take_step(
             before = state.capture() if plan.ascended else None
             ascent = step.ascend(part)  # 3 ascend: g at x, of the perturbed arms
             with (
-                state.second_pass(before, counts=plan.ascent_fraction < 1),  # the same masks; every sample counts once
+                # The same masks; every sample counts once: in the pass that takes the whole window.
+                state.second_pass(before, counts=plan.ascent_fraction < 1 and not plan.descends_on_part),
                 step.perturbed(ascent, part),  # x + ε; on the way out x again, bit for bit: 5 restore
             ):
                 if prefix is not None and prefix.trial is None and part.start == 0:
@@ -138,7 +139,7 @@ class _Step:
         direction: As for `take_step`.
         metric: Likewise.
         mask: Likewise.
-        share_of_ascent: How much of the descent is the gradient at x.
+        combination: Likewise.
     """
 
     def __init__(
@@ -149,15 +150,13 @@ class _Step:
         direction: Direction,
         metric: Metric,
         mask: Mask | None,
-        *,
-        share_of_ascent: float,
+        combination: Combination,
     ) -> None:
         self.passes = passes
         self._mask = mask
         self._engine, self._plan, self._direction, self._metric = engine, plan, direction, metric
-        self._share_of_ascent = share_of_ascent
         self._seed = seed_of(plan.seed, plan.step)
-        self._at_x: dict[tuple[Tensor, int], Tensor] = {}  # of the updated arms, by what is stepped and the place there
+        self._mixture = _Mixture(plan, combination)
         self._tally, self._clock = Tally(engine.ranks, engine.device), Stopwatch(engine.device)
 
     def ascend(self, part: Part) -> Gradient | None:
@@ -176,7 +175,8 @@ class _Step:
     def descend(self, part: Part) -> None:
         """Add the gradient at the weights as they are now to the window's."""
         self._engine.begin_descent()
-        self._tally.add("loss", self.passes.descend(part) / self._engine.ranks.world_size)
+        share = self._plan.ascent_fraction if self._plan.descends_on_part else 1.0  # of the window's loss
+        self._tally.add("loss", self.passes.descend(part) / share / self._engine.ranks.world_size)
 
     @contextlib.contextmanager
     def perturbed(self, ascent: Gradient | None, part: Part) -> Iterator[None]:
@@ -199,8 +199,7 @@ class _Step:
         engine, tally = self._engine, self._tally
         self.passes.await_agreement()
         shards = engine.reduce()
-        if self._share_of_ascent:
-            self._mix(shards, during)
+        self._mixture.mix(shards, during)
         bad = torch.zeros(engine.ranks.world_size, dtype=torch.float64, device=engine.device)
         bad[engine.ranks.rank] = tally.local_sum("ascent_loss", "loss").isfinite().logical_not()
         tally.add(f"{during}_bad", bad)
@@ -235,18 +234,17 @@ class _Step:
             **told,
         )
 
-    def _mix(self, shards: Sequence[Shard], during: Literal["ascent", "descent"]) -> None:
-        """Keep what the ascent found of the updated arms, and mix it with what the descent finds."""
-        for shard in shards:
-            place = shard.piece.stepped, shard.piece.offset
-            if during == "ascent" and shard.piece.arm in self._plan.updated:
-                self._at_x[place] = shard.gradient.clone()
-            elif during == "descent" and place in self._at_x:  # not where the step does not ascend
-                shard.gradient.lerp_(self._at_x.pop(place), self._share_of_ascent)
-
     def _global_ascent(self, part: Part) -> Gradient:
         """The gradient over the window and all ranks."""
-        self._tally.add("ascent_loss", self.passes.ascend(part) / self._engine.ranks.world_size)
+        if self._plan.descends_on_part:
+            loss = self.passes.ascend_first(part)
+            self.passes.await_agreement()
+            self._mixture.keep_part(self._engine.reduce())
+            self._engine.discard()
+            loss += self.passes.ascend_rest(part)
+        else:
+            loss = self.passes.ascend(part)
+        self._tally.add("ascent_loss", loss / self._engine.ranks.world_size)
         self.passes.share_reusable()
         return self.reduce(self._plan.ascended, during="ascent")
 
@@ -305,6 +303,46 @@ class _Step:
         engine = self._engine
         scaled = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
         return scaled / engine.loss_scale**2
+
+
+class _Mixture:
+    """What the descent's gradient is mixed with, until it is there.
+
+    Args:
+        plan: Of the step.
+        combination: Says how much of what.
+    """
+
+    def __init__(self, plan: Plan, combination: Combination) -> None:
+        self._updated, self._on_part = plan.updated, plan.descends_on_part
+        self._share_of_g, self._factor_of_h = combination.share_of_ascent, 1 - combination.share_of_ascent
+        if self._on_part:  # gradients of the part are weighted as in the whole window: it is a fraction of that
+            self._share_of_g, self._factor_of_h = 1.0, combination.correction / plan.ascent_fraction
+        self._of_part: dict[Any, Tensor] = {}  # by the shard's place
+        self._kept: dict[Any, Tensor] = {}
+
+    def keep_part(self, shards: Sequence[Shard]) -> None:
+        """The gradient at x over the part of the window that the descent takes, too."""
+        self._of_part = {_place(shard): shard.gradient.clone() for shard in shards}
+
+    def mix(self, shards: Sequence[Shard], during: Literal["ascent", "descent"]) -> None:
+        """Of the ascent: keep what the descent is to be mixed with. Of the descent: mix."""
+        for shard in shards if self._share_of_g else ():
+            place, gradient = _place(shard), shard.gradient
+            if during == "ascent":
+                of_part = self._of_part.pop(place, None)
+                if of_part is not None:
+                    gradient.add_(of_part)  # the whole window's
+                if shard.piece.arm in self._updated:
+                    self._kept[place] = gradient * self._share_of_g
+                    if of_part is not None:
+                        self._kept[place].sub_(of_part, alpha=self._factor_of_h)
+            elif place in self._kept:  # not where the step does not ascend
+                gradient.mul_(self._factor_of_h).add_(self._kept.pop(place))
+
+
+def _place(shard: Shard) -> tuple[Tensor, int]:
+    return shard.piece.stepped, shard.piece.offset
 
 
 def _measured(plan: Plan, numbers: Numbers) -> dict[str, Any]:

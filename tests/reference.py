@@ -33,7 +33,7 @@ class Reference:
     # "random"
     direction: str = "current"
     metric: str = "euclidean"  # or "adaptive", "preconditioned", "by_layer"
-    descend_along: str | dict = "perturbed"  # or "renormalised", or {"mixed": a}
+    descend_along: str | dict = "perturbed"  # or "renormalised", {"mixed": a}, {"corrected": c}
     mask: str | None = None  # or "fisher", "dynamic"
     mask_density: float = 0.5
     mask_every: int = 100
@@ -171,6 +171,7 @@ class Reference:
         parts: Sequence[Batches] | None = None,  # each climbs by itself; None: all as one
         climbed: Sequence[Batches] | None = None,  # what of each part to climb on
         updated: Sequence[int] | None = None,  # None: the perturbed
+        descended: Batches | None = None,  # what of all to descend on, where that is a part
         ascends: bool = True,
     ) -> dict:
         updated = perturbed if updated is None else updated
@@ -184,7 +185,7 @@ class Reference:
                 ascent, norm, part_ascent_loss = self.climb(perturbed, climbed[number] if climbed else part)
             epsilon, mask_density = self.masked(perturbed, ascent, self.epsilon(perturbed, ascent, norm))
             before = self.add(epsilon)
-            part_descent, part_loss = self.gradient(self.names(updated), part)
+            part_descent, part_loss = self.gradient(self.names(updated), descended or part)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if name in before:
@@ -193,8 +194,9 @@ class Reference:
             ascent_loss, loss = ascent_loss + share * part_ascent_loss, loss + share * part_loss
         if isinstance(self.descend_along, dict) and ascends:
             at_x, _ = self.gradient(self.names(updated), batches)
-            share = self.descend_along["mixed"]
-            descent = {name: (1 - share) * at_x[name] + share * grad for name, grad in descent.items()}
+            ((how, share),) = self.descend_along.items()
+            there, _ = self.gradient(self.names(updated), descended) if how == "corrected" else (at_x, 0.0)
+            descent = {name: at_x[name] + share * (grad - there[name]) for name, grad in descent.items()}
         for name, grad in descent.items():
             self.previous[name] = (grad.to(torch.bfloat16).float(), grad.double().square().sum().item())
         norms = {arm: norm_of({name: descent[name] for name in self.arms[arm]}) for arm in updated}

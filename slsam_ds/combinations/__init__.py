@@ -8,6 +8,7 @@ from typing import Any
 
 from slsam_ds.choices import read_choice
 from slsam_ds.combinations.combination import Combination
+from slsam_ds.combinations.corrected import Corrected
 from slsam_ds.combinations.mixed import Mixed
 from slsam_ds.combinations.perturbed import Perturbed
 from slsam_ds.combinations.renormalised import Renormalised
@@ -18,6 +19,7 @@ COMBINATIONS: Mapping[str, type[Combination]] = {
     "perturbed": Perturbed,
     "renormalised": Renormalised,
     "mixed": Mixed,
+    "corrected": Corrected,
 }
 """The values of the knob `descend_along`."""
 

@@ -13,12 +13,16 @@ class Combination:
         takes: Describes the argument; None: there is none.
         reads_ascent: Whether g is needed of every updated arm. The ascent pass then finds it also of those that are
             not perturbed.
+        takes_part: Whether h is found on `ascent_fraction` of the window alone, and g on all of it.
         share_of_ascent: How much of what is descended along is g; the rest is h.
+        correction: With `takes_part`: the factor of h - g on that part, which is added to g.
     """
 
     takes: ClassVar[str | None] = None
     reads_ascent: ClassVar[bool] = False
+    takes_part: ClassVar[bool] = False
     share_of_ascent: float = 0.0
+    correction: float = 0.0
 
     def __init__(self, argument: Any) -> None: ...
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from slsam_ds.choices import read_choice
+from slsam_ds.combinations import COMBINATIONS
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
 from slsam_ds.estimate.sharding import FP32, RunSetup, StepUse
@@ -17,7 +19,8 @@ class Memory:
 
     Attributes:
         weights: Or shards of them, with what is gathered at once.
-        kept: For the descent: weights to restore, hidden states to start from, and what stays gathered.
+        kept: For the descent: weights to restore, hidden states to start from, gradients that its own is mixed with,
+            and what stays gathered.
         gradients: Of the pass that finds more.
         optimizer: Masters, moments and previous gradients, once every layer has been sampled.
         activations: Of one micro-batch, in the pass that saves more.
@@ -52,7 +55,7 @@ def memory(step: StepUse, draw: Draw) -> Memory:
         weights, on_host = 0.0, on_host + shards
     return Memory(
         weights=weights + _gathered_at_once(setup, counted),
-        kept=restored * width * weight_part + _kept(step, draw),
+        kept=restored * width * weight_part + _kept(step, draw) + _mixed(step, draw),
         gradients=_gradients(step, max(map(step.weights, passes)), width),
         optimizer=optimizer,
         activations=max(counted.activations.mean(arms) for arms in passes),
@@ -74,7 +77,8 @@ def _gathered_at_once(setup: RunSetup, counted: Counted) -> float:
 def _kept(step: StepUse, draw: Draw) -> float:
     """Bytes of what the ascent leaves for the descent."""
     setup, counted = step.setup, step.counted
-    hidden = step.num_ascents * counted.hidden if step.reuses_prefix(step.touched(draw)) else 0
+    num_kept = min(step.num_ascents, step.num_descents)
+    hidden = num_kept * counted.hidden if step.reuses_prefix(step.touched(draw)) else 0
     stays = 0.0
     if setup.engine == "zero3":  # some of it is among what is gathered at once anyway
         room = counted.total - min(counted.total, setup.reuse_distance / 2)
@@ -84,12 +88,22 @@ def _kept(step: StepUse, draw: Draw) -> float:
     return min(MAX_BYTES, hidden) + stays
 
 
+def _mixed(step: StepUse, draw: Draw) -> float:
+    """Bytes of what the descent's gradient will be mixed with, where it is; and at x, of the part that it takes."""
+    (combination, argument), ascended = read_choice(step.config.descend_along, COMBINATIONS), step.ascended(draw)
+    if ascended is None or not (combination.takes_part or combination(argument).share_of_ascent):
+        return 0.0
+    weights = step.weights(step.updated(draw)) + combination.takes_part * step.weights(ascended)
+    width = FP32 if step.setup.engine == "fsdp2" else step.setup.width
+    return weights * width * (1.0 if step.setup.engine == "zero0" else 1 / step.setup.world_size)
+
+
 def _gradients(step: StepUse, trained: float, width: int) -> float:
     """Bytes: whole where the window's gradients wait for its end, else what they are reduced into."""
     setup, part = step.setup, 1 / step.setup.world_size
     if setup.whole_weights:
         return trained * width
-    waiting = trained * setup.width if setup.num_micro_batches > 1 else 0.0
+    waiting = trained * setup.width if step.most_between_reductions > 1 else 0.0
     if setup.engine == "fsdp2":
         return trained * width * part + waiting
     # ZeRO-3 has one buffer for the shards of everything that is trainable, from the start, where the optimizer is.

@@ -92,8 +92,28 @@ class StepUse:
         """Micro-batches of the ascent."""
         if self.workload.ascent == 0:
             return 0
+        if self.config.descends_on_part:
+            return self.setup.num_micro_batches
         of_each = self.config.ascent_scope == "micro_batch"
         return ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=of_each)[0]
+
+    @property
+    def num_descents(self) -> int:
+        """Micro-batches of the descent."""
+        if self.config.descends_on_part:
+            return ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=False)[0]
+        return self.setup.num_micro_batches
+
+    @property
+    def most_between_reductions(self) -> int:
+        """Micro-batches whose gradients add up before they are reduced."""
+        num = self.setup.num_micro_batches
+        return max(self.num_descents, num - self.num_descents) if self.config.descends_on_part else num
+
+    @property
+    def num_reductions(self) -> int:
+        """Of the ascent's gradients: of each part by itself, where the descent takes one of them."""
+        return 0 if self.num_ascents == 0 or self.config.ascent_scope != "global" else 1 + self.config.descends_on_part
 
     @property
     def publishes(self) -> bool:
@@ -133,11 +153,11 @@ class StepUse:
         def forward_backward(arms: Draw) -> float:
             return costs.forward + costs.backward_above[arms.lowest] + arms.total(costs.weight_gradient)
 
-        price = forward_backward(updated)
-        if ascended is not None:
-            below = costs.forward_below[min(ascended.lowest, updated.lowest)]
-            price += self.workload.ascent * forward_backward(ascended) - self.workload.reused * below
-        return price
+        if ascended is None:
+            return forward_backward(updated)
+        workload, below = self.workload, costs.forward_below[min(ascended.lowest, updated.lowest)]
+        both = workload.ascent * forward_backward(ascended) + workload.descent * forward_backward(updated)
+        return both - workload.reused * below
 
     def weights(self, arms: Draw) -> float:
         """Weights of some arms, and of what takes part in every step."""
@@ -175,4 +195,5 @@ class StepUse:
     def forward(self, draw: Draw) -> float:
         """Weights that the forwards of a descent read, on average over its micro-batches."""
         below = self.counted.total - self.counted.outside - self.up(draw)
-        return self.counted.total - (self.workload.reused * below if self.reuses_prefix(draw) else 0.0)
+        reused = self.workload.reused / self.workload.descent  # shares of the window
+        return self.counted.total - (reused * below if self.reuses_prefix(draw) else 0.0)

@@ -14,8 +14,8 @@ from slsam_ds.protocol import MAX_KEPT_BYTES
 def reduced(step: StepUse, draw: Draw) -> float:
     """Bytes of gradients that a rank hands over in a step: once for each pass, whatever the window."""
     weights, ascended = step.weights(step.updated(draw)), step.ascended(draw)
-    if ascended is not None and step.config.ascent_scope == "global":
-        weights += step.weights(ascended)
+    if ascended is not None:
+        weights += step.num_reductions * step.weights(ascended)
     return weights * step.setup.width
 
 
@@ -41,7 +41,7 @@ def _gathered_zero12(step: StepUse, draw: Draw) -> float:
 
 def _gathered_zero3(step: StepUse, draw: Draw) -> float:
     """Once per micro-batch and pass, what is too far from its backward once more; what is kept, once per step."""
-    kept, ascended, num_descents = kept_zero3(step, draw), step.ascended(draw), step.setup.num_micro_batches
+    kept, ascended, num_descents = kept_zero3(step, draw), step.ascended(draw), step.num_descents
 
     def again(arms: Draw) -> float:
         return max(0.0, step.up(arms) - step.setup.reuse_distance / 2 - kept)
@@ -68,7 +68,7 @@ def _gathered_fsdp2(step: StepUse, draw: Draw) -> float:
     """
     (blocks, around), ascended = _kept_fsdp2(step, draw), step.ascended(draw)
     descent = step.forward(step.touched(draw)) + step.up(step.updated(draw)) - 2 * blocks - around
-    gathered = step.setup.num_micro_batches * descent + blocks + around
+    gathered = step.num_descents * descent + blocks + around
     if ascended is not None:
         gathered += step.num_ascents * (step.counted.total + step.up(ascended) - 2 * blocks - around)
     return gathered

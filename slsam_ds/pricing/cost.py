@@ -57,15 +57,15 @@ class CostModel:
             workload: What the step runs where it ascends.
         """
         ascended, updated = ([arm for arm in arms if arm != ALWAYS] for arms in (ascended, updated))
-        price = self._pass(updated)
-        if ascended:
-            below = self.forward_below[min(*ascended, *updated)]
-            price += workload.ascent * self._pass(ascended) - workload.reused * below
-        return price
+        if not ascended:
+            return self._pass(updated)
+        below = self.forward_below[min(*ascended, *updated)]
+        both = workload.ascent * self._pass(ascended) + workload.descent * self._pass(updated)
+        return both - workload.reused * below
 
     def prices(self, workload: "Workload") -> PriceList:
         """What samples that are perturbed and updated cost in steps of this workload."""
-        arms, both = range(len(self.weight_gradient)), workload.ascent + 1
+        arms, both = range(len(self.weight_gradient)), workload.ascent + workload.descent
         share = tuple(both * self.weight_gradient[arm] for arm in arms)
         return PriceList(tuple(self.price([arm], [arm], workload) - share[arm] for arm in arms), share)
 
@@ -106,10 +106,12 @@ class Workload:
     Attributes:
         ascent: What the ascent runs on: 1 for two full passes, 0 for a single one.
         reused: For how much of it the descent starts above the prefix.
+        descent: What the descent runs on, in a step that ascends.
     """
 
     ascent: float
     reused: float
+    descent: float = 1.0
 
     @classmethod
     def of(
@@ -126,6 +128,9 @@ class Workload:
         """
         if not config.has_ascent_pass:
             return cls(ascent=0.0, reused=0.0)
+        if config.descends_on_part:
+            part = config.ascent_fraction
+            return cls(ascent=1.0, reused=part if reuses_prefix else 0.0, descent=part)
         of_each = config.ascent_scope == "micro_batch"
         num, share = ascent_part(config.ascent_fraction, num_micro_batches, of_each=of_each)
         if num_samples is not None:
@@ -136,4 +141,5 @@ class Workload:
 
     def thinned(self, share: float) -> "Workload":
         """The mean over steps of which only a share ascends."""
-        return Workload(ascent=self.ascent * share, reused=self.reused * share)
+        descent = 1 - share * (1 - self.descent)
+        return Workload(ascent=self.ascent * share, reused=self.reused * share, descent=descent)

@@ -104,6 +104,15 @@ CASES: Mapping[str, Case] = {
     "renormalised": Case(slsam={"descend_along": "renormalised"}, choices=FEW[:2]),
     "renormalised and clipped": Case(slsam={"descend_along": "renormalised", "rho": 0.2}, clip=0.5, choices=FEW),
     "mixed": Case(slsam={"descend_along": {"mixed": 0.7}, "rho": 0.2}, clip=0.5, choices=FEW, accumulation=2),
+    "corrected": Case(
+        slsam={"descend_along": {"corrected": 0.7}, "ascent_fraction": 0.5, "rho": 0.2}, accumulation=2, choices=FEW
+    ),
+    "corrected and clipped, every second step": Case(
+        slsam={"descend_along": {"corrected": 1.5}, "ascent_fraction": 1 / 3, "ascend_when": {"every": 2}},
+        accumulation=3,
+        clip=0.5,
+        choices=FEW[:4],
+    ),
     "adaptive": Case(slsam={"metric": "adaptive", "rho": 1.0}, choices=FEW),
     "preconditioned": Case(slsam={"metric": "preconditioned", "rho": 0.01}, choices=AGAIN),
     "by layer": Case(slsam={"metric": "by_layer"}, choices=FEW),
@@ -168,8 +177,12 @@ def expected(name: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     for step, choice in enumerate(case.choices, start=1):
         perturbed, updated = (arms_there(arms, case) for arms in choice)
         ascends = case.ascends(step, [result["sq_norm"] for result in results])
-        batches = [batch for rank in range(WORLD_SIZE) for batch in window(step, rank, case.accumulation)]
-        results.append({**reference.step(perturbed, batches, updated=updated, ascends=ascends), "ascends": ascends})
+        windows = [window(step, rank, case.accumulation) for rank in range(WORLD_SIZE)]
+        batches = [batch for each in windows for batch in each]
+        num_descended = round(case.slsam.get("ascent_fraction", 1.0) * case.accumulation) if ascends else None
+        descended = [batch for each in windows for batch in each[:num_descended]]
+        result = reference.step(perturbed, batches, updated=updated, ascends=ascends, descended=descended)
+        results.append({**result, "ascends": ascends})
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}, results
 
 

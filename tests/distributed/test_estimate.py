@@ -160,6 +160,7 @@ APART: Sequence[dict[str, str]] = (
     {"update": "above", "update_scale": "none"},
 )
 """Knobs with which perturbed and updated arms differ."""
+CORRECTED = {"descend_along": {"corrected": 1.0}, "ascent_fraction": 0.5}
 SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
 
 
@@ -176,6 +177,10 @@ SAMPLES: Sequence[Sequence[int]] = ([3, 5], [0, 4], [7], range(8))
             slow(LlamaSetup(engine=engine, model=MODEL, slsam=knobs))
             for engine in ("zero2", "zero3", "fsdp2")
             for knobs in APART
+        ],
+        *[
+            slow(LlamaSetup(engine=engine, model=MODEL, accumulation=2, slsam=CORRECTED))
+            for engine in ("zero2", "zero3", "fsdp2")
         ],
     ],
     ids=lambda setup: "-".join(

@@ -18,7 +18,9 @@ SCHEDULES = (
 )
 ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
 
-COMBINATIONS = 'expected "perturbed", "renormalised" or {"mixed": a number from 0 to 10}'
+COMBINATIONS = (
+    'expected "perturbed", "renormalised", {"mixed": a number from 0 to 10} or {"corrected": a number above 0, up to 10}'
+)
 
 BAD_VALUES = [
     ("rho", -0.1, "-0.1", "choose a finite radius ≥ 0"),
@@ -81,6 +83,8 @@ BAD_VALUES = [
     ("descend_along", "g", '"g"', COMBINATIONS),
     ("descend_along", {"mixed": -0.1}, '{"mixed": -0.1}', COMBINATIONS),
     ("descend_along", {"mixed": True}, '{"mixed": true}', COMBINATIONS),
+    ("descend_along", {"corrected": 0}, '{"corrected": 0}', COMBINATIONS),
+    ("descend_along", {"corrected": 1}, '{"corrected": 1}', "corrects by a part of the window; use an ascent_fraction"),
     ("descend_along", 0.5, "0.5", "expected a name or a mapping of a name to its argument"),
     ("budget", 0, "0", "choose a number > 0, or null"),
     ("budget", -1.0, "-1.0", "choose a number > 0, or null"),
