@@ -19,7 +19,8 @@ SCHEDULES = (
 ACTIVE_LAYERS = "choose a fraction in (0, 1] or a count from 1 to the number of layers"
 
 COMBINATIONS = (
-    'expected "perturbed", "renormalised", {"mixed": a number from 0 to 10} or {"corrected": a number above 0, up to 10}'
+    'expected "perturbed", "renormalised", {"mixed": a number from 0 to 10} or '
+    '{"corrected": a number above 0, up to 10}'
 )
 
 BAD_VALUES = [
