@@ -101,6 +101,19 @@ nor its code, the recipe has the name of its formula.
 |---|---|---|---|---|---|---|
 {rows}
 
+## Not offered under their own names
+
+| method | nearest here | what is missing |
+|---|---|---|
+| LookSAM (Liu et al. 2022) | `every_fifth` | between two ascents it adds what the last one found orthogonal to the gradient |
+| AE-SAM (Jiang et al. 2023) | `when_steep` | the same step's gradient decides, and the threshold falls over the run |
+| ESAM (Du et al. 2022) | `tensors_at_random` | it descends on the samples whose loss rises most |
+| Asynchronous SAM (arXiv 2503.11147) | `previous_gradient` | its text and code were not read |
+| mu-P2 (Haas et al. 2024) | `by_layer` | likewise |
+| LightSAM | `adam_geometry` | likewise |
+| GCSAM | none | it centres gradients by rows of matrices, which flat shards do not keep |
+| GSAM, WSAM, bSAM | none | not built |
+
 ## Settings of the authors
 
 Nothing sets these; give them to the trainer.
