@@ -169,9 +169,16 @@ class SLSAMMixin(_TrainerMethods):
         return created
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own. The engine is made by then, and its checkpoint not yet loaded."""
+        """The trainer's own. The engine is made by then, and its checkpoint not yet loaded.
+
+        Raises:
+            ValueError: There is none, because this trainer has trained before.
+        """
         if self.is_deepspeed_enabled:
-            accept_other_ranks(self.accelerator.deepspeed_engine_wrapped.engine)
+            wrapped = self.accelerator.deepspeed_engine_wrapped
+            if wrapped is None:  # the trainer forgets it after a training, and builds no other
+                raise ValueError("under DeepSpeed a trainer trains once: make another one for what is to follow")
+            accept_other_ranks(wrapped.engine)
         return super().create_scheduler(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -233,6 +240,8 @@ class SLSAMMixin(_TrainerMethods):
             return forward_backward
 
         assert self.slsam is not None
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # a schedule-free one moves the weights back that an evaluation was made at
         try:
             result = self.slsam.step_with(window, begin_pass, sizes=sizes if len(sizes) == len(window) else None)
         finally:

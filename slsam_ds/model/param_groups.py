@@ -1,6 +1,7 @@
 """Parameter groups by arm: so that an optimizer, a scheduler and a sharded engine can tell the layers apart."""
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -85,11 +86,17 @@ def regroup(optimizer: Any, layer_map: LayerMap, lr_scheduler: Any = None) -> No
         lr_scheduler: A scheduler already built on the optimizer; its per-group lists are split alike.
 
     Raises:
-        ValueError: A scheduler hangs on the optimizer but was not given, so that it would drive the wrong groups.
+        ValueError: A scheduler hangs on the optimizer but was not given, so that it would drive the wrong groups; or
+            the optimizer has no step.
     """
     if is_placeholder(optimizer):
         optimizer.params = split_param_groups(optimizer.params, layer_map)
         return
+    if inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.Optimizer.step):  # LOMO's
+        raise ValueError(
+            f"{type(optimizer).__name__}: has no step of its own, but updates weights while gradients are computed, "
+            "which SL-SAM does twice; use another optimizer"
+        )
     old_groups = optimizer.param_groups
     if is_split(old_groups):
         return

@@ -49,7 +49,9 @@ def make(cls: type[Trainer], folder: str, engine: str, data: Any = None, **setti
         **copy.deepcopy(ENGINES[engine]),  # Accelerate fills in what is "auto"
         **settings,
     }
-    given = {"slsam": PLAIN} if cls is SLSAMTrainer else {}
+    given: dict[str, Any] = {"slsam": PLAIN} if cls is SLSAMTrainer else {}
+    if "optimizer_cls_and_kwargs" in settings:
+        given["optimizer_cls_and_kwargs"] = settings.pop("optimizer_cls_and_kwargs")
     args = TrainingArguments(output_dir=folder, **settings)
     return cls(model=tiny_llama(), args=args, train_dataset=rows(24) if data is None else data, **given)
 
@@ -74,8 +76,32 @@ def resume_with_another_accumulation(cls: type[Trainer], folder: str, engine: st
     return trained(trainer, resume_from_checkpoint=f"{folder}/checkpoint-2")
 
 
+class Counting(torch.optim.Optimizer):
+    """Keeps in its groups how often it has stepped, as schedule-free optimizers do."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "num_steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["num_steps"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-group["lr"] / group["num_steps"])
+
+
+def optimizer_that_counts_its_steps(cls: type[Trainer], folder: str, engine: str) -> Any:
+    return trained(make(cls, folder, engine, optimizer_cls_and_kwargs=(Counting, {"lr": 1.0})))
+
+
 REPORTS: dict[str, Report] = {
-    report.__name__: report for report in (stream_ends_within_a_window, resume_with_another_accumulation)
+    report.__name__: report
+    for report in (
+        stream_ends_within_a_window,
+        resume_with_another_accumulation,
+        optimizer_that_counts_its_steps,
+    )
 }
 
 
