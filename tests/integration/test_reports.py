@@ -135,3 +135,15 @@ def test_it_is_the_trainer_without_it(num_ranks: int, engine: str, tmp_path: Pat
         assert ours["numbers"] == pytest.approx(stock["numbers"], rel=1e-5), report
         assert distance(ours["weights"], stock["weights"]) <= 1e-6, report
         assert len(read_steps(tmp_path / report / "SLSAMTrainer")) == ours["steps"], report
+
+
+def train_twice(folder: str) -> str:
+    trainer = trained(make(SLSAMTrainer, folder, "zero2", max_steps=1))
+    with pytest.raises(ValueError, match="under DeepSpeed a trainer trains once") as refused:
+        trainer.train()
+    return str(refused.value)
+
+
+def test_a_second_training_under_deepspeed_is_refused(tmp_path: Path) -> None:
+    """The trainer without it ends with `'NoneType' object has no attribute 'backward'`."""
+    assert "make another" in run_on_ranks(1, train_twice, str(tmp_path))[0]
