@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,7 +251,7 @@ class SLSAMMixin(_TrainerMethods):
         self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:
             self._step_writer.write(record)
-        self._grad_norm = math.sqrt(sum(norm**2 for norm in result.grad_norms.values()))
+        self._grad_norm = result.grad_norm
         loss = result.loss if result.ascent_loss is None else result.ascent_loss
         return torch.tensor(loss, device=self.args.device)
 

@@ -14,7 +14,7 @@ from slsam_ds.integrations.huggingface import SLSAMTrainer
 from slsam_ds.records.files import read_steps
 from tests.distributed.training import slow, whole
 from tests.integration.engines import ENGINES
-from tests.models import VOCABULARY, tiny_llama
+from tests.models import NUM_BLOCKS, VOCABULARY, tiny_llama
 from tests.ranks import run_on_ranks
 
 PLAIN = {"selector": "all", "rho": 0.0}
@@ -33,7 +33,7 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(rows(20))
 
 
-def make(cls: type[Trainer], folder: str, engine: str, data: Any = None, **settings: Any) -> Any:
+def make(cls: type[Trainer], folder: str, engine: str, data: Any = None, slsam: Any = PLAIN, **settings: Any) -> Any:
     settings = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -49,7 +49,7 @@ def make(cls: type[Trainer], folder: str, engine: str, data: Any = None, **setti
         **copy.deepcopy(ENGINES[engine]),  # Accelerate fills in what is "auto"
         **settings,
     }
-    given: dict[str, Any] = {"slsam": PLAIN} if cls is SLSAMTrainer else {}
+    given: dict[str, Any] = {"slsam": slsam} if cls is SLSAMTrainer else {}
     if "optimizer_cls_and_kwargs" in settings:
         given["optimizer_cls_and_kwargs"] = settings.pop("optimizer_cls_and_kwargs")
     args = TrainingArguments(output_dir=folder, **settings)
@@ -95,12 +95,19 @@ def optimizer_that_counts_its_steps(cls: type[Trainer], folder: str, engine: str
     return trained(make(cls, folder, engine, optimizer_cls_and_kwargs=(Counting, {"lr": 1.0})))
 
 
+def parameters_that_are_always_trained(cls: type[Trainer], folder: str, engine: str) -> Any:
+    """The logged norm is that of all gradients, theirs among them."""
+    blocks = [f"model.layers.{index}" for index in range(NUM_BLOCKS)]
+    return trained(make(cls, folder, engine, slsam={**PLAIN, "layers": blocks, "other_parameters": "always"}))
+
+
 REPORTS: dict[str, Report] = {
     report.__name__: report
     for report in (
         stream_ends_within_a_window,
         resume_with_another_accumulation,
         optimizer_that_counts_its_steps,
+        parameters_that_are_always_trained,
     )
 }
 
