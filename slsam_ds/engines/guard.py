@@ -5,7 +5,6 @@ own step. Whatever else a loop calls stays as it is: forwards, `zero_grad`, sche
 """
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from slsam_ds.engines import is_deepspeed_engine
+from slsam_ds.model.param_groups import settings_of
 from slsam_ds.shards import local_elements
 
 _STEPPING = ContextVar("slsam_ds takes a step", default=False)
@@ -77,24 +77,15 @@ def _guard_optimizer(optimizer: torch.optim.Optimizer) -> None:
     def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not is_stepping():
             _refuse_gradients(optimizer, args, kwargs)
-            kept[:] = [_settings(group) for group in optimizer.param_groups]
+            kept[:] = [settings_of(group) for group in optimizer.param_groups]
 
     def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not is_stepping():
             for group, settings in zip(optimizer.param_groups, kept, strict=True):
-                group.update(_settings(settings))  # copies again: a step that calls an inherited one comes here twice
+                group.update(settings_of(settings))  # copies again: a step that calls an inherited one comes here twice
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """All of a group but its parameters; copies of what an optimizer could write into."""
-    return {
-        key: value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
-        for key, value in group.items()
-        if key != "params"
-    }
 
 
 def _refuse_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 """Parameter groups by arm: so that an optimizer, a scheduler and a sharded engine can tell the layers apart."""
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -156,6 +157,34 @@ def joined(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> Iterator[
 
 _OF_ONE_GROUP = ("params", "arm", GIVEN, "param_names")
 """What groups with the same settings differ in."""
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a group but its parameters; copies of what an optimizer could write into."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.copy(value)
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def leave_empty_groups(optimizer: torch.optim.Optimizer) -> None:
+    """From here on, a step changes nothing of groups without parameters.
+
+    ZeRO-3 steps group after group and empties the others meanwhile. An optimizer that counts its steps in its groups
+    would count one for each.
+    """
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        kept[:] = [(group, settings_of(group)) for group in optimizer.param_groups if not group["params"]]
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group, settings in kept:
+            group.update(settings)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
 
 
 def sets_own_rate(param_groups: Iterable[Mapping[str, Any]]) -> bool:
