@@ -102,6 +102,7 @@ class StepResult:
         perturbed: Arms perturbed, ascending; those of `active` unless they were chosen apart.
         probabilities: Inclusion probability of every arm when the sample was drawn; they sum to k.
         grad_norms: Descent-gradient norm by updated arm, before clipping.
+        grad_norm: That of all that is updated, which with `other_parameters="always"` is more than the arms.
         ascent_norms: Norm of the gradient at the weights, over all ranks and what the ascent took of the window, by arm
             of the ascent pass; empty where there was none, or one of each rank's own.
         rho: Radius asked for; 0 where the step was not to be perturbed.
@@ -126,6 +127,7 @@ class StepResult:
     perturbed: tuple[int, ...]
     probabilities: tuple[float, ...]
     grad_norms: Mapping[int, float] = field(default_factory=dict)
+    grad_norm: float = 0.0
     ascent_norms: Mapping[int, float] = field(default_factory=dict)
     rho: float
     perturbation_norm: float = 0.0

@@ -349,6 +349,7 @@ def _measured(plan: Plan, numbers: Numbers) -> dict[str, Any]:
     """Norms and the perturbation, of a step whose numbers are all finite."""
     sq_norms = numbers.by_arm("descent_sq_norms", plan.updated)
     told: dict[str, Any] = {"grad_norms": {arm: math.sqrt(sq_norms[arm]) for arm in plan.choice.updated}}
+    told["grad_norm"] = _norm(sq_norms)
     if numbers.all_finite("ascent_sq_norms") and "ascent_sq_norms" in numbers:
         of_ascended = numbers.by_arm("ascent_sq_norms", plan.ascended)
         told["ascent_norms"] = {arm: math.sqrt(of_ascended[arm]) for arm in plan.ascended if arm != ALWAYS}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from slsam_ds.engines import is_deepspeed_engine
+from slsam_ds.model.param_groups import settings_of
 from slsam_ds.shards import local_elements
 
 _STEPPING = ContextVar("slsam_ds takes a step", default=False)
@@ -48,7 +49,7 @@ def guard(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         _guard_method(engine, "backward")
         _guard_method(engine, "step")
     if isinstance(stepped, torch.optim.Optimizer):
-        stepped.register_step_pre_hook(_refuse_gradients)
+        _guard_optimizer(stepped)
     else:  # one of DeepSpeed's, which have no hooks
         _guard_method(stepped, "step")
 
@@ -65,13 +66,33 @@ def _guard_method(holder: Any, name: str) -> None:
     setattr(holder, name, guarded)
 
 
-def _refuse_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Called before every step. One that finds no gradient changes nothing: the Trainer takes it after ours.
+def _guard_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """A step outside of ours finds no gradient, or is refused; and it changes nothing.
 
-    Nor does one on zeros at a learning rate of 0, by which `torch.distributed.checkpoint` makes state to load into.
+    The Trainer takes one after ours. Optimizers that count their steps in their groups (schedule-free ones, Prodigy)
+    would count twice.
     """
-    if is_stepping():
-        return
+    kept: list[dict[str, Any]] = []
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_stepping():
+            _refuse_gradients(optimizer, args, kwargs)
+            kept[:] = [settings_of(group) for group in optimizer.param_groups]
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not is_stepping():
+            for group, settings in zip(optimizer.param_groups, kept, strict=True):
+                group.update(settings_of(settings))  # copies again: a step that calls an inherited one comes here twice
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _refuse_gradients(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Let a step pass that finds no gradient.
+
+    And one on zeros at a learning rate of 0, by which `torch.distributed.checkpoint` makes state to load into.
+    """
     _, *closure = args
     computes_gradients = any(given is not None for given in (*closure, *kwargs.values()))
     if computes_gradients or (_gradients(optimizer) and not _makes_state(optimizer)):

@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import functools
-import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ class SLSAMMixin(_TrainerMethods):
 
     optimizer: Any
     lr_scheduler: Any
+    current_gradient_accumulation_steps: int
 
     was_stopped = False
     """Training ended because some rank was asked to stop by `request_stop`."""
@@ -81,12 +83,11 @@ class SLSAMMixin(_TrainerMethods):
         self._mapped: tuple[torch.nn.Module, LayerMap] | None = None
         self._step_writer: StepWriter | None = None
         self._resumed_from: str | None = None
-        self._window: list[Any] = []
-        self._sizes: list[int] | None = None
+        self._window: list[_MicroBatch] = []
+        self._sizes: deque[int | None] = deque()
         self._divides = self.slsam_config.ascent_fraction < 1
         self._grad_norm = 0.0
         self._slsam_metrics = MetricMeans()
-        self._num_seen = 0
         self.add_callback(_SLSAMCallback(self))
         self._given = (self.optimizer, self.lr_scheduler)
 
@@ -166,9 +167,16 @@ class SLSAMMixin(_TrainerMethods):
         return created
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own. The engine is made by then, and its checkpoint not yet loaded."""
+        """The trainer's own. The engine is made by then, and its checkpoint not yet loaded.
+
+        Raises:
+            ValueError: There is none, because this trainer has trained before.
+        """
         if self.is_deepspeed_enabled:
-            accept_other_ranks(self.accelerator.deepspeed_engine_wrapped.engine)
+            wrapped = self.accelerator.deepspeed_engine_wrapped
+            if wrapped is None:  # the trainer forgets it after a training, and builds no other
+                raise ValueError("under DeepSpeed a trainer trains once: make another one for what is to follow")
+            accept_other_ranks(wrapped.engine)
         return super().create_scheduler(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -178,57 +186,71 @@ class SLSAMMixin(_TrainerMethods):
             return super().get_train_dataloader()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of the next optimizer step; kept, because SL-SAM passes over them twice."""
-        self._window, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
-        self._sizes = take_sizes(self._window, self._train_batch_size) if self._divides else None
-        self._num_seen = 0
-        return self._window, num_items_in_batch
+        """The trainer's own; of each of its micro-batches it is noted how many samples it has, where that is told."""
+        micro_batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        sizes = take_sizes(micro_batches, self._train_batch_size) if self._divides else None
+        self._sizes.extend(sizes if sizes is not None else [None] * len(micro_batches))
+        return micro_batches, num_items_in_batch
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float:
         """What the trainer logs. By the time it asks, the gradients are gone."""
         return self._grad_norm
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Nothing for all but the window's last micro-batch, then the whole SL-SAM step.
+        """Nothing but to keep the micro-batch, until the one after which the trainer steps: then the SL-SAM step.
+
+        That need not be the last of those that were fetched together. Where a stream of unknown length ends within a
+        window, or a resume begins within one, the trainer goes on accumulating; a step taken nonetheless would be
+        one that nobody counts.
 
         Returns:
             The window's loss at the unperturbed weights, comparable to any other optimizer's. Shape ().
         """
-        self._num_seen += 1
-        if self._num_seen < len(self._window):
+        size = self._sizes.popleft() if self._sizes else None
+        self._window.append(_MicroBatch(inputs, num_items_in_batch, self.current_gradient_accumulation_steps, size))
+        if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        noted, self._window = self._window, []
+        window, sizes = [each.inputs for each in noted], [each.size for each in noted if each.size is not None]
         stock_training_step = super().training_step
         # SL-SAM averages gradients: a DistributedDataParallel around the model must not see these passes.
         trained = model if self.is_deepspeed_enabled else self.model
         passed: set[int] = set()
 
         def begin_pass(micro_batches: Sequence[Any]) -> ForwardBackward:
-            is_window = micro_batches is self._window
-            num_items = num_items_in_batch
-            if not is_window and num_items is not None:
-                num_items = self._get_num_items_in_batch(micro_batches, self.args.device)
-                num_items = num_items if num_items is None else max(num_items, 1)  # there may be no label among them
+            is_window = micro_batches is window
+            # What each is divided by: the number of items, or that of micro-batches.
+            divisors = {id(each.inputs): (each.num_items, each.num_fetched) for each in noted}
+            if not is_window:
+                num_items = num_items_in_batch
+                if num_items is not None:
+                    num_items = self._get_num_items_in_batch(micro_batches, self.args.device)
+                    num_items = num_items if num_items is None else max(num_items, 1)  # there may be no label in them
+                divisors = dict.fromkeys(map(id, micro_batches), (num_items, len(micro_batches)))
 
             def forward_backward(micro_batch: Any) -> Tensor:
                 self._is_repeated = not is_window or id(micro_batch) in passed
                 passed.add(id(micro_batch))
-                self.current_gradient_accumulation_steps = len(micro_batches)  # it divides by them, or by the items
+                num_items, self.current_gradient_accumulation_steps = divisors[id(micro_batch)]
                 # A copy, because `compute_loss` may take entries out of the batch, which passes here twice.
                 return stock_training_step(trained, copy.copy(micro_batch), num_items)
 
             return forward_backward
 
         assert self.slsam is not None
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # a schedule-free one moves the weights back that an evaluation was made at
         try:
-            result = self.slsam.step_with(self._window, begin_pass, sizes=self._sizes)
+            result = self.slsam.step_with(window, begin_pass, sizes=sizes if len(sizes) == len(window) else None)
         finally:
             self._is_repeated = None
+            self.current_gradient_accumulation_steps = noted[-1].num_fetched
         self.was_stopped |= result.stop_requested
         record = result.to_record()
         self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:
             self._step_writer.write(record)
-        self._grad_norm = math.sqrt(sum(norm**2 for norm in result.grad_norms.values()))
+        self._grad_norm = result.grad_norm
         loss = result.loss if result.ascent_loss is None else result.ascent_loss
         return torch.tensor(loss, device=self.args.device)
 
@@ -259,6 +281,8 @@ class SLSAMMixin(_TrainerMethods):
 
     def _begin_slsam(self, total_steps: int) -> None:
         """Build SL-SAM around the prepared engine, and continue where the checkpoint left off."""
+        self._window.clear()  # of a training before this one, which may have ended within a window
+        self._sizes.clear()
         settings = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and not settings.get("use_reentrant", False):
             # transformers 5 makes the embeddings' output require a gradient, which only reentrant checkpointing needs:
@@ -342,6 +366,23 @@ def _splitting(make: Callable[..., Any]) -> Callable[..., Any]:
 
 class SLSAMTrainer(SLSAMMixin, Trainer):
     """`transformers.Trainer` with SL-SAM; takes one more argument, `slsam`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    """What the trainer gave to `training_step`, to be kept until it steps.
+
+    Attributes:
+        inputs: The batch.
+        num_items: What its losses are divided by; None: by the number of micro-batches.
+        num_fetched: Of the micro-batches that were fetched together.
+        size: Samples in it, where that is told.
+    """
+
+    inputs: Any
+    num_items: Any
+    num_fetched: int
+    size: int | None
 
 
 class _SLSAMCallback(TrainerCallback):

@@ -32,6 +32,12 @@ def check_trainer(trainer: Any, mixin: type) -> None:
             f"{type(trainer).__name__}: generates its data while it steps, which two passes over the same data cannot "
             "follow; use a trainer of a fixed data set (SFT, DPO, KTO, reward)"
         )
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if optim in ("lomo", "adalomo") or optim.endswith("_layerwise"):
+        raise ValueError(
+            f"optim={optim}: updates weights while gradients are computed, which SL-SAM does twice; use an optimizer "
+            "that steps afterwards, such as adamw_torch"
+        )
     if trainer.args.n_gpu > 1:
         raise ValueError(f"one process drives {trainer.args.n_gpu} GPUs: start one per GPU, with torchrun or deepspeed")
     if trainer.is_deepspeed_enabled:

@@ -1,6 +1,8 @@
 """Parameter groups by arm: so that an optimizer, a scheduler and a sharded engine can tell the layers apart."""
 
 import contextlib
+import copy
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -85,11 +87,17 @@ def regroup(optimizer: Any, layer_map: LayerMap, lr_scheduler: Any = None) -> No
         lr_scheduler: A scheduler already built on the optimizer; its per-group lists are split alike.
 
     Raises:
-        ValueError: A scheduler hangs on the optimizer but was not given, so that it would drive the wrong groups.
+        ValueError: A scheduler hangs on the optimizer but was not given, so that it would drive the wrong groups; or
+            the optimizer has no step.
     """
     if is_placeholder(optimizer):
         optimizer.params = split_param_groups(optimizer.params, layer_map)
         return
+    if inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.Optimizer.step):  # LOMO's
+        raise ValueError(
+            f"{type(optimizer).__name__}: has no step of its own, but updates weights while gradients are computed, "
+            "which SL-SAM does twice; use another optimizer"
+        )
     old_groups = optimizer.param_groups
     if is_split(old_groups):
         return
@@ -149,6 +157,34 @@ def joined(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> Iterator[
 
 _OF_ONE_GROUP = ("params", "arm", GIVEN, "param_names")
 """What groups with the same settings differ in."""
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """All of a group but its parameters; copies of what an optimizer could write into."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.copy(value)
+        for key, value in group.items()
+        if key != "params"
+    }
+
+
+def leave_empty_groups(optimizer: torch.optim.Optimizer) -> None:
+    """From here on, a step changes nothing of groups without parameters.
+
+    ZeRO-3 steps group after group and empties the others meanwhile. An optimizer that counts its steps in its groups
+    would count one for each.
+    """
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        kept[:] = [(group, settings_of(group)) for group in optimizer.param_groups if not group["params"]]
+
+    def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group, settings in kept:
+            group.update(settings)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
 
 
 def sets_own_rate(param_groups: Iterable[Mapping[str, Any]]) -> bool:

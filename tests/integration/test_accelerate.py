@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DummyOptim, DummyScheduler
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
+from packaging import version
 
 import slsam_ds
 from slsam_ds.integrations.accelerate import prepare
@@ -89,7 +91,8 @@ def refusal_with_deepspeed(cpu: bool) -> str:
 def test_an_accelerator_that_does_not_see_the_other_ranks_is_refused() -> None:
     """Without CUDA it does not, unless told of the CPU: all ranks would train on the same data."""
     assert all("rho" in sentence for sentence in run_on_ranks(2, refusal_with_deepspeed, True))
-    if not torch.accelerator.is_available():
+    counts_by_itself = version.parse(accelerate.__version__) < version.parse("1.13")  # also on the CPU
+    if not torch.accelerator.is_available() and not counts_by_itself:
         for sentence in run_on_ranks(2, refusal_with_deepspeed, False):
             assert "sees 1 process where 2 train together" in sentence
 

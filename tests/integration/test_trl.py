@@ -1,6 +1,7 @@
 """SLSAMMixin before the trainers of TRL: they train, only the sample moves, and metrics are counted once."""
 
 import functools
+import itertools
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ from trl import (
 
 from slsam_ds.integrations.huggingface import SLSAMMixin
 from slsam_ds.records.files import LAYERS_FILE, read_steps
-from tests.distributed.training import whole
+from tests.distributed.training import slow, whole
 from tests.integration.engines import ENGINES
 from tests.models import tiny_llama
 from tests.ranks import run_on_ranks
@@ -235,7 +236,7 @@ def climbed(output_dir: str, kind: str, num_pairs: int, fraction: float) -> list
 
     settings = {"output_dir": output_dir, "per_device_train_batch_size": num_pairs, "max_steps": 2, "report_to": []}
     settings |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
-    rows = [{name: part + sentence(index) for name, part in PAIR.items()} for index in range(2 * num_pairs)]
+    rows = [{name: part + sentence(index) for name, part in PAIR.items()} for index in range(4 * num_pairs)]
     given: dict[str, Any] = {"train_dataset": Dataset.from_list(rows), "processing_class": tiny_tokenizer()}
     given["slsam"] = {**KNOBS, "ascent_fraction": fraction}
     if kind == "dpo":
@@ -250,11 +251,15 @@ def climbed(output_dir: str, kind: str, num_pairs: int, fraction: float) -> list
     return list(zip(passes[::2], passes[1::2], strict=True))
 
 
-@pytest.mark.parametrize(("num_pairs", "fraction"), [(4, 0.5), (2, 0.25)])
-@pytest.mark.parametrize("kind", ["dpo", "reward"])
-def test_the_ascent_takes_whole_pairs(kind: str, num_pairs: int, fraction: float, tmp_path: Path) -> None:
-    steps = run_on_ranks(1, climbed, str(tmp_path), kind, num_pairs, fraction)[0]
+@pytest.mark.parametrize(
+    ("kind", "num_pairs", "fraction", "num_ranks"),
+    [("dpo", 4, 0.5, 2), ("dpo", 2, 0.25, 1), ("reward", 4, 0.5, 1), slow("reward", 4, 0.5, 2), ("reward", 2, 0.25, 1)],
+)
+def test_the_ascent_takes_whole_pairs(
+    kind: str, num_pairs: int, fraction: float, num_ranks: int, tmp_path: Path
+) -> None:
+    per_rank = run_on_ranks(num_ranks, climbed, str(tmp_path), kind, num_pairs, fraction)
     kept = max(1, round(fraction * num_pairs))
-    for ascent, descent in steps:
+    for ascent, descent in itertools.chain.from_iterable(per_rank):
         assert len(descent) == 2 * num_pairs
         assert torch.equal(ascent, torch.cat([descent[:kept], descent[num_pairs : num_pairs + kept]]))

@@ -1,6 +1,6 @@
 """What trains past SL-SAM's step is refused; what else a loop calls is not."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,38 @@ def test_a_scheduler_built_afterwards_drives_the_step() -> None:
         optimizer.zero_grad()
         scheduler.step()
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3 / 3}
+
+
+class Counting(torch.optim.SGD):
+    """Keeps in its groups what it has done, as schedule-free optimizers do."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            group["num_steps"] = group.get("num_steps", 0) + 1
+            group["rate"].mul_(0.5)
+
+
+def test_the_trainers_step_after_ours_is_not_counted() -> None:
+    _, optimizer, slsam = make(Counting)
+    for group in optimizer.param_groups:
+        group["rate"] = torch.ones(())
+    for step in range(1, 4):
+        slsam.step(window(step, 0, 1), active=range(6))
+        optimizer.step()
+    assert {group["num_steps"] for group in optimizer.param_groups} == {3}
+    assert {group["rate"].item() for group in optimizer.param_groups} == {0.125}
+
+
+def test_an_optimizer_that_has_no_step_is_refused() -> None:
+    class Fused(torch.optim.Optimizer):
+        """As LOMO's: it updates weights in hooks."""
+
+        def __init__(self, parameters: Iterable[torch.Tensor], lr: float) -> None:
+            super().__init__(parameters, {"lr": lr})
+
+    with pytest.raises(ValueError, match="Fused: has no step of its own"):
+        make(Fused)
 
 
 def test_two_around_one_optimizer_both_step() -> None:

@@ -22,6 +22,7 @@ from slsam_ds.engines.deepspeed.step import boundary, overlaid
 from slsam_ds.engines.deepspeed.zero import ZeroEngine
 from slsam_ds.engines.placement import Sharded, as_many_as_fit
 from slsam_ds.model.layers import LayerMap
+from slsam_ds.model.param_groups import leave_empty_groups
 from slsam_ds.protocol import ALWAYS, Piece, Shard
 
 _ASCENT = "ascent"
@@ -43,6 +44,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         super().__init__(engine, layer_map)
         check_internals(engine.module, "Module")
         check_internals(layer_map[0].parameters[0][1], "Parameter")
+        leave_empty_groups(self._zero.optimizer)
         self._traces = _FetchTraces(engine)
         # DeepSpeed raises where a module that it fetches whole runs otherwise than it has learned.
         self.may_skip_modules = not any(map(z3_leaf_module, engine.module.modules()))
