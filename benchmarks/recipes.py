@@ -22,6 +22,7 @@ NUM_STEPS, NUM_BLOCKS, WIDTH, NUM_SAMPLES, LENGTH = 30, 16, 32, 4, 16
 
 _READ = {
     "code": "code",
+    "abstract": "the abstract",
     "formula alone": "neither text nor code",
     "own": "ours",
 }
@@ -105,7 +106,7 @@ nor its code, the recipe has the name of its formula.
 
 | method | nearest here | what is missing |
 |---|---|---|
-| LookSAM (Liu et al. 2022) | `every_fifth` | between two ascents it adds what the last one found orthogonal to the gradient |
+| LookSAM (Liu et al. 2022) | `every_fifth` | it adds what the last ascent found orthogonal to the gradient |
 | AE-SAM (Jiang et al. 2023) | `when_steep` | the same step's gradient decides, and the threshold falls over the run |
 | ESAM (Du et al. 2022) | `tensors_at_random` | it descends on the samples whose loss rises most |
 | Asynchronous SAM (arXiv 2503.11147) | `previous_gradient` | its text and code were not read |

@@ -58,6 +58,9 @@ class SLSAMConfig:
     """How layers are chosen: "exp3m", a bandit; "uniform"; "cyclic", in turn; "all"; "top_k", the largest norms last
     seen; "bernoulli", each by itself, by the bandit of the SL-SAM paper; "depth", a lowest layer and all above it."""
 
+    redraw_every: int = 1
+    """Steps for which a sample stays before the next is drawn."""
+
     perturb: PerturbSpread = "sample"
     """Which layers are perturbed: those drawn; these and all "above" the lowest of them; "all"; or "norm_layers"."""
 
@@ -151,6 +154,7 @@ class SLSAMConfig:
             _require(self, "gamma", 0 < self.gamma <= 1, 'choose a number in (0, 1] or "auto"')
         _require(self, "share", 0 <= self.share < 1, "choose a number in [0, 1)")
         _require(self, "ascent_fraction", 0 < self.ascent_fraction <= 1, "choose a number in (0, 1]")
+        _require(self, "redraw_every", self.redraw_every >= 1, "choose a whole number of steps ≥ 1")
         if self.max_skipped_steps is not None:
             _require(self, "max_skipped_steps", self.max_skipped_steps >= 1, "choose a whole number ≥ 1, or null")
         _require(self, "check_weights_every", self.check_weights_every >= 0, "choose a whole number ≥ 0; 0 is never")

@@ -1,6 +1,8 @@
 """Who takes part in a step, and what is learned from it."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from slsam_ds.config import PerturbSpread, Spread
@@ -8,6 +10,15 @@ from slsam_ds.plan import Choice
 from slsam_ds.pricing.cost import PriceList
 from slsam_ds.rewards import RewardScale
 from slsam_ds.selectors import Selector
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A sample, the step that it was drawn for, and the probabilities that it was drawn with."""
+
+    step: int = 0
+    sample: tuple[int, ...] = ()
+    probabilities: tuple[float, ...] = ()
 
 
 class Policy:
@@ -19,6 +30,7 @@ class Policy:
         perturb: Who is perturbed, given the sample.
         update: Who is updated, likewise.
         norm_layers: The arms that are weights of normalisation layers, ascending.
+        redraw_every: Steps for which a sample stays.
 
     Raises:
         ValueError: There are none, and they are to be perturbed.
@@ -32,15 +44,19 @@ class Policy:
         perturb: PerturbSpread = "sample",
         update: Spread = "sample",
         norm_layers: Sequence[int] = (),
+        redraw_every: int = 1,
     ) -> None:
         self.selector, self.rewards = selector, rewards
         self._perturb, self._update, self._norm_layers = perturb, update, tuple(norm_layers)
+        self._redraw_every, self._held = redraw_every, _Held()
         if perturb == "norm_layers" and not self._norm_layers:
             raise ValueError('slsam.perturb="norm_layers": the model trains no weights of normalisation layers')
 
     def choose(self, step: int) -> Choice:
         """The choice for a step (from 1): a pure function of the state, the seed and the step."""
-        sample, probabilities = self.selector.sample(step), self._probabilities()
+        if not self._held.step <= step < self._held.step + self._redraw_every or not self._held.sample:
+            self._held = _Held(step, self.selector.sample(step), self._probabilities())
+        sample, probabilities = self._held.sample, self._held.probabilities
         updated = self._spread(self._update, sample)
         drawn = self._update == "sample"
         return Choice(
@@ -118,7 +134,8 @@ class Policy:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned, as JSON-serialisable values."""
-        return {"selector": self.selector.state_dict(), "reward_maximum": self.rewards.maximum}
+        state = {"selector": self.selector.state_dict(), "reward_maximum": self.rewards.maximum}
+        return state if self._redraw_every == 1 else {**state, "held": dataclasses.asdict(self._held)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`; other entries are passed over.
@@ -128,6 +145,8 @@ class Policy:
         """
         self.selector.load_state_dict(state["selector"])
         self.rewards.maximum = float(state["reward_maximum"])
+        held = state.get("held") or {}
+        self._held = _Held(held.get("step", 0), tuple(held.get("sample", ())), tuple(held.get("probabilities", ())))
 
     def _probabilities(self) -> tuple[float, ...]:
         return tuple(self.selector.probabilities().tolist())

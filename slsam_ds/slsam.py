@@ -119,6 +119,7 @@ class SLSAM:
             perturb=config.perturb,
             update=config.update,
             norm_layers=norm_layers(model, layers) if config.perturb == "norm_layers" else (),
+            redraw_every=config.redraw_every,
         )
         self._schedule = schedule = make_schedule(config.ascend_when, total_steps=total_steps, seed=config.seed)
         self._direction = DIRECTIONS[config.ascent_source](engine)

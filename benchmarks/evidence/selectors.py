@@ -3,8 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from slsam_ds.selectors import Selector
 
 
@@ -16,28 +14,6 @@ class _Around:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
-
-
-class Redrawn(_Around):
-    """Draws only every so many steps; the sample and its probabilities stay for the steps between."""
-
-    def __init__(self, inner: Selector, every: int) -> None:
-        super().__init__(inner)
-        self._every = every
-        self._sample: tuple[int, ...] = ()
-        self._probabilities = inner.probabilities()
-
-    def probabilities(self) -> Tensor:
-        return self._probabilities
-
-    def sample(self, step: int) -> tuple[int, ...]:
-        if (step - 1) % self._every == 0:
-            self._probabilities, self._sample = self._inner.probabilities(), self._inner.sample(step)
-        return self._sample
-
-    def update(self, active: Sequence[int], rewards: Sequence[float], probabilities: Any = None) -> None:
-        given = probabilities if probabilities is not None else [float(self._probabilities[arm]) for arm in active]
-        self._inner.update(active, rewards, probabilities=given)
 
 
 class NormalisedPerArm(_Around):
@@ -60,7 +36,6 @@ class NormalisedPerArm(_Around):
 
 
 AROUND: dict[str, Callable[[Selector, Any], Selector]] = {
-    "redraw_every": Redrawn,
     "normalised_per_arm": NormalisedPerArm,
 }
 """By the name under which `study.KNOBS` has them."""

@@ -10,6 +10,7 @@ from slsam_ds.recipes import RECIPES, Recipe
 
 _READ = {
     "code": "its code was read",
+    "abstract": "its abstract was read",
     "formula alone": "neither its text nor its code was read",
     "own": "of this project",
 }

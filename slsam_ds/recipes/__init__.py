@@ -27,7 +27,7 @@ class Recipe:
     knobs: Mapping[str, Any]
     formula: str
     source: str
-    read: Literal["code", "formula alone", "own"]
+    read: Literal["code", "abstract", "formula alone", "own"]
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -181,8 +181,8 @@ RECIPES: Mapping[str, Recipe] = {
     "layerwise_penalty": Recipe(
         knobs={**_DENSE, "selector": "top_k", "update": "all", "active_layers": 0.2},
         formula="P = the fifth of the layers with the largest ||h||, U = all",
-        source="its formula; compare arXiv 2503.14205",
-        read="formula alone",
+        source="its formula; compare Lee 2024, arXiv 2503.14205",
+        read="abstract",
     ),
     "late": Recipe(
         knobs={**_DENSE, "ascend_when": {"last": 0.3}},

@@ -1,5 +1,7 @@
 """Who is perturbed and who is updated, given a sample."""
 
+import json
+
 import pytest
 
 from slsam_ds.config import SLSAMConfig
@@ -20,6 +22,7 @@ def make(norm_layers: tuple[int, ...] = (), **knobs: object) -> Policy:
         perturb=config.perturb,
         update=config.update,
         norm_layers=norm_layers,
+        redraw_every=config.redraw_every,
     )
 
 
@@ -47,6 +50,26 @@ def test_a_few_may_be_perturbed_and_all_updated() -> None:
     for choice in chosen(make(active_layers=2, perturb="all")):
         assert choice.updated == choice.sampled
         assert choice.perturbed == ALL
+
+
+@pytest.mark.parametrize("selector", ["exp3m", "top_k", "bernoulli", "depth"])
+def test_a_sample_stays_for_as_long_as_it_is_told(selector: str) -> None:
+    """Its probabilities too, though the selector learns; and a resumed run goes on with both."""
+    policy = make(selector=selector, active_layers=2, redraw_every=3, gamma=0.5)
+    choices = []
+    for step in range(1, 31):
+        choice = policy.choose(step)
+        assert policy.choose(step) == choice
+        norms = {arm: float(arm + 1) for arm in ALL}
+        policy.learn(choice, norms, {})
+        choices.append(choice)
+        other = make(selector=selector, active_layers=2, redraw_every=3, gamma=0.5)
+        other.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+        assert other.choose(step + 1) == policy.choose(step + 1)
+    for start in range(0, 30, 3):
+        assert choices[start] == choices[start + 1] == choices[start + 2]
+    assert len({choice.sampled for choice in choices}) > 1
+    assert "held" not in make(selector=selector).state_dict()
 
 
 def test_norm_layers_may_be_perturbed_alone() -> None:
