@@ -90,7 +90,7 @@ class Reference:
         if self.direction == "friendly":
             means = {name: self.means.get(name) for name in names}
             for name, mean in means.items():
-                new = ascent[name] if mean is None else 0.9 * mean + 0.1 * ascent[name]
+                new = ascent[name] if mean is None else torch.lerp(mean, ascent[name], 0.1)
                 if name in updated:
                     self.means[name] = new.bfloat16().float()
             ascent = {name: ascent[name] - (0.0 if mean is None else mean) for name, mean in means.items()}

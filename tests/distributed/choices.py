@@ -6,7 +6,7 @@ Each is a few steps of forced samples, and says by its knobs alone what the refe
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from slsam_ds.directions import DIRECTIONS
 from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
 from slsam_ds.schedules import SCHEDULES
-from tests.distributed.training import ADAMW, Setup
+from tests.distributed.training import ADAMW, Setup, Training
 from tests.models import arms_of_llama, window
 from tests.reference import Reference
 from tests.rounding_reference import RoundingReference
@@ -137,6 +137,16 @@ EVERY_KNOB = {
     "mask": MASKS,
 }
 """Knobs whose values are members, each a file of its own."""
+
+
+def take(training: Training, case: Case, step: int) -> StepResult:
+    """A step of a case. What it returns says nothing of how long it took."""
+    perturbed, updated = case.choices[step - 1]
+    return without_seconds(training.step(training.window(step), perturbed=perturbed, updated=updated))
+
+
+def without_seconds(result: StepResult) -> StepResult:
+    return replace(result, seconds=0.0, ascent_seconds=0.0, descent_seconds=0.0)
 
 
 def make_reference(case: Case, setup: Setup, make: Callable[..., Reference] = Reference, **kwargs: Any) -> Reference:
