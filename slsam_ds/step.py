@@ -336,7 +336,8 @@ class _Mixture:
                 if shard.piece.arm in self._updated:
                     self._kept[place] = gradient * self._share_of_g
                     if of_part is not None:
-                        self._kept[place].sub_(of_part, alpha=self._factor_of_h)
+                        # Not by `alpha`, which the CPU rounds to 16 bits: what h cancels would not be what h is.
+                        self._kept[place].sub_(of_part.mul_(self._factor_of_h))
             elif place in self._kept:  # not where the step does not ascend
                 gradient.mul_(self._factor_of_h).add_(self._kept.pop(place))
 

@@ -66,7 +66,7 @@ class Reference:
             mean_loss += loss.item() / len(batches)
         return total, mean_loss
 
-    def climb(self, perturbed: Sequence[int], batches: Batches) -> tuple[Tensors, float, float]:
+    def climb(self, perturbed: Sequence[int], updated: Sequence[str], batches: Batches) -> tuple[Tensors, float, float]:
         """Direction, its norm, and the loss at x."""
         names = self.names(perturbed)
         if self.direction == "previous":
@@ -90,14 +90,17 @@ class Reference:
         if self.direction == "friendly":
             means = {name: self.means.get(name) for name in names}
             for name, mean in means.items():
-                self.means[name] = (
-                    (ascent[name] if mean is None else 0.9 * mean + 0.1 * ascent[name]).bfloat16().float()
-                )
+                new = ascent[name] if mean is None else torch.lerp(mean, ascent[name], 0.1)
+                if name in updated:
+                    self.means[name] = new.bfloat16().float()
             ascent = {name: ascent[name] - (0.0 if mean is None else mean) for name, mean in means.items()}
         return ascent, norm_of(ascent), loss
 
+    def precise_weights(self) -> Mapping[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
     def epsilon(self, perturbed: Sequence[int], ascent: Tensors, norm: float) -> Tensors:
-        weights = dict(self.model.named_parameters())
+        weights = self.precise_weights()
         stretch = {name: torch.ones_like(tensor) for name, tensor in ascent.items()}
         for arm in perturbed:
             for name in [name for name in self.arms[arm] if name in ascent]:
@@ -182,7 +185,9 @@ class Reference:
             share = len(part) / len(batches)
             ascent, norm, part_ascent_loss = {}, 0.0, 0.0
             if ascends:
-                ascent, norm, part_ascent_loss = self.climb(perturbed, climbed[number] if climbed else part)
+                ascent, norm, part_ascent_loss = self.climb(
+                    perturbed, self.names(updated), climbed[number] if climbed else part
+                )
             epsilon, mask_density = self.masked(perturbed, ascent, self.epsilon(perturbed, ascent, norm))
             before = self.add(epsilon)
             part_descent, part_loss = self.gradient(self.names(updated), descended or part)
@@ -196,16 +201,14 @@ class Reference:
             at_x, _ = self.gradient(self.names(updated), batches)
             ((how, share),) = self.descend_along.items()
             there, _ = self.gradient(self.names(updated), descended) if how == "corrected" else (at_x, 0.0)
-            descent = {name: at_x[name] + share * (grad - there[name]) for name, grad in descent.items()}
+            descent = {name: self.mix(at_x[name], there[name], grad, share) for name, grad in descent.items()}
         for name, grad in descent.items():
             self.previous[name] = (grad.to(torch.bfloat16).float(), grad.double().square().sum().item())
         norms = {arm: norm_of({name: descent[name] for name in self.arms[arm]}) for arm in updated}
-        factor = 1.0
         if self.descend_along == "renormalised" and ascends:
             at_x, _ = self.gradient(self.names(updated), batches)
-            factor = norm_of(at_x) / norm_of(descent)
-        if self.clip:
-            factor *= min(1.0, self.clip / (factor * norm_of(descent) + 1e-6))
+            descent = self.scale(descent, norm_of(at_x) / norm_of(descent))
+        factor = min(1.0, self.clip / (norm_of(descent) + 1e-6)) if self.clip else 1.0
         for arm in updated:
             for name in self.arms[arm]:
                 self.adamw(name, descent[name] * factor, self.lr * lr_scale(arm))
@@ -217,6 +220,12 @@ class Reference:
             "sq_norm": sq_norm,
             "mask_density": mask_density,
         }
+
+    def mix(self, g: torch.Tensor, g_there: torch.Tensor, h: torch.Tensor, share: float) -> torch.Tensor:
+        return g + share * (h - g_there)
+
+    def scale(self, gradients: Tensors, factor: float) -> Tensors:
+        return {name: factor * gradient for name, gradient in gradients.items()}
 
     @torch.no_grad()
     def adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:

@@ -102,9 +102,10 @@ class TorchOptimizerEngine(SwitchesArms):
         """Average the gradients of all that is active over ranks, in place."""
 
     def scale_gradients(self, factor: float) -> None:
-        gradients = [local_elements(gradient) for _, _, gradient in self._gradients()]
-        if factor != 1 and gradients:
-            torch._foreach_mul_(gradients, factor)
+        if factor == 1:
+            return
+        for _, _, gradient in self._gradients():
+            local_elements(gradient).mul_(factor)  # `_foreach_mul_` rounds the factor to 16 bits where they have 16
 
     def _parameters_of(self, arms: Iterable[int]) -> Iterable[nn.Parameter]:
         return (parameter for arm in arms for parameter in self._parameters[arm])

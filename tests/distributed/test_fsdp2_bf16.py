@@ -1,6 +1,5 @@
 """FSDP2 in bf16: float32 shards that are cast when gathered, or a bf16 model."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,47 +8,21 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from slsam_ds import SLSAM, StepResult
-from tests.distributed.test_bf16 import RoundingReference, follow_bf16
+from tests.distributed.test_bf16 import follow_bf16, judge
 from tests.distributed.test_frozen import changes
 from tests.distributed.training import LlamaSetup, Setup, Training, follow_samples, max_error, slow
 from tests.models import SAMPLES, arms_of_llama, loss_in_autocast, tiny_llama, window
 from tests.ranks import run_on_ranks
+from tests.rounding_reference import MixedReference
 
 MIXED = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
-
-
-class MixedReference(RoundingReference):
-    """Weights are cast to bf16 for forward and backward, buffers are not; gradients add up in float32."""
-
-    def __init__(self, setup: Setup, world_size: int) -> None:
-        super().__init__(setup, world_size)
-        for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-    def gradient(self, step: int, names: Sequence[str]) -> dict[str, Tensor]:
-        total: dict[str, Tensor] = {}
-        for rank in range(self.world_size):
-            share = {name: torch.zeros_like(self.masters[name]) for name in names}
-            for batch in window(step, rank, self.setup.accumulation):
-                self.model.zero_grad()
-                (self.model(**batch).loss / self.setup.accumulation).backward()
-                for name in names:
-                    share[name] += self.model.get_parameter(name).grad
-            total = {name: total.get(name, 0.0) + share[name] / self.world_size for name in names}
-        return total
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
 @pytest.mark.parametrize(("world_size", "accumulation"), [slow(1, 1), slow(2, 1), (2, 3)])
 def test_mixed_precision_follows_its_reference(world_size: int, accumulation: int, rounding: str) -> None:
     setup = Setup(engine="fsdp2", fsdp=MIXED, accumulation=accumulation, slsam={"rounding": rounding})
-    per_rank = run_on_ranks(world_size, follow_bf16, setup)
-    weights, _, perturbed, _ = per_rank[0]
-    assert all(max_error(weights, other) == 0.0 for other, *_ in per_rank)
-    reference = MixedReference(setup, world_size)
-    for step, sample in enumerate(SAMPLES, start=1):
-        reference.follow(step, sample, perturbed[step - 1])
-    assert max_error(weights, reference.masters) <= 1e-6
+    judge(setup, world_size, MixedReference)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -98,9 +71,9 @@ def test_perturbed_float32_shards_are_what_their_cast_makes_of_them() -> None:
 
 def test_replicas_of_a_shard_draw_the_same_rounding_noise() -> None:
     first, *others = run_on_ranks(4, follow_bf16, Setup(engine="fsdp2", replicas=2, fsdp=MIXED))
-    for weights, _, perturbed, _ in others:
-        assert max_error(weights, first[0]) == 0.0
-        assert all(max_error(mine, its) == 0.0 for mine, its in zip(perturbed, first[2], strict=True))
+    for live, _, perturbed, _ in others:
+        for mine, its in zip([*live, *perturbed], [*first[0], *first[2]], strict=True):
+            assert max_error(mine, its) == 0.0
 
 
 def test_frozen_layers_stay_as_they_are() -> None:

@@ -154,6 +154,17 @@ class Training:
         """One step for each forced sample."""
         return [self.step(self.window(step), active=sample) for step, sample in enumerate(samples, start=1)]
 
+    def step_seen(self, step: int, **forced: Any) -> tuple[StepResult, dict[str, Tensor]]:
+        """A step over its window, and the weights that its last forward has read."""
+        seen: dict[str, Tensor] = {}
+
+        def loss_fn(model: Any, batch: Any) -> Tensor:
+            seen.update(self.live_weights())
+            loss: Tensor = model(**batch).loss
+            return loss
+
+        return self.step(self.window(step), loss_fn=loss_fn, **forced), seen
+
     def weights(self) -> dict[str, Tensor]:
         """Every parameter, whole, in full precision where the engine keeps one."""
         from deepspeed.utils import safe_get_full_fp32_param

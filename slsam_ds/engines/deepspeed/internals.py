@@ -84,6 +84,7 @@ INTERNALS: Mapping[str, Internals] = {
             "bfloat16_enabled",
             "checkpoint_engine.is_decoupled",
             "checkpoint_engine.load",
+            "clip_fp32_gradients",
             "enable_backward_allreduce",
             "fp16_enabled",
             "has_moe_layers",

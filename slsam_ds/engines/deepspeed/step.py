@@ -75,7 +75,9 @@ class DeepSpeedStep(ABC):
             if not optimizer.overflow:
                 self._after_step(arms)
 
-        with overlaid(optimizer, "step", step):
+        # Without ZeRO, in float32, the engine clips before it steps, and raises where there is no gradient to clip.
+        unclipped = overlaid(self._engine, "clip_fp32_gradients", lambda: None) if skip else contextlib.nullcontext()
+        with overlaid(optimizer, "step", step), unclipped:
             yield
 
 
