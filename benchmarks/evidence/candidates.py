@@ -73,7 +73,14 @@ CANDIDATES = {
             _DEPTH,
             {"active_layers": 0.7, "ascent_source": "previous"},
         ),
-        _own("depth_plain", "depth drawn (0.7), no ascent", _DEPTH, {"active_layers": 0.7}, _PLAIN, axes=("learning_rate",)),
+        _own(
+            "depth_plain",
+            "depth drawn (0.7), no ascent",
+            _DEPTH,
+            {"active_layers": 0.7},
+            _PLAIN,
+            axes=("learning_rate",),
+        ),
         _own("all_quarter", "all layers, ascent on a quarter", _ALL, _QUARTER),
         _own("all_eighth", "all layers, ascent on an eighth", _ALL, {"ascent_fraction": 0.125}),
         _own(
@@ -132,6 +139,12 @@ CANDIDATES = {
         _own("paper", "the paper's, s = 0.2", _PAPER),
         _own("paper_half", "the paper's, s = 0.5", _PAPER, {"active_layers": 0.5}),
         _own("tensors_quarter", "the paper's, s = 0.5, ascent on a quarter", _PAPER, _QUARTER, {"active_layers": 0.5}),
-        _own("layers_at_random", "a fifth of the layers at random, no ascent", {"selector": "uniform"}, _PLAIN, axes=("learning_rate",)),
+        _own(
+            "layers_at_random",
+            "a fifth of the layers at random, no ascent",
+            {"selector": "uniform"},
+            _PLAIN,
+            axes=("learning_rate",),
+        ),
     )
 }

@@ -1,8 +1,7 @@
 """One trial: a candidate trains on a long task, and every checkpoint that could be kept of it is judged."""
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -119,13 +118,21 @@ def build(data: Data, setting: Setting, seed: int) -> nn.Module:
     return model.train()
 
 
-def wrap(model: nn.Module, candidate: Candidate, setting: Setting, *, seed: int, steps: int) -> SLSAM:
+def wrap(
+    model: nn.Module,
+    candidate: Candidate,
+    setting: Setting,
+    *,
+    seed: int,
+    steps: int,
+    max_grad_norm: float | None = MAX_GRAD_NORM,
+) -> SLSAM:
     """The candidate around a model and its AdamW."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=setting.learning_rate, weight_decay=setting.weight_decay, fused=True
     )
     config = SLSAMConfig.from_dict({"seed": seed, "rho": setting.rho, **candidate.knobs})
-    return SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=MAX_GRAD_NORM)
+    return SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=max_grad_norm)
 
 
 def loss_of(task: Task) -> Any:

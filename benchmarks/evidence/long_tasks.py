@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.evidence.corpus import LIBRARIES, Part, masked
+from benchmarks.evidence.corpus import Part
 from benchmarks.evidence.starts import decoder_shape, decoder_weights, encoded, kept, padded, pretrained, sentences
-from benchmarks.evidence.tasks import Batch, Data, Sample, Task
+from benchmarks.evidence.tasks import VERBS, Batch, Data, Sample, Task
 from benchmarks.evidence.transformer import Shape, SmallTransformer
 
 _PARTS: tuple[Part, ...] = ("train", "validation", "test")
@@ -39,18 +39,16 @@ def _prose(libraries: Sequence[str], num_train: int) -> Data:
     return _data({part: _shuffled(rows[part])[: most[part]] for part in _PARTS}, collate, decoder_shape(), "decoder")
 
 
-def _library(noise: float) -> Data:
-    """Of which library is the function that is said to do this? Some training labels are wrong."""
-    most: Mapping[Part, int] = {"train": 80, "validation": 45, "test": 90}
-    rows: dict[tuple[Part, int], list[Sample]] = {
-        (part, label): [] for part in _PARTS for label in range(len(LIBRARIES))
-    }
+def _verbs(noise: float) -> Data:
+    """With which verb does the name of a function begin that is said to do this? Some training labels are wrong."""
+    most: Mapping[Part, int] = {"train": 80, "validation": 40, "test": 80}
+    rows: dict[tuple[Part, int], list[Sample]] = {(part, label): [] for part in _PARTS for label in range(len(VERBS))}
     for one in sentences():
-        some = rows[one.part, LIBRARIES.index(one.library)]
-        if len(some) < most[one.part]:
-            some.append({"ids": encoded(masked(one.sentence)), "label": LIBRARIES.index(one.library)})
-    parts = {part: _shuffled([row for label in range(len(LIBRARIES)) for row in rows[part, label]]) for part in _PARTS}
-    parts["train"] = _with_wrong_labels(parts["train"], noise, len(LIBRARIES))
+        verb = one.name.lstrip("_").split("_")[0]
+        if verb in VERBS and len(rows[one.part, VERBS.index(verb)]) < most[one.part]:
+            rows[one.part, VERBS.index(verb)].append({"ids": encoded(one.sentence), "label": VERBS.index(verb)})
+    parts = {part: _shuffled([row for label in range(len(VERBS)) for row in rows[part, label]]) for part in _PARTS}
+    parts["train"] = _with_wrong_labels(parts["train"], noise, len(VERBS))
 
     def collate(samples: list[Any]) -> Batch:
         return {
@@ -58,7 +56,7 @@ def _library(noise: float) -> Data:
             "labels": torch.tensor([sample["label"] for sample in samples]),
         }
 
-    return _data(parts, collate, decoder_shape(len(LIBRARIES)), "decoder")
+    return _data(parts, collate, decoder_shape(len(VERBS)), "decoder")
 
 
 def _digits(num_train: int, noise: float) -> Data:
@@ -170,8 +168,8 @@ LONG_TASKS = {
             batch=8,
             predicts_tokens=True,
         ),
-        _task("library_20", "which library, 20 % of labels wrong", lambda: _library(0.2), batch=8),
-        _task("library_40", "which library, 40 % of labels wrong", lambda: _library(0.4), batch=8),
+        _task("verbs_20", "which verb, 20 % of labels wrong", lambda: _verbs(0.2), batch=8),
+        _task("verbs_40", "which verb, 40 % of labels wrong", lambda: _verbs(0.4), batch=8),
         _task("digits_few", "new digits, 60 samples", lambda: _digits(60, 0.0), batch=8),
         _task("digits_20", "new digits, 20 % of labels wrong", lambda: _digits(320, 0.2), batch=16),
         _task("digits_40", "new digits, 40 % of labels wrong", lambda: _digits(320, 0.4), batch=16),

@@ -110,7 +110,12 @@ def kept(name: str, made_of: Any, make: Callable[[], dict[str, Tensor]]) -> dict
 
 
 def pretrained(
-    shape: Shape, rows: Sequence[Any], loss_of: Callable[[SmallTransformer, list[Any]], Tensor], *, steps: int, batch: int
+    shape: Shape,
+    rows: Sequence[Any],
+    loss_of: Callable[[SmallTransformer, list[Any]], Tensor],
+    *,
+    steps: int,
+    batch: int,
 ) -> dict[str, Tensor]:
     """Weights after AdamW has gone over the rows, in an order that a seed gives."""
     torch.manual_seed(0)

@@ -13,6 +13,9 @@ Checkpoint = Literal["last", "best", "average"]
 
 FILE = "trials.jsonl"
 
+TUNING_SEED = 0
+"""Settings are chosen by its trials; no seed of a reported run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
