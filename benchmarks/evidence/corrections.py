@@ -20,7 +20,7 @@ from slsam_ds.state.progress import Progress
 Vector = dict[str, Tensor]
 """By parameter's name; none where there is nothing."""
 
-_NO_RATE = 1e-30  # times any gradient below half a unit in the last place of any weight
+_NO_RATE = 1e-30  # what it moves is lost in rounding, but for zeros, which it moves by nothing that matters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,10 @@ class Point:
                 for name, parameter in model.named_parameters()
             },
         )
+
+    def in_adams_units(self, vector: Mapping[str, Tensor]) -> Vector:
+        """A gradient as Adam makes a step of it: divided by the root of its second moment."""
+        return {name: tensor / (self.moments[name]["exp_avg_sq"].sqrt() + 1e-8) for name, tensor in vector.items()}
 
     def put_into(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go there; the optimizer's steps move nothing from then on."""

@@ -44,10 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _study(task: str, candidates: Sequence[Candidate], trials: Trials, options: argparse.Namespace) -> None:
     for candidate in candidates:
-        first = tuning.start(candidate, options.learning_rate)
-        _made(Trial(task=task, candidate=candidate.name, setting=first, seed=TUNING_SEED), trials)
         while len(tried := tuned_losses(trials, task, candidate.name)) < options.trials:
-            setting = tuning.next_setting(tried, candidate)
+            setting = tuning.next_setting(tried, candidate) if tried else tuning.start(candidate)
             _made(Trial(task=task, candidate=candidate.name, setting=setting, seed=TUNING_SEED), trials)
     for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds):
         for candidate in candidates:
@@ -79,9 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.frontier", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=LONG_TASKS, metavar="TASK", default=list(LONG_TASKS))
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", default=list(CANDIDATES))
-    parser.add_argument("--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate")
+    parser.add_argument(
+        "--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate; 0: as tuning starts"
+    )
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="of the final runs")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="where tuning starts")
     parser.add_argument("--output", type=Path, default=Path("docs/evidence"), metavar="DIR")
     parser.add_argument("--tables-only", action="store_true", help="make no runs, write the report again")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")

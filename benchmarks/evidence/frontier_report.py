@@ -25,7 +25,7 @@ python -m benchmarks.evidence.frontier --tasks TASK --candidates adamw dense_sam
 FLOPs are of whole runs, AdamW over all of the task's steps being 1. Losses are cross-entropies in nats on test data,
 of the last weights and of the checkpoint that validation data chose: the last, the best on the way, or the mean of the
 last quarter's weights. Differences are of the chosen ones, seed by seed, ± the standard error. `*`: the best setting
-has a neighbour that was not tried.
+has a neighbour that was not tried; the number of trials that chose it is in the column *tuned*.
 """
 
 
@@ -36,15 +36,13 @@ def tuned_losses(trials: Trials, task: str, candidate: str) -> dict[Setting, flo
 
 
 def best(trials: Trials, task: str, candidate: str) -> Setting:
-    """The setting with the least validation loss."""
+    """The setting with the least validation loss; where none was tried, the one that tuning starts from."""
     tried = tuned_losses(trials, task, candidate)
-    return min(tried, key=tried.__getitem__)
+    return min(tried, key=tried.__getitem__, default=tuning.start(CANDIDATES[candidate]))
 
 
 def finals(trials: Trials, task: str, candidate: str, setting: Setting | None = None) -> list[Outcome]:
     """Reported runs of a setting; None: of the best one."""
-    if not tuned_losses(trials, task, candidate):
-        return []
     wanted = setting or best(trials, task, candidate)
     return [one for one in trials.of(task, candidate) if one.trial.setting == wanted and one.trial.seed != TUNING_SEED]
 
@@ -88,7 +86,18 @@ def _headroom_table(trials: Trials) -> str:
 
 
 def _table(trials: Trials, task: str) -> str:
-    header = ["recipe", "setting", "FLOPs", "seeds", "last", "chosen", "less AdamW's", "less dense SAM's", "reaches it"]
+    header = [
+        "recipe",
+        "setting",
+        "tuned",
+        "FLOPs",
+        "seeds",
+        "last",
+        "chosen",
+        "less AdamW's",
+        "less dense SAM's",
+        "reaches it",
+    ]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     lines += [f"| {' | '.join(row)} |" for row in _rows(trials, task)]
     return "\n".join(lines)
@@ -105,6 +114,7 @@ def _rows(trials: Trials, task: str) -> Iterator[list[str]]:
         yield [
             f"`{name}`: {candidate.title}",
             _shown(setting) + ("" if tuning.is_enclosed(setting, tried, candidate) else "*"),
+            str(len(tried)),
             f"{statistics.fmean(one.flops for one in outcomes):.2f}",
             str(len(outcomes)),
             _mean(losses_on_test(outcomes, "last")),

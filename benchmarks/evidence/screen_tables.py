@@ -27,8 +27,9 @@ amounts to. delta is d of dense SAM at the same radius.
 
 *projection* is ⟨d, delta⟩ / ‖delta‖²: 1 for dense SAM, 0 for AdamW. *cosine* says how much of d is not noise or
 something else. The price is the mean of the steps', AdamW's being 1; of a recipe that perturbs now and then, d is the
-mean over all steps. The radius is {{rho}} where no other is named; recipes with another geometry or a random direction
-have one in proportion to it, so that for them the cosine alone counts.
+mean over all steps. Gradients differ in size from layer to layer, most of all those of embeddings, and Adam does not
+mind: so the same is shown in its units. The radius is {{rho}} where no other is named; recipes with another geometry
+or a random direction have one in proportion to it, so that for them the cosine alone counts.
 """
 
 
@@ -63,6 +64,11 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             + [_both(at[name, point, usual]["all"]) for point in _POINTS]
             for name in names
         ],
+    )
+    yield "In Adam's units, each weight's gradient divided by the root of its second moment:"
+    yield _table(
+        ["recipe", *(f"{point}: projection | cosine" for point in _POINTS)],
+        [[_title(name), *(_both(at[name, point, usual]["in_adams_units"]) for point in _POINTS)] for name in names],
     )
     yield "At the middle, by where the layers are. Shares of ‖delta‖²: " + ", ".join(
         f"{_GROUPS[group]} {share:.0%}" for group, share in shares.items()

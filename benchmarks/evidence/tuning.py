@@ -11,14 +11,15 @@ from dataclasses import replace
 from benchmarks.evidence.candidates import Axis, Candidate
 from benchmarks.evidence.trials import Setting
 
+_FIRST_RATE = 1e-3
 _ENDED: Mapping[Axis, Sequence[float]] = {"share": (0.125, 0.25, 0.5, 1.0), "dropout": (0.0, 0.1, 0.2, 0.3)}
 """Ladders with natural ends: no dropout is less than none, and no run is longer than the task's."""
 
 
-def start(candidate: Candidate, learning_rate: float) -> Setting:
+def start(candidate: Candidate) -> Setting:
     """The first trial's."""
     plain = candidate.knobs.get("rho") == 0
-    return Setting(learning_rate=learning_rate, rho=0.0 if plain else candidate.rho, share=candidate.share)
+    return Setting(learning_rate=_FIRST_RATE, rho=0.0 if plain else candidate.rho, share=candidate.share)
 
 
 def next_setting(tried: Mapping[Setting, float], candidate: Candidate) -> Setting:
