@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", choices=LONG_TASKS, metavar="TASK", default=list(LONG_TASKS))
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", default=list(CANDIDATES))
     parser.add_argument(
-        "--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate; 0: as tuning starts"
+        "--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate; 0: as dense SAM was tuned"
     )
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="of the final runs")
     parser.add_argument("--output", type=Path, default=Path("docs/evidence"), metavar="DIR")

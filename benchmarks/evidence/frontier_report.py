@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.evidence import tuning
@@ -25,7 +26,8 @@ python -m benchmarks.evidence.frontier --tasks TASK --candidates adamw dense_sam
 FLOPs are of whole runs, AdamW over all of the task's steps being 1. Losses are cross-entropies in nats on test data,
 of the last weights and of the checkpoint that validation data chose: the last, the best on the way, or the mean of the
 last quarter's weights. Differences are of the chosen ones, seed by seed, ± the standard error. `*`: the best setting
-has a neighbour that was not tried; the number of trials that chose it is in the column *tuned*.
+has a neighbour that was not tried. *tuned* is the number of trials that chose it; with 0, it is dense SAM's, the radius
+in proportion.
 """
 
 
@@ -36,9 +38,17 @@ def tuned_losses(trials: Trials, task: str, candidate: str) -> dict[Setting, flo
 
 
 def best(trials: Trials, task: str, candidate: str) -> Setting:
-    """The setting with the least validation loss; where none was tried, the one that tuning starts from."""
+    """The setting with the least validation loss; where none was tried, dense SAM's, or where tuning starts."""
     tried = tuned_losses(trials, task, candidate)
-    return min(tried, key=tried.__getitem__, default=tuning.start(CANDIDATES[candidate]))
+    if tried:
+        return min(tried, key=tried.__getitem__)
+    first, of_dense = tuning.start(CANDIDATES[candidate]), tuned_losses(trials, task, DENSE)
+    if not of_dense:
+        return first
+    dense = min(of_dense, key=of_dense.__getitem__)
+    return replace(
+        first, learning_rate=dense.learning_rate, rho=first.rho * dense.rho / tuning.start(CANDIDATES[DENSE]).rho
+    )
 
 
 def finals(trials: Trials, task: str, candidate: str, setting: Setting | None = None) -> list[Outcome]:

@@ -206,7 +206,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_a_trial_keeps_three_checkpoints(tiny: str) -> None:
+def test_a_trial_keeps_three_checkpoints(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_run, "_AVERAGED_EVERY", 1)
     setting = Setting(learning_rate=1e-2, rho=0.05, dropout=0.1, share=0.5)
     trial = Trial(task=tiny, candidate="dense_sam", setting=setting, seed=1)
     found = long_run.run_trial(trial)
