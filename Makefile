@@ -25,7 +25,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench evidence evidence-quick soak lint format type clean
+.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench evidence evidence-quick evidence-screen evidence-frontier soak lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -75,6 +75,12 @@ evidence: $(INSTALLED)  ## methods x tasks x seeds: makes the runs that docs/evi
 
 evidence-quick: $(INSTALLED)  ## a first look at it, into outputs/evidence-quick: under ten minutes
 	python -m benchmarks.evidence --quick
+
+evidence-screen: $(INSTALLED)  ## what recipes capture of dense SAM's correction: minutes a task; writes docs/evidence/screen.md
+	python -m benchmarks.evidence.screen
+
+evidence-frontier: $(INSTALLED)  ## recipes tuned alike on long tasks, loss against price: days; writes docs/evidence/frontier.md
+	python -m benchmarks.evidence.frontier
 
 soak: $(INSTALLED)  ## kills, full disks, bad numbers and inputs, thousands of times: 25 minutes; writes docs/reliability.md
 	python -m tests.soak

@@ -34,6 +34,9 @@ standard error over seeds; differences are taken seed by seed. FLOPs are of whol
 `slsam_ds` counts; time is wall clock of the steps, against AdamW's run of the same seed, median. The rise along the
 gradient is that of the loss of some test samples (64; 4 of a language model's) at radius 0.05; in random directions,
 at radius 0.5; both in float32.
+
+Here are real models in short runs. Whether recipes learn as well as dense SAM where that can be seen, small models in
+long runs say: [`RULES.md`](RULES.md), [`screen.md`](screen.md), [`frontier.md`](frontier.md).
 """
 
 

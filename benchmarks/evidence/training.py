@@ -60,7 +60,7 @@ def run(
     slsam = SLSAM(model, optimizer, config, total_steps=steps, max_grad_norm=_MAX_GRAD_NORM)
     for name, value in around.items():
         slsam.policy.selector = AROUND[name](slsam.selector, value)
-    schedule = LambdaLR(optimizer, lambda step: _rate(step, steps))
+    schedule = LambdaLR(optimizer, lambda step: rate_at(step, steps))
     model.train()
     found = _train(task, data, slsam, schedule, steps=steps, seed=seed)
     return {**found, **_judge(task, data, model)} if on_test else found
@@ -116,11 +116,11 @@ def training_batches(task: Task, data: Data, seed: int) -> Iterator[Batch]:
             yield _collated(data, [data.train[index] for index in order[start : start + task.batch]])
 
 
-def batches(data: Data, samples: Sequence[Sample]) -> list[Batch]:
+def batches(data: Data, samples: Sequence[Sample], size: int = _HELD_OUT_BATCH) -> list[Batch]:
     """All samples, alike ones together: little padding."""
-    by_length = sorted(samples, key=lambda sample: len(sample.get("input_ids", ())))
-    starts = range(0, len(by_length), _HELD_OUT_BATCH)
-    return [_collated(data, by_length[start : start + _HELD_OUT_BATCH]) for start in starts]
+    by_length = sorted(samples, key=lambda sample: len(sample.get("input_ids", sample.get("ids", ()))))
+    starts = range(0, len(by_length), size)
+    return [_collated(data, by_length[start : start + size]) for start in starts]
 
 
 def _collated(data: Data, samples: Sequence[Sample]) -> Batch:
@@ -128,7 +128,7 @@ def _collated(data: Data, samples: Sequence[Sample]) -> Batch:
     return dict(collated)
 
 
-def _rate(step: int, steps: int) -> float:
+def rate_at(step: int, steps: int) -> float:
     """Of the peak: up in a line, and down in a line."""
     warm_up = math.ceil(_WARM_UP * steps)
     return (step + 1) / warm_up if step < warm_up else max(0.0, (steps - step) / (steps - warm_up))
