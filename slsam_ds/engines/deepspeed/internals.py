@@ -258,6 +258,10 @@ INTERNALS: Mapping[str, Internals] = {
         source="deepspeed/runtime/zero/parameter_offload.py",
         names=("ds_inflight_param_registry",),
     ),
+    "LinkedParameter": Internals(  # what ZeRO-1 and ZeRO-2 note on parameters
+        source="deepspeed/utils/mixed_precision_linkage.py",
+        names=("_hp_mapping",),
+    ),
     "Parameter": Internals(  # and on its parameters
         source="deepspeed/runtime/zero/partition_parameters.py",
         names=("ds_active_sub_modules", "ds_numel", "ds_shape", "ds_status", "ds_tensor", "partition"),

@@ -13,7 +13,8 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
+from slsam_ds.model.param_groups import scaled_learning_rates, stepped_parameters
+from slsam_ds.model.state_home import state_fetched
 
 
 class DeepSpeedStep(ABC):
