@@ -1,6 +1,7 @@
 """SLSAMTrainer inside the real Hugging Face Trainer, on two ranks."""
 
 import functools
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import accelerate
 import pytest
 import torch
 from packaging import version
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -145,6 +146,32 @@ def test_it_follows_the_reference_and_records_every_step(engine: str, tmp_path: 
     assert logged == pytest.approx([record["ascent_loss"] for record in records], abs=1e-3)
     rises = [entry["slsam/ascent_rise"] for entry in history if "loss" in entry]
     assert rises == pytest.approx([record["loss"] - record["ascent_loss"] for record in records])
+
+
+def train_apart(output_dir: str) -> tuple[int, dict[str, Tensor]]:
+    """Ranks that begin with other weights: how many wrappers there are in a step, and what comes of it."""
+    wrappers: list[Any] = []
+
+    class Looking(RecordingTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            wrappers.extend(each for each in gc.get_objects() if type(each) is nn.parallel.DistributedDataParallel)
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(output_dir, deepspeed=None, max_steps=2)
+    trainer.__class__ = Looking
+    if trainer.args.process_index > 0:
+        for parameter in trainer.model.parameters():
+            nn.init.normal_(parameter)
+    trainer.train()
+    trainer.evaluate()
+    return len(wrappers), weights(trainer)
+
+
+def test_replicas_begin_alike_and_pay_for_no_wrapper(tmp_path: Path) -> None:
+    """Which would hold a buffer of every gradient, and be called by nobody."""
+    (num_wrappers, first), (_, other) = run_on_ranks(2, train_apart, str(tmp_path))
+    assert num_wrappers == 0
+    assert all(torch.equal(first[name], other[name]) for name in first)
 
 
 def train_cheaply(output_dir: str, knobs: dict[str, Any], accumulation: int) -> tuple[list[Any], int]:
