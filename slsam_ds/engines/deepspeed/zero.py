@@ -16,7 +16,6 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.deepspeed.checkpoint import layout_of
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed, overlaid
@@ -28,7 +27,7 @@ from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 from slsam_ds.tally import local_sq_norms
 
 
-class ZeroEngine(SwitchesArms, DeepSpeedStep):
+class ZeroEngine(DeepSpeedStep):
     """SL-SAM's view of a DeepSpeedEngine with a ZeRO optimizer.
 
     A group is what the stage steps at once: an optimizer's parameter group, or a part of one.
