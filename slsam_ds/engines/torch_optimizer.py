@@ -55,7 +55,13 @@ class TorchOptimizerEngine(SwitchesArms):
                 parameter.grad = None
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         if not skip:
             stepped = stepped_parameters(self._optimizer, arms)

@@ -39,7 +39,13 @@ class DeepSpeedStep(SwitchesArms):
         timer.started = False  # where the step raised
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         # One engine.step() per micro-batch, as in a stock loop, keeps DeepSpeed's counters, timers, monitor and
         # scheduler at their usual meaning; only the last one is a boundary and steps the optimizer.

@@ -57,11 +57,21 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
             )
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         with overlaid(stage_1_and_2, "all_gather_dp_groups", gather_groups):  # else each group by itself
             return super().update(
-                arms, num_micro_batches=num_micro_batches, learning_rate_scale=learning_rate_scale, skip=skip
+                arms,
+                num_micro_batches=num_micro_batches,
+                learning_rate_scale=learning_rate_scale,
+                grad_norm=grad_norm,
+                skip=skip,
             )
 
     def _check_supported(self) -> None:
