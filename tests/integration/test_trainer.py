@@ -208,7 +208,8 @@ def train_halves(output_dir: str, engine: str, stop_at: int | None, resume: bool
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["none", "fsdp2", "zero0", "zero1", "zero2"])
 def test_resume_from_a_trainer_checkpoint_is_bit_identical(engine: str, tmp_path: Path) -> None:
-    train = functools.partial(train_halves, slsam=KNOBS | {"mask": "fisher", "mask_every": 2})
+    knobs = KNOBS | {"mask": "fisher", "mask_every": 2, "offload_state": True}
+    train = functools.partial(train_halves, slsam=knobs)
     whole_run = run_on_ranks(2, train, str(tmp_path / "whole"), engine, None, False)[0]
     run_on_ranks(2, train, str(tmp_path / "halves"), engine, 4, False)  # dies after its checkpoint of step 3
     assert [record["step"] for record in read_steps(tmp_path / "halves")] == [1, 2, 3, 4]

@@ -162,6 +162,7 @@ INTERNALS: Mapping[str, Internals] = {
             "process_gradients",
             "reduce_ready_partitions_and_remove_grads",
             "has_overflow",
+            "initialize_optimizer_states",
             "scaled_global_norm",
             "sequence_parallel_size",
             "setup_buckets",
@@ -254,6 +255,7 @@ INTERNALS: Mapping[str, Internals] = {
         lists=("fp16_groups", "fp32_groups"),
         names=(
             "_update_scale",
+            "initialize_optimizer_states",
             "optimizer",
             "overflow_checker.check",
             "overflow_checker.has_overflow",
@@ -270,6 +272,7 @@ INTERNALS: Mapping[str, Internals] = {
         names=(
             "_update_scale",
             "has_executed_step",
+            "initialize_optimizer_states",
             "optimizer",
             "overflow_checker.check",
             "overflow_checker.has_overflow",
