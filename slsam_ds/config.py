@@ -299,6 +299,11 @@ class SLSAMConfig:
         """What the optimizer's state holds besides its own when it is saved or loaded: see `Direction.kept`."""
         return {**DIRECTIONS[self.ascent_source].kept, **(MASKS[self.mask].kept if self.mask is not None else {})}
 
+    @property
+    def state_home(self) -> torch.device | None:
+        """Where the optimizer's state waits: see `Engine.optimizer_state_home`."""
+        return torch.device("cpu") if self.offload_state else None
+
     def num_active(self, num_arms: int) -> int:
         """How many of `num_arms` arms a step activates: at least 1.
 

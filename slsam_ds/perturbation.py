@@ -83,20 +83,21 @@ def perturb_(
     """
     read_dtype = read_dtype or weight.dtype
     scale = scale.to(weight.device, torch.float32)
+    stays = scale == 0
     measured = torch.zeros(3, dtype=torch.float64, device=weight.device)
     size = _CHUNK_NUMEL_ON_CPU if weight.device.type == "cpu" else _CHUNK_NUMEL
     chunks = zip(*(torch.split(tensor, size) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
-        epsilon = (gradient_chunk.to(weight.device, torch.float32) * scale).masked_fill_(scale == 0, 0.0)
+        # Moved first, then cast: torch would cast on the host, and move twice as much.
+        epsilon = (gradient_chunk.to(weight.device).float() * scale).masked_fill_(stays, 0.0)
         before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
         if read_dtype in _BITS_CUT and rounding == "stochastic":
             weight_chunk.copy_(stochastic_round(before + epsilon, generator, read_dtype))
         else:
-            weight_chunk.copy_(master_chunk.to(weight.device, torch.float32) + epsilon)
+            weight_chunk.copy_(master_chunk.to(weight.device).float() + epsilon)
         applied = weight_chunk.to(read_dtype).to(torch.float32) - before
-        measured[0] += torch.dot(applied, epsilon)
-        measured[1] += torch.dot(applied, applied)
-        measured[2] += torch.dot(epsilon, epsilon)
+        dots = torch.dot(applied, epsilon), torch.dot(applied, applied), torch.dot(epsilon, epsilon)
+        measured += torch.stack(dots)
     return measured
 
 

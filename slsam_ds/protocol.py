@@ -240,9 +240,23 @@ class Engine(Protocol):
         ...
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         """Step the user's optimizer on these arms with the reduced gradients, or count a skipped step.
+
+        Args:
+            arms: Those that have gradients.
+            num_micro_batches: Of the window.
+            learning_rate_scale: By arm: what this step's learning rate is multiplied by.
+            grad_norm: Of all these gradients, over all ranks, the loss scale left out. The host knows that it is
+                finite, and need not ask the device again.
+            skip: Count a skipped step.
 
         Returns:
             Whether the update was applied.

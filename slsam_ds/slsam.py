@@ -26,6 +26,7 @@ from slsam_ds.model.layers import LayerMap, map_layers, norm_layers
 from slsam_ds.model.micro_batches import LossFunction, check_loss, model_loss, num_samples, to_device
 from slsam_ds.model.param_groups import regroup, sets_own_rate
 from slsam_ds.model.reuse import PrefixReuse
+from slsam_ds.model.state_home import load_at_home, send_home
 from slsam_ds.passes import BeginPass, ForwardBackward
 from slsam_ds.plan import StepResult
 from slsam_ds.planner import Planner
@@ -110,7 +111,9 @@ class SLSAM:
                 type(engine.optimizer).__name__,
                 config.update_scale,
             )
-        engine.optimizer_state_home = torch.device("cpu") if config.offload_state else None
+        engine.optimizer_state_home = home = config.state_home
+        send_home(engine.optimizer, home)
+        load_at_home(engine.optimizer, home)
         self._fingerprint = layers.fingerprint()
         selector = make_selector(config, len(layers), total_steps=total_steps)
         self.policy = Policy(

@@ -97,16 +97,19 @@ def take_step(
                 step.descend(part)  # 4 descend: h at x + ε, of the updated arms
         descent = step.reduce(plan.updated, during="descent")
         numbers = step.read()  # the host waits for the device: once in a step
-        bad = _bad_numbers(plan, numbers)
+        bad, grad_norm = _bad_numbers(plan, numbers), math.nan
         if bad is None:
             direction.observe(descent, numbers.by_arm("descent_sq_norms", plan.updated))
-            engine.scale_gradients(_descent_factor(plan, combination, numbers))
+            factor = _descent_factor(plan, combination, numbers)
+            engine.scale_gradients(factor)
+            grad_norm = factor * _norm(numbers.by_arm("descent_sq_norms", plan.updated))
         else:  # every rank read the same numbers, so all come here
             engine.discard()
         updated = engine.update(  # 5 update
             plan.updated,
             num_micro_batches=len(window),
             learning_rate_scale=plan.learning_rate_scale,
+            grad_norm=grad_norm,
             skip=bad is not None,
         )
         if updated:

@@ -114,18 +114,22 @@ class StockLoop:
             return None
         if lr_kwargs:
             raise ValueError("engine.step(lr_kwargs): not supported; give the scheduler what it needs beforehand")
-        micro_steps, now = engine.micro_steps, self._slsam.forwards.random()
+        micro_steps, timed = engine.micro_steps, engine.tput_timer.micro_step_count
+        engine.tput_timer.stop()  # it has timed the loop's own forward; the step starts it again
+        now = self._slsam.forwards.random()
         assert self._begin is not None
         self._begin.replay()
         try:
             result = self._slsam.step_with([call.inputs for call, _ in self._window], self._begin_pass)
         finally:
             now.replay()
-            engine.micro_steps = micro_steps  # the others of the window were counted when they came
+            # The others of the window were counted when they came.
+            engine.micro_steps, engine.tput_timer.micro_step_count = micro_steps, timed
             self._returned.clear()
             self._window.clear()
             self._begin = None
         engine.micro_steps += 1
+        engine.tput_timer.micro_step_count += 1
         return result
 
     def _begin_pass(self, micro_batches: Sequence[Any]) -> ForwardBackward:

@@ -12,9 +12,15 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Importing DeepSpeed and transformers takes seconds: a fork server does it once and every rank starts from there.
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["tests.preloaded"])
+
+
+DEVICE = os.environ.get("SLSAM_TEST_DEVICE", "cpu")
+"""Where tests of several ranks train: "cpu", one thread for each rank, over gloo; "cuda", a GPU for each, over NCCL."""
 
 
 class RankFailedError(AssertionError):
@@ -22,7 +28,7 @@ class RankFailedError(AssertionError):
 
 
 def run_on_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, device: str = "cpu"
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 240, device: str = DEVICE
 ) -> list[Any]:
     """Call `function(*args)` on every rank of a fresh process group.
 
@@ -31,7 +37,7 @@ def run_on_ranks(
         function: Importable by name; runs with the process group up.
         *args: Picklable.
         timeout: Seconds for all ranks together.
-        device: "cpu": ranks of one thread, over gloo; "cuda": a GPU for each, over NCCL.
+        device: See `DEVICE`.
 
     Returns:
         What each rank returned, in rank order. Only what pickles.
@@ -39,6 +45,8 @@ def run_on_ranks(
     Raises:
         RankFailedError: With the traceback of the rank that failed first, or the ranks that hung.
     """
+    if device != "cpu" and num_devices(device) < world_size:
+        pytest.skip(f"needs {world_size} devices of {device}, this machine has {num_devices(device)}")
     # CUDA cannot be used in what was forked from a process that has looked at it.
     context = FORK_SERVER if device == "cpu" else multiprocessing.get_context("spawn")
     port = str(free_port())  # nobody meets there, but DeepSpeed's shared memory is named after it
@@ -60,6 +68,13 @@ def run_on_ranks(
                 process.kill()
                 process.join()
             free_shared_memory(port)
+
+
+def num_devices(device: str) -> int:
+    """How many of them this machine has."""
+    import torch
+
+    return int(torch.get_device_module(device).device_count())
 
 
 def free_port() -> int:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
+from slsam_ds.model.state_home import at_home
 from slsam_ds.protocol import Engine, Piece, Shard
 
 
@@ -41,8 +42,7 @@ class KeptVector:
         """
         for stepped, values in self._pending.items():
             if only is None or stepped in only:
-                home = self._engine.optimizer_state_home or values.device
-                self._engine.optimizer.state[stepped][self._key] = values.to(home)
+                self._engine.optimizer.state[stepped][self._key] = at_home(values, self._engine.optimizer_state_home)
         self._pending = {}
 
     def has(self, piece: Piece) -> bool:

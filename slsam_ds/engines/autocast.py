@@ -36,6 +36,11 @@ class AutocastWatch:
         device = next(module.parameters()).device.type
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         self._dtype = torch.get_autocast_dtype(device) if on else None
+        if self._dtype == torch.float16 and torch.is_grad_enabled():
+            raise ValueError(
+                f'torch.autocast("{device}") computes in float16, where small gradients vanish unless the loss is '
+                "scaled, which is left to DeepSpeed's fp16: give it dtype=torch.bfloat16"
+            )
 
 
 def _factors(module: nn.Module) -> list[nn.Parameter]:

@@ -43,6 +43,7 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         super().__init__(model, optimizer, layer_map)
         self._inner = _initialize(self._root)
         _check_supported(layer_map, self._inner)
+        self._owners = {id(each): _owner(each) for each in self._parameters_of(self._parameters)}
         self._find_depths(model, layer_map)
         found = (self._inner.get(id(parameter)) for parameter in self._upwards)
         self._groups_upwards = list(dict.fromkeys(inner.group for inner in found if inner is not None))
@@ -85,7 +86,7 @@ class FSDP2Engine(Sharded, TorchOptimizerEngine):
         weight = local_elements(parameter.detach())
         gathered_as = self._inner[id(parameter)].read_dtype
         read_dtype = gathered_as if gathered_as != torch.float32 else self._read_dtype(parameter)
-        return Piece(arm, weight, weight, parameter, _owner(parameter), read_dtype=read_dtype)
+        return Piece(arm, weight, weight, parameter, self._owners[id(parameter)], read_dtype=read_dtype)
 
     def _local_runs(self, parameter: nn.Parameter) -> tuple[Tensor, Iterator[Run]]:
         return parameter, _runs_of_shard(parameter, self._numbers[parameter])

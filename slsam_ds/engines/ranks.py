@@ -24,6 +24,9 @@ class ProcessGroupRanks:
     Args:
         group: The data-parallel group; None: the default group.
         device: Where the group's backend expects tensors.
+
+    Raises:
+        ValueError: Several ranks, and the device is not the current one of this process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -32,6 +35,8 @@ class ProcessGroupRanks:
         up = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if up else 0
         self.world_size = dist.get_world_size(group) if up else 1
+        if self.world_size > 1:
+            _check_current(device)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -111,6 +116,18 @@ class ProcessGroupRanks:
     @functools.cached_property
     def _stream_aside(self) -> Any:
         return torch.get_device_module(self._device).Stream()
+
+
+def _check_current(device: torch.device) -> None:
+    """Refuse what would end in a "Duplicate GPU": NCCL sends objects, and new streams are, on the current device."""
+    if device.type == "cpu" or device.index is None:
+        return
+    current = torch.get_device_module(device).current_device()
+    if current != device.index:
+        raise ValueError(
+            f"the model is on {device}, but {device.type}:{current} is this rank's current device: call "
+            f"torch.{device.type}.set_device({device.index}) before the process group is made"
+        )
 
 
 def share_deadline(group: dist.ProcessGroup, device: torch.device) -> None:

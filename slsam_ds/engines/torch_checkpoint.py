@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from slsam_ds.model.param_groups import settings_of
+from slsam_ds.model.state_home import send_home
 from slsam_ds.state.enums import enum_member
 
 _NO_DATA = "is neither a tensor nor plain data, and loading it may run code: resume from another checkpoint"
@@ -102,41 +104,59 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} {_NO_DATA}")
 
 
-def complete_state(optimizer: torch.optim.Optimizer, *, also: Mapping[str, torch.dtype] | None = None) -> None:
+def complete_state(
+    optimizer: torch.optim.Optimizer,
+    *,
+    also: Mapping[str, torch.dtype] | None = None,
+    home: torch.device | None = None,
+) -> None:
     """Give parameters that the optimizer has no state of the one that their first step begins with: zeros, no step.
+
+    Group by group: never are there gradients of more than one, nor, where state waits elsewhere, its moments.
 
     Args:
         optimizer: Nothing has a gradient.
         also: What the state holds besides, in the parameter's shape: key and dtype.
+        home: Where state waits; None: where its parameters are.
     """
-    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    missing = [parameter for parameter in trained if not optimizer.state.get(parameter)]
-    _step_at_no_rate(optimizer, missing)
-    for parameter in missing:
-        for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            elif key == "step":
-                optimizer.state[parameter][key] = type(value)(0)
-    for parameter in trained:
-        for key, dtype in (also or {}).items():
-            if key not in optimizer.state[parameter]:
-                optimizer.state[parameter][key] = torch.zeros_like(parameter.detach(), dtype=dtype)
+    for group in list(optimizer.param_groups):
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+        missing = [parameter for parameter in trained if not optimizer.state.get(parameter)]
+        if missing:
+            _step_at_no_rate(optimizer, group, missing)
+        for parameter in missing:
+            _start_anew(optimizer.state[parameter])
+        for parameter in trained:
+            state = optimizer.state[parameter]
+            for key, dtype in (also or {}).items():
+                if key not in state:
+                    state[key] = torch.zeros_like(parameter.detach(), dtype=dtype)
+        send_home(optimizer, home)
 
 
-def _step_at_no_rate(optimizer: torch.optim.Optimizer, parameters: Collection[nn.Parameter]) -> None:
+def _start_anew(state: dict[str, Any]) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            value.zero_()
+        elif key == "step":
+            state[key] = type(value)(0)
+
+
+def _step_at_no_rate(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: Collection[nn.Parameter]
+) -> None:
     """Only the optimizer itself knows what its state looks like; without rate, decay and gradient no weight changes."""
-    keys = ("lr", "weight_decay")  # a rate that is None is the optimizer's own
-    given = [(g, key, g[key]) for g in optimizer.param_groups for key in keys if g.get(key) is not None]
+    whole = list(optimizer.param_groups)
+    rates = {key: group[key] for key in ("lr", "weight_decay") if group.get(key) is not None}  # None: its own
+    given = settings_of(group) | rates
     try:
-        for group, key, value in given:
-            group[key] = value * 0.0
+        optimizer.param_groups[:] = [group]
+        group.update({key: rate * 0.0 for key, rate in rates.items()})
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
-        if parameters:
-            optimizer.step()
+        optimizer.step()
     finally:
-        for group, key, value in given:
-            group[key] = value
+        optimizer.param_groups[:] = whole
+        group.update(given)  # some count their steps there
         for parameter in parameters:
             parameter.grad = None

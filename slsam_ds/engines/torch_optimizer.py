@@ -12,7 +12,8 @@ from slsam_ds.engines.autocast import AutocastWatch
 from slsam_ds.engines.placement import runs_within
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.param_groups import joined, scaled_learning_rates, state_fetched, stepped_parameters
+from slsam_ds.model.param_groups import joined, scaled_learning_rates, stepped_parameters
+from slsam_ds.model.state_home import state_fetched
 from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 from slsam_ds.shards import local_elements
 
@@ -54,7 +55,13 @@ class TorchOptimizerEngine(SwitchesArms):
                 parameter.grad = None
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         if not skip:
             stepped = stepped_parameters(self._optimizer, arms)

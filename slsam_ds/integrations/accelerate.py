@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, DummyOptim, broadcast
+from accelerate.utils import DistributedType, DummyOptim
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.engines.deepspeed.lean_start import without_initial_state
+from slsam_ds.integrations.replicas import broadcast_weights
 from slsam_ds.integrations.support import block_of, check_accelerator
 from slsam_ds.model.param_groups import is_placeholder
 
@@ -55,11 +57,11 @@ def prepare(
     scheduler = next((other for other in others if isinstance(other, LRScheduler)), None)
     layer_map = split_by_layer(model, optimizer, config, scheduler)
     if accelerator.is_fsdp2 or with_deepspeed:
-        model, *prepared = accelerator.prepare(model, optimizer, *others)
+        with without_initial_state():
+            model, *prepared = accelerator.prepare(model, optimizer, *others)
     else:
         model = accelerator.prepare_model(model, evaluation_mode=True)  # all of it but the wrapper
-        for tensor in (*model.parameters(), *model.buffers()):  # the wrapper would have done it
-            broadcast(tensor.detach())
+        broadcast_weights(model)
         prepared = [accelerator.prepare(other) for other in (optimizer, *others)]
     stepper = assemble(model, prepared[0], config, layer_map, total_steps=total_steps, max_grad_norm=max_grad_norm)
     # Nothing to do with DeepSpeed, which saves the state that there is.

@@ -18,16 +18,19 @@ from transformers import Trainer, TrainerCallback
 from slsam_ds.assembly import assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
+from slsam_ds.engines.deepspeed.lean_start import without_initial_state
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.integrations.checkpoints import check_complete, is_stock, last_complete_checkpoint
 from slsam_ds.integrations.collation import sized_batches, take_sizes
 from slsam_ds.integrations.compilation import compiled_blocks, take_over_compilation
 from slsam_ds.integrations.num_steps import check_batches, check_steps_asked_for, check_steps_taken
+from slsam_ds.integrations.replicas import broadcast_weights, prepared_bare, replicates
 from slsam_ds.integrations.side_effects import counted_once, kept_trainable
 from slsam_ds.integrations.support import block_of, check_trainer
 from slsam_ds.model.given_groups import given_groups, given_schedule
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import regroup
+from slsam_ds.model.state_home import load_at_home
 from slsam_ds.passes import ForwardBackward
 from slsam_ds.protocol import Engine
 from slsam_ds.records.files import StepWriter, write_layers
@@ -122,7 +125,8 @@ class SLSAMMixin(_TrainerMethods):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):
             self.check_checkpoint(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with without_initial_state(), prepared_bare(self.accelerator):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_checkpoint(self, folder: str) -> None:
         """Refuse a checkpoint that this trainer cannot resume from, before DeepSpeed tries to.
@@ -163,7 +167,10 @@ class SLSAMMixin(_TrainerMethods):
         self.lr_scheduler = self.lr_scheduler if self.lr_scheduler is not None else lr_scheduler
         layer_map = self.layer_map  # first: it freezes what the optimizer should not get to see
         created = create(*args, **kwargs)
-        regroup(created if created is not None else self.optimizer, layer_map, self.lr_scheduler)
+        optimizer = created if created is not None else self.optimizer
+        regroup(optimizer, layer_map, self.lr_scheduler)
+        if not self.is_deepspeed_enabled:
+            load_at_home(getattr(optimizer, "optimizer", optimizer), self.slsam_config.state_home)
         return created
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,6 +184,8 @@ class SLSAMMixin(_TrainerMethods):
             if wrapped is None:  # the trainer forgets it after a training, and builds no other
                 raise ValueError("under DeepSpeed a trainer trains once: make another one for what is to follow")
             accept_other_ranks(wrapped.engine)
+            stepped = wrapped.engine.optimizer
+            load_at_home(getattr(stepped, "optimizer", stepped), self.slsam_config.state_home)
         return super().create_scheduler(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -213,7 +222,6 @@ class SLSAMMixin(_TrainerMethods):
         noted, self._window = self._window, []
         window, sizes = [each.inputs for each in noted], [each.size for each in noted if each.size is not None]
         stock_training_step = super().training_step
-        # SL-SAM averages gradients: a DistributedDataParallel around the model must not see these passes.
         trained = model if self.is_deepspeed_enabled else self.model
         passed: set[int] = set()
 
@@ -297,6 +305,8 @@ class SLSAMMixin(_TrainerMethods):
             total_steps=total_steps,
             max_grad_norm=None if self.is_deepspeed_enabled else self.args.max_grad_norm or None,
         )
+        if replicates(self.accelerator) and self.slsam.engine.replicated:
+            broadcast_weights(self.model)
         if self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = _WindowBackward(self.model_wrapped, self.slsam.engine)
         if self._stop_requested:
@@ -337,7 +347,7 @@ class SLSAMMixin(_TrainerMethods):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.is_fsdp_enabled:  # what was saved is complete, too
             kept = {} if is_stock(checkpoint) else self.slsam_config.kept
-            complete_state(self.optimizer.optimizer, also=kept)
+            complete_state(self.optimizer.optimizer, also=kept, home=self.slsam_config.state_home)
         was_split = (
             checkpoint is not None and not is_stock(checkpoint) and read_state(checkpoint)["version"] == SPLIT_VERSION
         )

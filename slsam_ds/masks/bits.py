@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from slsam_ds.model.state_home import at_home
 from slsam_ds.protocol import Engine, Piece
 from slsam_ds.shards import local_elements
 
@@ -32,7 +33,7 @@ class KeptBits:
 
     def put(self, stepped: Tensor, bits: Tensor) -> None:
         """The bits of all this rank's elements of what is stepped; pending. bool, 1-D."""
-        self._pending[stepped] = pack(bits).to(self._engine.optimizer_state_home or bits.device)
+        self._pending[stepped] = at_home(pack(bits), self._engine.optimizer_state_home)
 
     def keep(self) -> None:
         """What is pending counts from here on."""
@@ -57,7 +58,7 @@ class KeptBits:
             state = self._engine.optimizer.state[stepped]
             if not state:  # torch's Adam fails to load state that lacks a step counter
                 state[_STEP] = torch.zeros(())
-            state[self._key] = whole if home is None else whole.to(home)
+            state[self._key] = at_home(whole, home)
 
     def pack(self, steppeds: set[Tensor]) -> set[Tensor]:
         """Take the bits out of the optimizer's state again, which may have been loaded: they take the place of all.
@@ -74,7 +75,7 @@ class KeptBits:
             # Optimizers load all they remember in the dtype of what they step.
             whole = state[stepped].pop(self._key, None)
             if whole is not None and stepped in steppeds:
-                self._packed[stepped] = pack(local_elements(whole) != 0)
+                self._packed[stepped] = at_home(pack(local_elements(whole) != 0), self._engine.optimizer_state_home)
             if whole is not None and state[stepped].keys() <= {_STEP}:
                 del state[stepped]  # an optimizer takes any state for one that it has begun
         return steppeds - self._packed.keys()

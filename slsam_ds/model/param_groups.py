@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -195,33 +195,3 @@ def sets_own_rate(param_groups: Iterable[Mapping[str, Any]]) -> bool:
 def stepped_parameters(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> list[Tensor]:
     """What the optimizer steps for these arms."""
     return [parameter for group in optimizer.param_groups if group["arm"] in arms for parameter in group["params"]]
-
-
-@contextlib.contextmanager
-def state_fetched(
-    optimizer: torch.optim.Optimizer, stepped: Collection[Tensor], *, home: torch.device | None
-) -> Iterator[None]:
-    """Bring the state of what is stepped to where its parameters are, and all state home afterwards.
-
-    Args:
-        optimizer: The torch optimizer that steps.
-        stepped: The parameters it will step: a layer's moments come into being with its first step.
-        home: Where state waits; None: it stays where it is.
-    """
-    if home is None:
-        yield
-        return
-    for parameter in stepped:
-        _move(optimizer.state.get(parameter, {}), parameter.device)
-    try:
-        yield
-    finally:
-        for state in optimizer.state.values():  # all of it: a checkpoint may have been loaded
-            _move(state, home)
-
-
-def _move(state: MutableMapping[str, Any], device: torch.device) -> None:
-    for name, value in state.items():
-        # Step counters stay: torch keeps them where the kernel that reads them wants them.
-        if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
-            state[name] = value.to(device)

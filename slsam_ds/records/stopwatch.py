@@ -43,8 +43,9 @@ def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any]
         return time.perf_counter, lambda start, end: end - start
 
     def mark() -> Any:
-        event = torch.get_device_module(device).Event(enable_timing=True)
-        event.record()
+        module = torch.get_device_module(device)
+        event = module.Event(enable_timing=True)
+        event.record(module.current_stream(device))  # the process may have another device for its current one
         return event
 
     return mark, lambda start, end: start.elapsed_time(end) / 1000

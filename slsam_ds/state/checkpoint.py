@@ -111,7 +111,7 @@ class TorchCheckpoint:
         """
         from slsam_ds.engines.torch_checkpoint import complete_state
 
-        complete_state(self._optimizer, also=self._kept)
+        complete_state(self._optimizer, also=self._kept, home=self._engine.optimizer_state_home)
         self._unpack()
 
 

@@ -1,5 +1,6 @@
 """DeepSpeed: what raises no error when it goes wrong, and what users of a DeepSpeedEngine rely on."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.distributed.training import (
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
+    ALSO_ZERO3,
     LlamaSetup,
     Setup,
     Training,
@@ -52,6 +54,42 @@ def test_counters_keep_their_meaning(engine: str) -> None:
     assert counters["global_samples"] == 2 * 2 * 3 * steps  # samples x ranks x micro-batches
     assert counters["trainable"]  # checkpoint code asks requires_grad
     assert counters["leftover"] == []
+
+
+PASS_SECONDS = 0.03
+
+
+def time_steps(setup: Setup) -> tuple[int, int, float, float, int]:
+    """What DeepSpeed's throughput timer has counted of six steps; what the four that it times took; waits in one."""
+    from deepspeed.accelerator import get_accelerator
+
+    training = Training(setup)
+    waits = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        time.sleep(PASS_SECONDS)
+        return model(**batch).loss
+
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append(None))
+        for step in range(1, 7):
+            waits.clear()
+            results.append(training.step(training.window(step), loss_fn, active=[2, 3]))
+    timer = training.engine.tput_timer
+    steps = timer.global_step_count, timer.micro_step_count
+    return *steps, timer.total_elapsed_time, sum(result.seconds for result in results[2:]), len(waits)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("engine", [ALSO_ZERO0, "zero2", ALSO_ZERO3])
+def test_the_throughput_timer_times_whole_steps(engine: str, accumulation: int) -> None:
+    """Both passes over all micro-batches; and it waits for the device before and after the step, not within."""
+    setup = Setup(engine=engine, accumulation=accumulation)
+    for steps, micro_steps, elapsed, taken, num_waits in run_on_ranks(2, time_steps, setup):
+        assert (steps, micro_steps) == (6, 6 * accumulation)
+        assert 4 * 2 * accumulation * PASS_SECONDS <= elapsed <= taken
+        assert num_waits == 2
 
 
 def monitored(setup: Setup) -> None:

@@ -47,6 +47,7 @@ def outcome(training: Training, losses: list[float]) -> dict[str, Any]:
         "losses": losses,
         "weights": training.live_weights(),
         "counters": (engine.micro_steps, engine.global_steps, engine.global_samples, engine.skipped_steps),
+        "timed": (engine.tput_timer.micro_step_count, engine.tput_timer.global_step_count),
         "random": torch.get_rng_state(),
         "slsam": training.slsam.state_dict(),
         "buffers": [buffer.clone() for buffer in training.model.buffers()],

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 import slsam_ds
 from slsam_ds import SLSAM, SLSAMConfig, StepResult
 from tests.models import SAMPLES, arms_of_llama, tiny_decoder, tiny_llama, window
+from tests.ranks import DEVICE
 from tests.reference import Reference
 
 
@@ -70,10 +71,10 @@ class Setup:
         """`fully_shard` on each block, then on the whole, as FSDP2's own documentation does it."""
         num_ranks = torch.distributed.get_world_size()
         if self.replicas == 1:
-            mesh = init_device_mesh("cpu", (num_ranks,))
+            mesh = init_device_mesh(DEVICE, (num_ranks,))
         else:
             shape = (self.replicas, num_ranks // self.replicas)
-            mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+            mesh = init_device_mesh(DEVICE, shape, mesh_dim_names=("replicate", "shard"))
         for block in model.get_submodule(self.blocks):
             fully_shard(block, mesh=mesh, **self.fsdp)
         fully_shard(model, mesh=mesh, **self.fsdp)
@@ -125,7 +126,7 @@ class Training:
 
     def __init__(self, setup: Setup, *, make_optimizer: Callable[..., Any] = torch.optim.AdamW, **kwargs: Any) -> None:
         self.setup = setup
-        self.model = setup.build_model()
+        self.model = setup.build_model().to(DEVICE)
         self.engine: Any = None
         self.step: Callable[..., StepResult]
         if setup.engine == "fsdp2":
@@ -177,12 +178,12 @@ class Training:
             master = safe_get_full_fp32_param(parameter) if reads_masters else None
             if parameter in unsharded:
                 master = unsharded[parameter].detach().view_as(parameter)
-            found[name] = (whole(parameter) if master is None else master).float().clone()
+            found[name] = (whole(parameter) if master is None else master).float().cpu().clone()
         return found
 
     def live_weights(self) -> dict[str, Tensor]:
         """Every parameter as forward reads it."""
-        return {name: whole(parameter).clone() for name, parameter in self.model.named_parameters()}
+        return {name: whole(parameter).cpu().clone() for name, parameter in self.model.named_parameters()}
 
 
 def allow_float16_on_the_cpu() -> None:

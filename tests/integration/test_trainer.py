@@ -1,6 +1,7 @@
 """SLSAMTrainer inside the real Hugging Face Trainer, on two ranks."""
 
 import functools
+import gc
 import itertools
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import accelerate
 import pytest
 import torch
 from packaging import version
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -147,6 +148,32 @@ def test_it_follows_the_reference_and_records_every_step(engine: str, tmp_path: 
     assert rises == pytest.approx([record["loss"] - record["ascent_loss"] for record in records])
 
 
+def train_apart(output_dir: str) -> tuple[int, dict[str, Tensor]]:
+    """Ranks that begin with other weights: how many wrappers there are in a step, and what comes of it."""
+    wrappers: list[Any] = []
+
+    class Looking(RecordingTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            wrappers.extend(each for each in gc.get_objects() if type(each) is nn.parallel.DistributedDataParallel)
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = make_trainer(output_dir, deepspeed=None, max_steps=2)
+    trainer.__class__ = Looking
+    if trainer.args.process_index > 0:
+        for parameter in trainer.model.parameters():
+            nn.init.normal_(parameter)
+    trainer.train()
+    trainer.evaluate()
+    return len(wrappers), weights(trainer)
+
+
+def test_replicas_begin_alike_and_pay_for_no_wrapper(tmp_path: Path) -> None:
+    """Which would hold a buffer of every gradient, and be called by nobody."""
+    (num_wrappers, first), (_, other) = run_on_ranks(2, train_apart, str(tmp_path))
+    assert num_wrappers == 0
+    assert all(torch.equal(first[name], other[name]) for name in first)
+
+
 def train_cheaply(output_dir: str, knobs: dict[str, Any], accumulation: int) -> tuple[list[Any], int]:
     trainer = make_trainer(output_dir, slsam=KNOBS | knobs, gradient_accumulation_steps=accumulation, deepspeed=None)
     trainer.train()
@@ -181,7 +208,8 @@ def train_halves(output_dir: str, engine: str, stop_at: int | None, resume: bool
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["none", "fsdp2", "zero0", "zero1", "zero2"])
 def test_resume_from_a_trainer_checkpoint_is_bit_identical(engine: str, tmp_path: Path) -> None:
-    train = functools.partial(train_halves, slsam=KNOBS | {"mask": "fisher", "mask_every": 2})
+    knobs = KNOBS | {"mask": "fisher", "mask_every": 2, "offload_state": True}
+    train = functools.partial(train_halves, slsam=knobs)
     whole_run = run_on_ranks(2, train, str(tmp_path / "whole"), engine, None, False)[0]
     run_on_ranks(2, train, str(tmp_path / "halves"), engine, 4, False)  # dies after its checkpoint of step 3
     assert [record["step"] for record in read_steps(tmp_path / "halves")] == [1, 2, 3, 4]

@@ -95,3 +95,23 @@ def test_autocast_around_the_step_keeps_no_weights_from_before_they_moved() -> N
     for one, other in zip(inside, outside, strict=True):
         assert one.loss > one.ascent_loss
         assert (one.ascent_loss, one.loss, one.grad_norms) == (other.ascent_loss, other.loss, other.grad_norms)
+
+
+def loss_in_float16(model: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss: Tensor = model(**batch).loss
+    return loss
+
+
+def test_float16_is_refused_for_there_is_no_scaler() -> None:
+    """On an accelerator, autocast means it unless told otherwise."""
+    model = from_checkpoint()
+    slsam = make(model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(ValueError, match=r"float16.* give it dtype=torch\.bfloat16") as refused:
+        slsam.step(window(1, 0, 1), loss_in_float16, active=[2])
+    assert "\n" not in str(refused.value)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not slsam.step(window(1, 0, 1), loss_in_autocast, active=[2]).skipped
+    with torch.no_grad():
+        assert loss_in_float16(model, window(1, 0, 1)[0]).isfinite()  # an evaluation is nobody's business

@@ -14,6 +14,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from slsam_ds.engines.deepspeed.config import check_config, offload_device
+from slsam_ds.engines.deepspeed.lean_start import without_initial_state
 from slsam_ds.engines.deepspeed.operator_locks import warn_of_abandoned_locks
 from slsam_ds.engines.deepspeed.settings import value_at, without_auto
 from slsam_ds.model.layers import LayerMap
@@ -75,14 +76,15 @@ def build_engine(
                 optimizer = torch.optim.AdamW(model_parameters, lr=_DEFAULT_LEARNING_RATE)
     warn_of_abandoned_locks()
     try:
-        engine, *others = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            model_parameters=model_parameters,
-            lr_scheduler=lr_scheduler,
-            config=config,
-            **kwargs,
-        )
+        with without_initial_state():
+            engine, *others = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=model_parameters,
+                lr_scheduler=lr_scheduler,
+                config=config,
+                **kwargs,
+            )
     except (AssertionError, DeepSpeedConfigError) as error:  # by either, DeepSpeed refuses a configuration
         raise ValueError(f"deepspeed.initialize: {str(error) or 'refused'}") from error
     return engine, *others

@@ -101,6 +101,10 @@ INTERNALS: Mapping[str, Internals] = {
             "sequence_parallel_size",
             "set_gradient_accumulation_boundary",
             "torch_autocast_z0_gradscaler",
+            "tput_timer.micro_step_count",
+            "tput_timer.start",
+            "tput_timer.started",
+            "tput_timer.stop",
             "use_node_local_storage",
             "zero_load_from_fp32_weights",
             "zero_optimization_partition_weights",
@@ -158,6 +162,8 @@ INTERNALS: Mapping[str, Internals] = {
             "overlapping_partition_gradients_reduce_epilogue",
             "process_gradients",
             "reduce_ready_partitions_and_remove_grads",
+            "has_overflow",
+            "initialize_optimizer_states",
             "scaled_global_norm",
             "sequence_parallel_size",
             "setup_buckets",
@@ -208,6 +214,7 @@ INTERNALS: Mapping[str, Internals] = {
             "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
             "_get_fp32_grad_state_partition",
             "_get_norm_groups",
+            "has_overflow",
             "_update_scale",
             "all2all_process_group",
             "dp_process_group",
@@ -247,17 +254,42 @@ INTERNALS: Mapping[str, Internals] = {
     "FP16_UnfusedOptimizer": Internals(
         source="deepspeed/runtime/fp16/unfused_optimizer.py",
         lists=("fp16_groups", "fp32_groups"),
-        names=("_update_scale", "optimizer", "refresh_fp32_params"),
+        names=(
+            "_update_scale",
+            "initialize_optimizer_states",
+            "optimizer",
+            "overflow_checker.check",
+            "overflow_checker.has_overflow",
+            "refresh_fp32_params",
+        ),
+    ),
+    "unfused_optimizer": Internals(
+        source="deepspeed/runtime/fp16/unfused_optimizer.py", names=("get_global_norm", "get_weight_norm")
     ),
     "FP16_Optimizer": Internals(
         source="deepspeed/runtime/fp16/fused_optimizer.py",
         lists=("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "flatten_grad_norm_mask_list"),
         empty_at_first=("flatten_grad_norm_mask_list",),
-        names=("_update_scale", "has_executed_step", "optimizer", "refresh_fp32_params"),
+        names=(
+            "_update_scale",
+            "has_executed_step",
+            "initialize_optimizer_states",
+            "optimizer",
+            "overflow_checker.check",
+            "overflow_checker.has_overflow",
+            "refresh_fp32_params",
+        ),
+    ),
+    "fused_optimizer": Internals(
+        source="deepspeed/runtime/fp16/fused_optimizer.py", names=("get_flattened_grad_norm", "get_global_norm")
     ),
     "Module": Internals(  # what ZeRO-3 notes on the model
         source="deepspeed/runtime/zero/parameter_offload.py",
         names=("ds_inflight_param_registry",),
+    ),
+    "LinkedParameter": Internals(  # what ZeRO-1 and ZeRO-2 note on parameters
+        source="deepspeed/utils/mixed_precision_linkage.py",
+        names=("_hp_mapping",),
     ),
     "Parameter": Internals(  # and on its parameters
         source="deepspeed/runtime/zero/partition_parameters.py",

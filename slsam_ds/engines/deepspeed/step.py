@@ -5,7 +5,7 @@ Counters, timers, monitor, loss scale and learning-rate scheduler keep the meani
 
 import contextlib
 import functools
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,22 +13,44 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from slsam_ds.model.param_groups import scaled_learning_rates, state_fetched, stepped_parameters
+from slsam_ds.engines.arms import SwitchesArms
+from slsam_ds.model.param_groups import scaled_learning_rates, stepped_parameters
+from slsam_ds.model.state_home import state_fetched
 
 
-class DeepSpeedStep(ABC):
+class DeepSpeedStep(SwitchesArms):
     """`Engine.update` for the engines whose optimizer is stepped by a DeepSpeedEngine."""
 
     optimizer_state_home: torch.device | None = None
 
     _engine: DeepSpeedEngine
 
+    def begin_step(self, ascended: Collection[int], updated: Collection[int]) -> None:
+        super().begin_step(ascended, updated)
+        timer = self._engine.tput_timer
+        timer.start()
+        # Else each forward would start it anew, and wait for the device: of a step it would see what its last one took.
+        timer.start = _keep_going
+
+    def end_step(self) -> None:
+        super().end_step()
+        timer = self._engine.tput_timer
+        vars(timer).pop("start", None)
+        timer.started = False  # where the step raised
+
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         # One engine.step() per micro-batch, as in a stock loop, keeps DeepSpeed's counters, timers, monitor and
         # scheduler at their usual meaning; only the last one is a boundary and steps the optimizer.
-        with boundary(self._engine, False):
+        timer = self._engine.tput_timer
+        with boundary(self._engine, False), overlaid(timer, "stop", functools.partial(_count_micro_step, timer)):
             for _ in range(num_micro_batches - 1):
                 self._engine.step()
         with boundary(self._engine, True), self._sparse_optimizer_step(arms, learning_rate_scale, skip):
@@ -79,6 +101,15 @@ class DeepSpeedStep(ABC):
         unclipped = overlaid(self._engine, "clip_fp32_gradients", lambda: None) if skip else contextlib.nullcontext()
         with overlaid(optimizer, "step", step), unclipped:
             yield
+
+
+def _keep_going() -> None:
+    """In the place of the throughput timer's start, while it runs."""
+
+
+def _count_micro_step(timer: Any, *args: Any, **kwargs: Any) -> None:
+    """In the place of its stop, within a window: it runs until the window's end."""
+    timer.micro_step_count += 1
 
 
 def _report_overflow(optimizer: Any, inner: Any) -> None:

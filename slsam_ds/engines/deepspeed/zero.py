@@ -16,7 +16,6 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.engines.deepspeed.checkpoint import layout_of
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
 from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed, overlaid
@@ -25,10 +24,9 @@ from slsam_ds.engines.placement import runs_within
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
-from slsam_ds.tally import local_sq_norms
 
 
-class ZeroEngine(SwitchesArms, DeepSpeedStep):
+class ZeroEngine(DeepSpeedStep):
     """SL-SAM's view of a DeepSpeedEngine with a ZeRO optimizer.
 
     A group is what the stage steps at once: an optimizer's parameter group, or a part of one.
@@ -110,18 +108,33 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
     def scale_gradients(self, factor: float) -> None:
         if factor == 1:
             return
-        for shard in self._reduced():
-            shard.gradient.mul_(factor)
+        gradients = [shard.gradient for shard in self._reduced() if shard.gradient.numel() > 0]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         # By which DeepSpeed clips. It would reduce a norm for each group, and where the optimizer is offloaded take
-        # them from when gradients were copied, which `scale_gradients` has scaled since.
-        found = None if skip else self._as_found(self._scaled_global_norm())
-        with overlaid(self._zero, self.norm_finder, lambda *_, **__: found):
+        # them from when gradients were copied, which `scale_gradients` has scaled since. It stays on the host, which
+        # asks of each group whether the norm is finite, and would wait for the device.
+        found = self._as_found(torch.tensor(grad_norm * self.loss_scale, dtype=torch.float32))
+        with (
+            overlaid(self._zero, self.norm_finder, lambda *_, **__: found),
+            overlaid(self._zero, "has_overflow", lambda *_, **__: False),
+        ):
             return super().update(
-                arms, num_micro_batches=num_micro_batches, learning_rate_scale=learning_rate_scale, skip=skip
+                arms,
+                num_micro_batches=num_micro_batches,
+                learning_rate_scale=learning_rate_scale,
+                grad_norm=grad_norm,
+                skip=skip,
             )
 
     def discard(self) -> None:
@@ -136,7 +149,7 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
 
     @abstractmethod
     def _as_found(self, norm: Tensor) -> Any:
-        """What the method that finds the norm of the gradient returns. Shape (), float32."""
+        """What the method that finds the norm of the gradient returns. The loss scale is in it. Shape (), float32."""
 
     @abstractmethod
     def _is_offloaded(self) -> bool:
@@ -237,11 +250,6 @@ class ZeroEngine(SwitchesArms, DeepSpeedStep):
             for group in self._groups_of[arm]
             for shard in self._shards(arm, group)
         ]
-
-    def _scaled_global_norm(self) -> Tensor:
-        """Of all reduced gradients, over all ranks, with the loss scale in it. Shape (), float32."""
-        sq_norms = local_sq_norms(self._reduced(), sorted(self._active), rank=self.ranks.rank, device=self.device)
-        return self.ranks.all_reduce(sq_norms.sum()).sqrt().float()
 
     def _groups(self, arms: Iterable[int]) -> list[int]:
         return sorted(group for arm in arms for group in self._groups_of[arm])

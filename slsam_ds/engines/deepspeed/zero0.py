@@ -4,23 +4,27 @@ In float32 the engine's optimizer is the user's own; in bf16 DeepSpeed puts one 
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16 import fused_optimizer, unfused_optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
 from slsam_ds.engines.deepspeed.internals import INTERNALS, check_internals
-from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed
+from slsam_ds.engines.deepspeed.step import DeepSpeedStep, boundary, narrowed, overlaid
 from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_of
 from slsam_ds.engines.local import LocalEngine
 from slsam_ds.model.layers import LayerMap
 
-_WRAPPERS = (FP16_UnfusedOptimizer, FP16_Optimizer)
-"""What DeepSpeed puts around the user's optimizer in bf16."""
+_WRAPPERS: Mapping[type, tuple[Any, str]] = {
+    FP16_UnfusedOptimizer: (unfused_optimizer, "get_weight_norm"),
+    FP16_Optimizer: (fused_optimizer, "get_flattened_grad_norm"),
+}
+"""What DeepSpeed puts around the user's optimizer in bf16: its module, and what that calls for the norm of a group."""
 
 
 class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
@@ -48,6 +52,32 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
         if self._wrapper is not None:
             self._masters, self._flat = _find_masters(self._wrapper)
             _undo_first_step(engine, self._wrapper)
+
+    def update(
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
+    ) -> bool:
+        """As `DeepSpeedStep.update`; what the host knows, DeepSpeed does not ask the device for each parameter."""
+        known: dict[str, Any] = {"check": lambda *_, **__: False, "has_overflow": lambda *_, **__: False}
+        with contextlib.ExitStack() as stack:
+            if self._wrapper is not None:
+                module, norm_of_group = _WRAPPERS[type(self._wrapper)]
+                for name, value in known.items():
+                    stack.enter_context(overlaid(self._wrapper.overflow_checker, name, value))
+                stack.enter_context(overlaid(module, norm_of_group, lambda *_, **__: 0.0))
+                stack.enter_context(overlaid(module, "get_global_norm", lambda *_, **__: grad_norm))
+            return super().update(
+                arms,
+                num_micro_batches=num_micro_batches,
+                learning_rate_scale=learning_rate_scale,
+                grad_norm=grad_norm,
+                skip=skip,
+            )
 
     def backward(self, loss: Tensor) -> None:
         with self._engine.no_sync():
@@ -89,6 +119,8 @@ def _check_supported(engine: DeepSpeedEngine) -> None:
     check_internals(engine, "DeepSpeedEngine")
     if type(optimizer) in _WRAPPERS:
         check_internals(optimizer, type(optimizer).__name__)
+        module, _ = _WRAPPERS[type(optimizer)]
+        check_internals(module, module.__name__.rpartition(".")[2])
     elif not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"DeepSpeed without ZeRO, with {type(optimizer).__name__}: not supported by slsam_ds")
     features = {

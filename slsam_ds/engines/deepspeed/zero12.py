@@ -5,6 +5,7 @@ After the step only the sampled groups are gathered again; so are they when thei
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero import stage_1_and_2
@@ -29,8 +30,6 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
     norm_finder = "scaled_global_norm"
 
     may_skip_modules = True
-
-    _linked: frozenset[int] = frozenset()
 
     def begin_micro_batch(self, *, last: bool) -> None:
         """Every micro-batch is treated alike."""
@@ -58,16 +57,27 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
             )
 
     def update(
-        self, arms: Collection[int], *, num_micro_batches: int, learning_rate_scale: Mapping[int, float], skip: bool
+        self,
+        arms: Collection[int],
+        *,
+        num_micro_batches: int,
+        learning_rate_scale: Mapping[int, float],
+        grad_norm: float,
+        skip: bool,
     ) -> bool:
         with overlaid(stage_1_and_2, "all_gather_dp_groups", gather_groups):  # else each group by itself
             return super().update(
-                arms, num_micro_batches=num_micro_batches, learning_rate_scale=learning_rate_scale, skip=skip
+                arms,
+                num_micro_batches=num_micro_batches,
+                learning_rate_scale=learning_rate_scale,
+                grad_norm=grad_norm,
+                skip=skip,
             )
 
     def _check_supported(self) -> None:
         super()._check_supported()
         check_internals(stage_1_and_2, "stage_1_and_2")
+        check_internals(self._zero.bit16_groups[0][0], "LinkedParameter")
 
     def _as_found(self, norm: Tensor) -> Tensor:
         return norm
@@ -137,16 +147,16 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
             self._zero._hp_optimizer_states_linked = linked
 
     def _after_step(self, arms: Collection[int]) -> None:
-        """Link each group's optimizer state to its parameters when it first exists.
+        """Link the optimizer state of each group to its parameters, where it is new or may have been replaced.
 
         `_lazy_init_hp_params_optimizer_state` does it once for all groups at the first step, when most have no state
-        yet; universal checkpoints and `safe_get_full_optimizer_state` would miss them.
+        yet; and loading a checkpoint cuts the links. `safe_get_full_optimizer_state` would miss them.
         """
-        groups = set(self._groups(arms))
-        for group in groups - self._linked:
-            lazy_init_hp_params_optimizer_state(
-                self._zero.bit16_groups[group],
-                self._zero.single_partition_of_fp32_groups[group],
-                self._zero.optimizer.state,
-            )
-        self._linked |= groups
+        zero, stepped = self._zero, set(self._groups(arms))
+        for group, partition in enumerate(zero.single_partition_of_fp32_groups):
+            if group in stepped or (zero.optimizer.state.get(partition) and _lacks_link(zero.bit16_groups[group])):
+                lazy_init_hp_params_optimizer_state(zero.bit16_groups[group], partition, zero.optimizer.state)
+
+
+def _lacks_link(parameters: Sequence[Any]) -> bool:
+    return any(each._hp_mapping is not None and each._hp_mapping.optim_fragment is None for each in parameters)

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -200,10 +201,11 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def _clear_reduced(self, arms: Collection[int]) -> None:
         """Zero these arms' averaged gradients, bad numbers of a lost step too: DeepSpeed looks for them in all arms."""
         received = self._zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        for parameter in self._parameters_of(arms):
-            self._reduced_gradient(parameter).zero_()
-            if self._offloaded:  # there it arrived, on its way to the host
-                received[self._zero.get_param_id(parameter)].zero_()
+        parameters = list(self._parameters_of(arms))
+        gradients = [self._reduced_gradient(parameter) for parameter in parameters]
+        torch._foreach_zero_(gradients)
+        if self._offloaded:  # there it arrived, on its way to the host
+            torch._foreach_zero_([received[self._zero.get_param_id(parameter)] for parameter in parameters])
 
     def _grad_position(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         """Sub-group of a parameter, and where its shard lies in the sub-group's flat buffers: offset and length."""

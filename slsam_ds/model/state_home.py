@@ -1,0 +1,123 @@
+"""Optimizer state that waits on the host until a step needs it: `offload_state`.
+
+All that moves state from one device to another is here, so that a test without an accelerator can make it real.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OWN_PREFIX = "slsam_"
+"""Of what SL-SAM keeps in the optimizer's state, which no optimizer reads."""
+
+
+def place(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; itself where it is there."""
+    return tensor.to(device)
+
+
+def at_home(tensor: Tensor, home: torch.device | None) -> Tensor:
+    """The tensor where state waits. `home` None: it stays where it is."""
+    return tensor if home is None else place(tensor, home)
+
+
+@contextlib.contextmanager
+def state_fetched(
+    optimizer: torch.optim.Optimizer, stepped: Collection[Tensor], *, home: torch.device | None
+) -> Iterator[None]:
+    """Bring the state of what is stepped to where its parameters are, and all state home afterwards.
+
+    The tensors at home stay the same ones: others may hold on to them, and host memory that was never touched before
+    is slow to write.
+
+    Args:
+        optimizer: The torch optimizer that steps.
+        stepped: The parameters it will step: a layer's moments come into being with its first step.
+        home: Where state waits; None: it stays where it is.
+    """
+    if home is None:
+        yield
+        return
+    left: dict[tuple[Tensor, str], Tensor] = {}
+    for parameter in stepped:
+        state = optimizer.state.get(parameter, {})
+        for name, value in _large(state):
+            if not name.startswith(OWN_PREFIX):
+                left[parameter, name] = value
+                state[name] = place(value, parameter.device)
+    try:
+        yield
+    finally:
+        send_home(optimizer, home, left)
+
+
+def send_home(
+    optimizer: torch.optim.Optimizer, home: torch.device | None, left: Mapping[tuple[Tensor, str], Tensor] | None = None
+) -> None:
+    """Bring all state to where it waits: also what a first step has made, or a checkpoint has brought.
+
+    Args:
+        optimizer: The torch optimizer.
+        home: Where state waits; None: it stays where it is.
+        left: Tensors at home to copy it back into, by parameter and name.
+    """
+    if home is None:
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in _large(state):
+            waiting = (left or {}).get((parameter, name))
+            if waiting is None or waiting is value or (waiting.shape, waiting.dtype) != (value.shape, value.dtype):
+                state[name] = place(value, home)
+            else:
+                state[name] = waiting.copy_(value)
+
+
+def load_at_home(optimizer: torch.optim.Optimizer, home: torch.device | None) -> None:
+    """From here on, `optimizer.load_state_dict` brings state to where it waits.
+
+    Torch's own brings all of it to the parameters' device, where there may be no room for it.
+
+    Args:
+        optimizer: The torch optimizer.
+        home: Where state waits; None: as torch does.
+    """
+    if home is None:
+        return
+    taken: list[tuple[Tensor, str, Tensor]] = []
+
+    def before(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved, own = (
+            [each for group in groups for each in group["params"]]
+            for groups in (state_dict["param_groups"], optimizer.param_groups)
+        )
+        parameter_of = dict(zip(saved, own, strict=False))  # torch refuses another number of them
+        states = {label: state for label, state in state_dict["state"].items() if label in parameter_of}
+        taken[:] = [
+            (parameter_of[label], name, value) for label, state in states.items() for name, value in _large(state)
+        ]
+        small = {
+            label: {name: value for name, value in state.items() if not _is_large(value)}
+            for label, state in states.items()
+        }
+        return {**state_dict, "state": {**state_dict["state"], **small}}
+
+    def after(optimizer: torch.optim.Optimizer) -> None:
+        for parameter, name, value in taken:
+            cast = value.to(parameter.dtype) if parameter.is_floating_point() else value  # as torch does
+            optimizer.state[parameter][name] = place(cast, home)
+        taken.clear()
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
+
+
+def _large(state: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    return [(name, value) for name, value in state.items() if _is_large(value)]
+
+
+def _is_large(value: Any) -> bool:
+    """Step counters are not, and stay: torch keeps them where the kernel that reads them wants them."""
+    return isinstance(value, Tensor) and value.dim() > 0
