@@ -210,12 +210,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         for window in windows
         for patches, label in zip(window["inputs"], window["labels"], strict=True)
     ]
+
+    def build_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return SmallTransformer(SHAPE)
+
     data = long_tasks.Data(
         train=samples,
         validation=samples[:8],
         test=samples[8:16],
         collate=long_tasks._patches,
-        build_model=lambda seed: SmallTransformer(SHAPE),
+        build_model=build_model,
     )
     small = dataclasses.replace(task, name="tiny", steps=40, batch=8, predicts_tokens=False, load=lambda: data)
     monkeypatch.setitem(long_tasks.LONG_TASKS, "tiny", small)
