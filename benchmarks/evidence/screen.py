@@ -44,46 +44,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
     logging.getLogger("slsam_ds").setLevel(logging.ERROR)
-    path = options.output / FILE
     for name in options.tasks if not options.tables_only else ():
         started = time.monotonic()
-        rows = list(screen(LONG_TASKS[name], [CANDIDATES[one] for one in options.candidates], options.learning_rate))
-        _replace(path, name, rows)
-        print(f"{name}: {len(rows)} rows in {time.monotonic() - started:.0f} s", flush=True)
+        candidates = [CANDIDATES[one] for one in options.candidates]
+        screen(LONG_TASKS[name], candidates, options.learning_rate, Rows(options.output / FILE))
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
     print(f"Report: {write_tables(options.output)}")
     return 0
 
 
-def screen(task: Task, candidates: Sequence[Candidate], learning_rate: float) -> Iterator[dict[str, Any]]:
-    """The rows of a task, as JSON-serialisable values."""
+class Rows:
+    """The screen's file: a line of JSON for each task, point, radius and candidate, written when it is found.
+
+    Args:
+        path: Where the file is, or will be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self._known = {self._id(json.loads(line)) for line in lines}
+
+    def __contains__(self, row: Mapping[str, Any]) -> bool:
+        return self._id(row) in self._known
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Keep it, on disk too."""
+        self._known.add(self._id(row))
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded(dict(row))) + "\n")
+
+    def _id(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("task", "point", "rho", "candidate"))
+
+
+def screen(task: Task, candidates: Sequence[Candidate], learning_rate: float, rows: Rows) -> None:
+    """Find the rows of a task that are not there yet."""
     data = task.load()
-    windows = _windows(task, data)
-    for point_name, point in _adamw_run(task, data, learning_rate).items():
+    windows, points = _windows(task, data), _adamw_run(task, data, learning_rate)
+    for name, rho in (*((name, _RHO) for name in points), *(("middle", rho) for rho in _OTHER_RHOS)):
+        point = points[name]
         plain = _Recipe(task, data, CANDIDATES["adamw"], point, rho=0.0)
         gradients = [one.gradient for one in plain.over(windows, rounds=1)]
+        delta = _Recipe(task, data, CANDIDATES["dense_sam"], point, rho=rho).correction(windows, gradients)[0]
         groups = groups_of(plain.layers)
-        for rho in (_RHO, *(_OTHER_RHOS if point_name == "middle" else ())):
-            delta = _Recipe(task, data, CANDIDATES["dense_sam"], point, rho=rho).correction(windows, gradients)[0]
-            for candidate in candidates:
-                if rho != _RHO and candidate.knobs.get("rho") == 0:
-                    continue
-                scaled = candidate.rho * rho / CANDIDATES["dense_sam"].rho
-                recipe = _Recipe(task, data, candidate, point, rho=scaled)
-                found, paid = recipe.correction(windows, gradients)
-                in_adams_units = captured(point.in_adams_units(found), point.in_adams_units(delta), list(delta))
-                yield {
-                    "task": task.name,
-                    "point": point_name,
-                    "rho": rho,
-                    "candidate": candidate.name,
+        for candidate in candidates:
+            row = {"task": task.name, "point": name, "rho": rho, "candidate": candidate.name}
+            if row in rows or (rho != _RHO and candidate.knobs.get("rho") == 0):
+                continue
+            scaled = candidate.rho * rho / CANDIDATES["dense_sam"].rho
+            found, paid = _Recipe(task, data, candidate, point, rho=scaled).correction(windows, gradients)
+            in_adams_units = captured(point.in_adams_units(found), point.in_adams_units(delta), list(delta))
+            by_group = {group: captured(found, delta, members) for group, members in groups.items()}
+            rows.add(
+                {
+                    **row,
+                    "learning_rate": learning_rate,
                     "price": paid,
                     "all": dataclasses.asdict(captured(found, delta, list(delta))),
                     "in_adams_units": dataclasses.asdict(in_adams_units),
-                    "groups": {
-                        name: dataclasses.asdict(captured(found, delta, members)) for name, members in groups.items()
-                    },
+                    "groups": {group: dataclasses.asdict(one) for group, one in by_group.items()},
                     "shares": _shares(delta, groups),
                 }
+            )
 
 
 class _Recipe:
@@ -163,14 +187,6 @@ def _windows(task: Task, data: Data) -> list[Batch]:
     held_back = dataclasses.replace(data, train=data.validation)
     stream = training_batches(task, held_back, seed=0)
     return [next(stream) for _ in range(_NUM_WINDOWS)]
-
-
-def _replace(path: Path, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a task's rows in place of earlier ones."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["task"] != task]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*kept, *(json.dumps(rounded(dict(row))) for row in rows)]) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,7 +55,9 @@ def write_tables(folder: Path) -> Path:
 def _tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     usual = next(row["rho"] for row in rows if row["point"] == "early")
     at = {(row["candidate"], row["point"], row["rho"]): row for row in rows}
-    names = [name for name in CANDIDATES if (name, "middle", usual) in at]
+    names = [name for name in CANDIDATES if all((name, point, usual) in at for point in _POINTS)]
+    if not names:
+        return
     shares = at[names[0], "middle", usual]["shares"]
     yield _table(
         ["recipe", "price", *(f"{point}: projection | cosine" for point in _POINTS)],
@@ -79,6 +81,8 @@ def _tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
     rhos = sorted({row["rho"] for row in rows})
     perturbing = [name for name in names if all((name, "middle", rho) in at for rho in rhos)]
+    if len(rhos) == 1 or not perturbing:
+        return
     yield "At the middle, by radius:"
     yield _table(
         ["recipe", *(f"{rho:g}: projection | cosine" for rho in rhos)],

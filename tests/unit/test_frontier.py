@@ -14,7 +14,8 @@ from benchmarks.evidence.candidates import CANDIDATES
 from benchmarks.evidence.corrections import MeanCorrection, Point, captured, handed
 from benchmarks.evidence.frontier_report import best, write_report
 from benchmarks.evidence.paired import Difference, difference, reaches
-from benchmarks.evidence.screen import groups_of
+from benchmarks.evidence.screen import Rows, groups_of
+from benchmarks.evidence.screen_tables import FILE, write_tables
 from benchmarks.evidence.transformer import Shape, SmallTransformer
 from benchmarks.evidence.trials import TUNING_SEED, Setting, Trial, Trials
 from slsam_ds import SLSAM, SLSAMConfig
@@ -162,6 +163,21 @@ def test_the_screen_knows_what_recipes_capture(knobs: dict[str, Any], projection
     assert found.cosine > 0.9
 
 
+def test_the_screen_goes_on_where_it_was_and_writes_tables(tmp_path: Path) -> None:
+    found = {"projection": 0.5, "cosine": math.nan}
+    for candidate in ("adamw", "late"):
+        for point in ("early", "middle", "late"):
+            row = {"task": "digits_20", "point": point, "rho": 0.05, "candidate": candidate}
+            assert row not in Rows(tmp_path / FILE)
+            groups = dict.fromkeys(("before", "lower", "upper", "after"), found)
+            numbers = {"all": found, "in_adams_units": found, "groups": groups, "shares": {"lower": 1.0}}
+            Rows(tmp_path / FILE).add({**row, "price": 1.3, **numbers})
+            assert row in Rows(tmp_path / FILE)
+    text = write_tables(tmp_path).read_text()
+    assert text.count("| `late`: SAM in the last 30 % | 1.30 | 0.50 |  | 0.50 |  | 0.50 |  |") == 1
+    assert "digits_40" not in text
+
+
 def test_a_point_is_come_back_to() -> None:
     model, windows = _toy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -194,12 +210,17 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
         for window in windows
         for patches, label in zip(window["inputs"], window["labels"], strict=True)
     ]
+
+    def build_model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return SmallTransformer(SHAPE)
+
     data = long_tasks.Data(
         train=samples,
         validation=samples[:8],
         test=samples[8:16],
         collate=long_tasks._patches,
-        build_model=lambda seed: SmallTransformer(SHAPE),
+        build_model=build_model,
     )
     small = dataclasses.replace(task, name="tiny", steps=40, batch=8, predicts_tokens=False, load=lambda: data)
     monkeypatch.setitem(long_tasks.LONG_TASKS, "tiny", small)
