@@ -26,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    logging.getLogger("slsam_ds").setLevel(logging.ERROR)
     try:
         trials = Trials(options.output)
         if not options.tables_only:
@@ -88,4 +87,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    logging.getLogger("slsam_ds").setLevel(logging.ERROR)
     raise SystemExit(main())

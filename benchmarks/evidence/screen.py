@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    logging.getLogger("slsam_ds").setLevel(logging.ERROR)
     for name in options.tasks if not options.tables_only else ():
         started = time.monotonic()
         candidates = [CANDIDATES[one] for one in options.candidates]
@@ -201,4 +200,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    logging.getLogger("slsam_ds").setLevel(logging.ERROR)
     raise SystemExit(main())

@@ -14,6 +14,7 @@ from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import joined, scaled_learning_rates, stepped_parameters
 from slsam_ds.model.state_home import state_fetched
+from slsam_ds.perturbation import scale_
 from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 from slsam_ds.shards import local_elements
 
@@ -109,10 +110,8 @@ class TorchOptimizerEngine(SwitchesArms):
         """Average the gradients of all that is active over ranks, in place."""
 
     def scale_gradients(self, factor: float) -> None:
-        if factor == 1:
-            return
-        for _, _, gradient in self._gradients():
-            local_elements(gradient).mul_(factor)  # `_foreach_mul_` rounds the factor to 16 bits where they have 16
+        if factor != 1:
+            scale_([local_elements(gradient) for _, _, gradient in self._gradients()], factor)
 
     def _parameters_of(self, arms: Iterable[int]) -> Iterable[nn.Parameter]:
         return (parameter for arm in arms for parameter in self._parameters[arm])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several add up in no fixed order."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_trial_keeps_three_checkpoints(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_run, "_AVERAGED_EVERY", 1)
     setting = Setting(learning_rate=1e-2, rho=0.05, dropout=0.1, share=0.5)

@@ -23,6 +23,7 @@ from slsam_ds.engines.deepspeed.support import check_split, refuse, unsupported_
 from slsam_ds.engines.placement import runs_within
 from slsam_ds.engines.ranks import ProcessGroupRanks, share_deadline
 from slsam_ds.model.layers import LayerMap
+from slsam_ds.perturbation import scale_
 from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 
 
@@ -106,11 +107,8 @@ class ZeroEngine(DeepSpeedStep):
         return runs_within(self._runs_of_stepped[piece.stepped], piece)
 
     def scale_gradients(self, factor: float) -> None:
-        if factor == 1:
-            return
-        gradients = [shard.gradient for shard in self._reduced() if shard.gradient.numel() > 0]
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
+        if factor != 1:
+            scale_([shard.gradient for shard in self._reduced() if shard.gradient.numel() > 0], factor)
 
     def update(
         self,
