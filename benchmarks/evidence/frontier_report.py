@@ -46,9 +46,8 @@ def best(trials: Trials, task: str, candidate: str) -> Setting:
     if not of_dense:
         return first
     dense = min(of_dense, key=of_dense.__getitem__)
-    return replace(
-        first, learning_rate=dense.learning_rate, rho=first.rho * dense.rho / tuning.start(CANDIDATES[DENSE]).rho
-    )
+    rho = tuning.tidy(first.rho * dense.rho / tuning.start(CANDIDATES[DENSE]).rho)
+    return replace(first, learning_rate=dense.learning_rate, rho=rho)
 
 
 def finals(trials: Trials, task: str, candidate: str, setting: Setting | None = None) -> list[Outcome]:
@@ -70,6 +69,7 @@ def write_report(folder: Path, trials: Trials) -> Path:
     """
     from benchmarks.evidence.frontier_figure import draw_frontier
 
+    trials.read()  # what other processes have added
     parts = [_INTRODUCTION, "## Which tasks decide\n\n" + _headroom_table(trials)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in LONG_TASKS.items():

@@ -35,8 +35,9 @@ standard error over seeds; differences are taken seed by seed. FLOPs are of whol
 gradient is that of the loss of some test samples (64; 4 of a language model's) at radius 0.05; in random directions,
 at radius 0.5; both in float32.
 
-Here are real models in short runs. Whether recipes learn as well as dense SAM where that can be seen, small models in
-long runs say: [`RULES.md`](RULES.md), [`screen.md`](screen.md), [`frontier.md`](frontier.md).
+Here are real models in short runs. A study of small models in long runs asks whether recipes learn as well as dense SAM
+where that can be seen: its rules are in [`RULES.md`](RULES.md). `make evidence-screen` and `make evidence-frontier` make
+its runs and write `screen.md` and `frontier.md` beside this page.
 """
 
 

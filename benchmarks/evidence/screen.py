@@ -22,6 +22,7 @@ from benchmarks.evidence.screen_tables import FILE, write_tables
 from benchmarks.evidence.tasks import Batch, Data, Task
 from benchmarks.evidence.training import rate_at, training_batches
 from benchmarks.evidence.trials import Setting
+from benchmarks.evidence.tuning import tidy
 from benchmarks.results import rounded
 from slsam_ds import SLSAM
 from slsam_ds.model.layers import LayerMap
@@ -92,7 +93,7 @@ def screen(task: Task, candidates: Sequence[Candidate], learning_rate: float, ro
             row = {"task": task.name, "point": name, "rho": rho, "candidate": candidate.name}
             if row in rows or (rho != _RHO and candidate.knobs.get("rho") == 0):
                 continue
-            scaled = candidate.rho * rho / CANDIDATES["dense_sam"].rho
+            scaled = tidy(candidate.rho * rho / CANDIDATES["dense_sam"].rho)
             found, paid = _Recipe(task, data, candidate, point, rho=scaled).correction(windows, gradients)
             in_adams_units = captured(point.in_adams_units(found), point.in_adams_units(delta), list(delta))
             by_group = {group: captured(found, delta, members) for group, members in groups.items()}

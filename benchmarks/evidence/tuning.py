@@ -58,9 +58,10 @@ def _next(axis: Axis, value: float, *, up: bool) -> float | None:
     if axis == "learning_rate":  # 1, 3, 10, 30, ...
         is_one = f"{value:e}".startswith("1")
         factor = 3.0 if is_one == up else 10 / 3
-        return _tidy(value * factor if up else value / factor)
-    return _tidy(value * (2.0 if axis == "rho" else 10.0) ** (1 if up else -1))
+        return tidy(value * factor if up else value / factor)
+    return tidy(value * (2.0 if axis == "rho" else 10.0) ** (1 if up else -1))
 
 
-def _tidy(value: float) -> float:
+def tidy(value: float) -> float:
+    """Without what arithmetic leaves in the last places: equal settings are equal."""
     return float(f"{value:.6g}")
