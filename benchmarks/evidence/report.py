@@ -36,8 +36,8 @@ gradient is that of the loss of some test samples (64; 4 of a language model's) 
 at radius 0.5; both in float32.
 
 Here are real models in short runs. A study of small models in long runs asks whether recipes learn as well as dense SAM
-where that can be seen: its rules are in [`RULES.md`](RULES.md). `make evidence-screen` and `make evidence-frontier` make
-its runs and write `screen.md` and `frontier.md` beside this page.
+where that can be seen: its rules are in [`RULES.md`](RULES.md). `make evidence-screen` and `make evidence-frontier`
+make its runs and write `screen.md` and `frontier.md` beside this page.
 """
 
 
