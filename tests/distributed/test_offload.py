@@ -18,14 +18,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from slsam_ds import SLSAMConfig
 from slsam_ds.model import state_home
 from slsam_ds.shards import local_elements
-from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, Setup, Training
+from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, Setup, Training, slow
 from tests.models import window
 from tests.ranks import run_on_ranks
 
 HOST = torch.device("cpu", 0)
 """Is not equal to the device of a tensor on the CPU, which stands for the accelerator."""
 
-ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3"]
+ENGINES = [slow("local"), "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", ALSO_ZERO3]
 SAMPLES = [[0], [2, 3], [2], [5], [0, 4], [2], [1], [0, 1, 2, 3, 4, 5], [3]]
 HALF = 5
 CASES: Mapping[str, dict[str, Any]] = {
