@@ -116,6 +116,7 @@ def follow(
         if load_from and step <= HALF:
             continue
         assert places is None or places.elsewhere(optimizer) == []
+        assert places is None or all(map(places.on_host, masks_of(training)))
         training.step(window(step, training.rank, 1), active=sample)
         if step > HALF and setup.engine in ("zero1", "zero2", "zero3"):
             digests.append(digest(moments(training)))
@@ -124,6 +125,12 @@ def follow(
         assert places is None or places.elsewhere(optimizer) == []
         training.step(window(0, training.rank, 1), active=[1, 2])
     return [*digests, digest(training.weights())]
+
+
+def masks_of(training: Training) -> list[Tensor]:
+    """As they wait, beside the optimizer's state."""
+    mask = training.slsam._mask
+    return [] if mask is None else list(mask._bits._packed.values())
 
 
 def moments(training: Training) -> dict[str, Tensor]:
