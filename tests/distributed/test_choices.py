@@ -107,7 +107,9 @@ def columns(parameter: Tensor) -> Shard | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"fsdp": {"shard_placement_fn": columns}}, {"replicas": 2}], ids=["columns", "replicas"])
+@pytest.mark.parametrize(
+    "settings", [{"fsdp": {"shard_placement_fn": columns}}, {"replicas": 2}], ids=["columns", "replicas"]
+)
 def test_numbers_of_shards_that_are_columns_or_replicas(settings: dict[str, Any]) -> None:
     assert run_on_ranks(4, misplaced, Setup(engine="fsdp2", **settings)) == [(0, 0)] * 4
 
