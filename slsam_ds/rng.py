@@ -1,6 +1,7 @@
 """Random state of a rank, so that the descent draws the dropout masks of the ascent, and a resumed run its own."""
 
 import copy
+import functools
 import hashlib
 import random
 import sys
@@ -81,12 +82,17 @@ class RandomState:
 
 def generators_in(model: nn.Module) -> Iterator[Any]:
     """Generators of random numbers, of torch, Python or numpy, that are attributes of the model's modules."""
-    numpy: Any = sys.modules.get("numpy")
-    of_numpy = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, (torch.Generator, random.Random, *of_numpy)):
+            if _draws(type(value)):
                 yield value
+
+
+@functools.cache  # by type: a large model has tens of thousands of attributes, of a few types
+def _draws(kind: type) -> bool:
+    numpy: Any = sys.modules.get("numpy")
+    of_numpy = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return issubclass(kind, (torch.Generator, random.Random, *of_numpy))
 
 
 def _rewinder(generator: Any) -> Callable[[], object]:

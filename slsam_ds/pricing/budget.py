@@ -39,6 +39,7 @@ class BudgetedExp3(Exp3M):
         super().__init__(num_arms, 1, gamma, seed, share=share)
         self.budget = budget
         self._prices: PriceList | None = None
+        self._solved: tuple[object, tuple[list[float], list[list[float]]]] | None = None
 
     @property
     def prices(self) -> PriceList:
@@ -52,7 +53,7 @@ class BudgetedExp3(Exp3M):
         Raises:
             ValueError: No way of choosing layers costs the budget; in one sentence with what is possible.
         """
-        self._prices = prices
+        self._prices, self._solved = prices, None
         fairness = {}
         reach = {}
         for k in range(1, self.num_arms + 1):
@@ -80,8 +81,11 @@ class BudgetedExp3(Exp3M):
 
     def choice(self) -> tuple[list[float], list[list[float]]]:
         """How likely each arm is the lowest; and from there, how likely each arm above it is included."""
-        above = self._above()
-        return self._tilted(self._prices_from(above)), above
+        state = self.k, tuple(self._log_weights)
+        if self._solved is None or self._solved[0] != state:  # a step asks several times
+            above = self._above()
+            self._solved = state, (self._tilted(self._prices_from(above)), above)
+        return self._solved[1]
 
     def expected_price(self) -> float:
         """Of the next step."""
