@@ -1,6 +1,7 @@
 """The ways to train that are compared, all behind one `step`: stock AdamW, dense SAM twice, and SL-SAM's settings."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -61,10 +62,14 @@ REFERENCES = (ADAMW_MODE, DENSE_SAM)
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step did. `active` is None where all arms took part; seconds are 0 where there is no such pass."""
+    """What a step did. `active` is None where all arms took part; seconds are 0 where there is no such pass.
+
+    `price` is the step's own account, in which weights may stand for FLOPs.
+    """
 
     loss: Tensor | float
     active: tuple[int, ...] | None = None
+    price: float | None = None
     ascent_seconds: float = 0.0
     descent_seconds: float = 0.0
 
@@ -206,12 +211,15 @@ class Ours:
         return Step(
             loss=result.loss,
             active=result.active,
+            price=result.price,
             ascent_seconds=result.ascent_seconds,
             descent_seconds=result.descent_seconds,
         )
 
     def price(self, costs: CostModel, window: Window, step: Step) -> float:
         assert step.active is not None
+        if len(costs.weight_gradient) != len(self.slsam.layers):  # counted for arms of another kind
+            return step.price if step.price is not None else math.nan
         return costs.prices(self.slsam.workload(window)).of(step.active)
 
     def gradient_bytes(self) -> None:

@@ -9,6 +9,8 @@ from benchmarks.evidence import tuning
 from benchmarks.evidence.candidates import CANDIDATES
 from benchmarks.evidence.long_tasks import LONG_TASKS
 from benchmarks.evidence.paired import difference, reaches
+from benchmarks.evidence.step_costs import FILE as COSTS
+from benchmarks.evidence.step_costs import StepCost, read_costs
 from benchmarks.evidence.trials import FILE, TUNING_SEED, Checkpoint, Outcome, Setting, Trials
 
 REPORT = "frontier.md"
@@ -23,11 +25,13 @@ are in [`RULES.md`](RULES.md). A row is made again by
 python -m benchmarks.evidence.frontier --tasks TASK --candidates adamw dense_sam NAME --output outputs/mine
 ```
 
-FLOPs are of whole runs, AdamW over all of the task's steps being 1. Losses are cross-entropies in nats on test data,
-of the last weights and of the checkpoint that validation data chose: the last, the best on the way, or the mean of the
-last quarter's weights. Differences are of the chosen ones, seed by seed, ± the standard error. `*`: the best setting
-has a neighbour that was not tried. *tuned* is the number of trials that chose it; with 0, it is dense SAM's, the radius
-in proportion.
+FLOPs are of whole runs, AdamW over all of the task's steps being 1. So is time, under ZeRO-2 on two ranks: steps of
+each recipe were measured on a Llama of equal blocks, stock AdamW in turn with them; memory is of such a step, AdamW's
+being 1 ([`{COSTS}`]({COSTS}), by `python -m benchmarks.evidence.step_costs`). Losses are cross-entropies in nats on
+test data, of the last weights and of the checkpoint that validation data chose: the last, the best on the way, or the
+mean of the last quarter's weights. Differences are of the chosen ones, seed by seed, ± the standard error. `*`: the
+best setting has a neighbour that was not tried. *tuned* is the number of trials that chose it; with 0, it is dense
+SAM's, the radius in proportion.
 """
 
 
@@ -70,13 +74,14 @@ def write_report(folder: Path, trials: Trials) -> Path:
     from benchmarks.evidence.frontier_figure import draw_frontier
 
     trials.read()  # what other processes have added
+    costs = read_costs(folder)
     parts = [_INTRODUCTION, "## Which tasks decide\n\n" + _headroom_table(trials)]
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in LONG_TASKS.items():
         if any(finals(trials, name, candidate) for candidate in CANDIDATES):
             picture = f"frontier-{name}.png"
-            draw_frontier(folder / picture, trials, name)
-            parts += [f"## {name}: {task.title}", _table(trials, name), f"![{picture}]({picture})"]
+            draw_frontier(folder / picture, trials, name, costs)
+            parts += [f"## {name}: {task.title}", _table(trials, name, costs), f"![{picture}]({picture})"]
     path = folder / REPORT
     path.write_text("\n\n".join(part.strip() for part in parts) + "\n", encoding="utf-8")
     return path
@@ -95,12 +100,14 @@ def _headroom_table(trials: Trials) -> str:
     return "\n".join(lines)
 
 
-def _table(trials: Trials, task: str) -> str:
+def _table(trials: Trials, task: str, costs: Mapping[str, StepCost]) -> str:
     header = [
         "recipe",
         "setting",
         "tuned",
         "FLOPs",
+        "time",
+        "memory",
         "seeds",
         "last",
         "chosen",
@@ -109,23 +116,26 @@ def _table(trials: Trials, task: str) -> str:
         "reaches it",
     ]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(trials, task)]
+    lines += [f"| {' | '.join(row)} |" for row in _rows(trials, task, costs)]
     return "\n".join(lines)
 
 
-def _rows(trials: Trials, task: str) -> Iterator[list[str]]:
+def _rows(trials: Trials, task: str, costs: Mapping[str, StepCost]) -> Iterator[list[str]]:
     adamw, dense = (losses_on_test(finals(trials, task, one)) for one in (REFERENCE, DENSE))
     for name, candidate in CANDIDATES.items():
         outcomes = finals(trials, task, name)
         if not outcomes:
             continue
         ours, setting, tried = losses_on_test(outcomes), outcomes[0].trial.setting, tuned_losses(trials, task, name)
+        cost = costs.get(name)
         verdict = reaches(ours, dense, adamw) if name not in (REFERENCE, DENSE) else None
         yield [
             f"`{name}`: {candidate.title}",
             _shown(setting) + ("" if tuning.is_enclosed(setting, tried, candidate) else "*"),
             str(len(tried)),
             f"{statistics.fmean(one.flops for one in outcomes):.2f}",
+            f"{cost.time * setting.share:.2f}" if cost else "",
+            f"{cost.memory:.2f}" if cost else "",
             str(len(outcomes)),
             _mean(losses_on_test(outcomes, "last")),
             _mean(ours),
