@@ -132,7 +132,8 @@ class SLSAMConfig:
     """Module paths or regular expressions over parameter names, one per arm. None: found from the model's structure."""
 
     offload_state: bool = False
-    """Keep a layer's optimizer state and previous gradient on the CPU between the steps that select it."""
+    """Keep a layer's optimizer state, master weights and previous gradient on the CPU between the steps that select
+    it."""
 
     max_skipped_steps: int | None = 25
     """Stop with an error after so many steps in a row whose loss or gradient was not finite; null: never."""

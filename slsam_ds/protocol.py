@@ -130,11 +130,15 @@ class Engine(Protocol):
     """Where shards live and what must travel, for one sharding regime.
 
     Attributes:
-        optimizer_state_home: Where the optimizer's state of a layer waits until the layer is selected again; None: it
-            stays where it was made.
+        optimizer_state_home: Where the optimizer's state of a layer waits until the layer is selected again, and its
+            master weights where it has such; None: they stay where they were made.
     """
 
     optimizer_state_home: torch.device | None
+
+    def keep_state_at(self, home: torch.device | None) -> None:
+        """From here on, that is `optimizer_state_home`. Called once, before the first step."""
+        ...
 
     @property
     def ranks(self) -> Ranks:

@@ -111,7 +111,8 @@ class SLSAM:
                 type(engine.optimizer).__name__,
                 config.update_scale,
             )
-        engine.optimizer_state_home = home = config.state_home
+        home = config.state_home
+        engine.keep_state_at(home)
         send_home(engine.optimizer, home)
         load_at_home(engine.optimizer, home)
         self._fingerprint = layers.fingerprint()

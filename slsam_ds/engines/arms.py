@@ -3,7 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
+import torch
 from torch import nn
+
+from slsam_ds.model.state_home import WaitingMasters
+from slsam_ds.protocol import Piece
 
 
 class SwitchesArms(ABC):
@@ -16,6 +20,18 @@ class SwitchesArms(ABC):
     _updated: Collection[int] = ()
     _active: frozenset[int]
     """Arms that are trainable now."""
+
+    optimizer_state_home: torch.device | None = None
+    _masters = WaitingMasters()
+
+    def keep_state_at(self, home: torch.device | None) -> None:
+        self.optimizer_state_home = home
+        masters = {piece.stepped for piece in self.pieces(self._all_arms) if not _is_read(piece)}
+        self._masters = WaitingMasters(masters, home)
+
+    @abstractmethod
+    def pieces(self, arms: Collection[int]) -> list[Piece]:
+        """See `Engine.pieces`."""
 
     def begin_step(self, ascended: Collection[int], updated: Collection[int]) -> None:
         self._ascended, self._updated = ascended, updated
@@ -48,3 +64,8 @@ class SwitchesArms(ABC):
             for parameter in self._parameters_of([arm]):
                 parameter.requires_grad_(arm in wanted)
         self._active = wanted
+
+
+def _is_read(piece: Piece) -> bool:
+    """Whether the optimizer steps the very weights that forward reads."""
+    return piece.master.untyped_storage().data_ptr() == piece.weight.untyped_storage().data_ptr()

@@ -30,7 +30,6 @@ class TorchOptimizerEngine(SwitchesArms):
 
     may_skip_modules = True
     loss_scale = 1.0
-    optimizer_state_home: torch.device | None = None
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, layer_map: LayerMap) -> None:
         self._autocast = AutocastWatch(model, layer_map)
@@ -68,6 +67,7 @@ class TorchOptimizerEngine(SwitchesArms):
             stepped = stepped_parameters(self._optimizer, arms)
             with (
                 scaled_learning_rates(self._optimizer.param_groups, learning_rate_scale),
+                self._masters.fetched(stepped),
                 state_fetched(self._optimizer, stepped, home=self.optimizer_state_home),
                 joined(self._optimizer, arms),
             ):

@@ -121,5 +121,6 @@ def _optimizer(step: StepUse, updated: float) -> tuple[float, float]:
     if setup.offload_optimizer:  # with the gradients that DeepSpeed steps there
         return 0.0, masters + waiting + trained * FP32 * part
     if step.config.offload_state:
-        return masters + updated * _MOMENTS * part, waiting
+        fetched = updated * part * (_MOMENTS + (FP32 if has_masters else 0))
+        return fetched, masters + waiting
     return masters + waiting, 0.0

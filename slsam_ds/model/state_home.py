@@ -1,4 +1,4 @@
-"""Optimizer state that waits on the host until a step needs it: `offload_state`.
+"""Optimizer state and master weights that wait on the host until a step needs them: `offload_state`.
 
 All that moves state from one device to another is here, so that a test without an accelerator can make it real.
 """
@@ -15,8 +15,13 @@ OWN_PREFIX = "slsam_"
 
 
 def place(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; itself where it is there."""
-    return tensor.to(device)
+    """The tensor on a device; itself where it is there.
+
+    What leaves an accelerator goes into pinned memory: copies from and to it are several times faster.
+    """
+    if tensor.device.type not in ("cpu", "meta") and device.type == "cpu":
+        return torch.empty_like(tensor, device=device, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def at_home(tensor: Tensor, home: torch.device | None) -> Tensor:
@@ -52,6 +57,37 @@ def state_fetched(
         yield
     finally:
         send_home(optimizer, home, left)
+
+
+class WaitingMasters:
+    """Master weights beside the weights that forward reads; their data waits where it is out of the way.
+
+    The tensors at home stay the same ones, as state does.
+
+    Args:
+        masters: What an optimizer steps that is not itself read by forward. Their data goes home at once.
+        home: Where it waits; None: it stays where it is.
+    """
+
+    def __init__(self, masters: Collection[Tensor] = (), home: torch.device | None = None) -> None:
+        self._waiting: dict[Tensor, Tensor] = {}
+        self._device: dict[Tensor, torch.device] = {}
+        for master in masters if home is not None else ():
+            self._device[master] = master.device
+            master.data = self._waiting[master] = at_home(master.detach(), home)
+
+    @contextlib.contextmanager
+    def fetched(self, stepped: Collection[Tensor]) -> Iterator[None]:
+        """Within, the data of these is where the optimizer steps it; those that are no masters are left alone."""
+        moved = [each for each in stepped if each in self._waiting]
+        for master in moved:
+            master.data = place(self._waiting[master], self._device[master])
+        try:
+            yield
+        finally:
+            for master in moved:
+                if master.data.data_ptr() != self._waiting[master].data_ptr():
+                    master.data = self._waiting[master].copy_(master.data)
 
 
 def send_home(

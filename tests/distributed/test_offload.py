@@ -1,4 +1,4 @@
-"""`offload_state` where moving state from one device to another is real, though there is no accelerator.
+"""`offload_state` where state and master weights really move from device to device, though there is no accelerator.
 
 A stand-in for `place` copies, ruins what was left behind, and notes which tensors are on the host: whoever reads a
 tensor that has gone elsewhere reads NaN.
@@ -35,6 +35,8 @@ CASES: Mapping[str, dict[str, Any]] = {
     "friendly": {"ascent_source": "friendly"},
     "preconditioned": {"metric": "preconditioned", "rho": 0.01},
     "masked": {"mask": "fisher", "mask_every": 2, "ascent_source": "previous"},
+    "bf16": {},
+    "bf16, from the masters": {"rounding": "nearest", "metric": "adaptive"},
 }
 
 
@@ -82,7 +84,8 @@ def train(engine: str, folder: str) -> list[str]:
     """Every case, with state that stays, with state that moves, and stopped half way and resumed. What went wrong."""
     wrong = []
     for name, knobs in CASES.items():
-        staying = Setup(engine=engine, slsam=knobs)
+        dtype = torch.bfloat16 if name.startswith("bf16") else torch.float32
+        staying = Setup(engine=engine, dtype=dtype, slsam=knobs)
         moving = replace(staying, slsam={**knobs, "offload_state": True})
         expected = follow(staying, SAMPLES)
         with pytest.MonkeyPatch.context() as patch:
@@ -116,10 +119,10 @@ def follow(
         if load_from and step <= HALF:
             continue
         assert places is None or places.elsewhere(optimizer) == []
-        assert places is None or all(map(places.on_host, masks_of(training)))
+        assert places is None or all(map(places.on_host, [*masks_of(training), *masters_of(training)]))
         training.step(window(step, training.rank, 1), active=sample)
         if step > HALF and setup.engine in ("zero1", "zero2", "zero3"):
-            digests.append(digest(moments(training)))
+            digests += [digest(moments(training)), digest(masters(training))]
     if save_to:
         owner.save_checkpoint(save_to)
         assert places is None or places.elsewhere(optimizer) == []
@@ -131,6 +134,21 @@ def masks_of(training: Training) -> list[Tensor]:
     """As they wait, beside the optimizer's state."""
     mask = training.slsam._mask
     return [] if mask is None else list(mask._bits._packed.values())
+
+
+def masters_of(training: Training) -> list[Tensor]:
+    """As they wait. Of 16-bit weights there are some wherever DeepSpeed is."""
+    waiting = list(training.slsam.engine._masters._waiting.values())
+    is_expected = training.setup.engine.startswith("zero") and training.setup.dtype == torch.bfloat16
+    assert bool(waiting) >= is_expected
+    return waiting
+
+
+def masters(training: Training) -> dict[str, Tensor]:
+    """All master weights that DeepSpeed hands out, whole."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter) for name, parameter in training.model.named_parameters()}
 
 
 def moments(training: Training) -> dict[str, Tensor]:
@@ -146,7 +164,7 @@ def moments(training: Training) -> dict[str, Tensor]:
 def digest(tensors: Mapping[str, Tensor]) -> str:
     summary = hashlib.sha256()
     for name, tensor in tensors.items():
-        summary.update(name.encode() + tensor.detach().numpy().tobytes())
+        summary.update(name.encode() + tensor.detach().float().numpy().tobytes())
     return summary.hexdigest()
 
 

@@ -173,11 +173,14 @@ class Training:
         found = {}
         # DeepSpeed's own reader does not know another order of the parameters.
         reads_masters = self.engine is not None and not self.engine.zero_round_robin_gradients()
-        unsharded = getattr(self.slsam.engine, "_masters", {})  # of stage 0 in bf16, which DeepSpeed does not hand out
+        unsharded = getattr(
+            self.slsam.engine, "_master_places", {}
+        )  # of stage 0 in bf16, which DeepSpeed does not hand out
         for name, parameter in self.model.named_parameters():
             master = safe_get_full_fp32_param(parameter) if reads_masters else None
             if parameter in unsharded:
-                master = unsharded[parameter].detach().view_as(parameter)
+                stepped, start = unsharded[parameter]
+                master = stepped.detach().view(-1)[start : start + parameter.numel()].view_as(parameter)
             found[name] = (whole(parameter) if master is None else master).float().cpu().clone()
         return found
 

@@ -44,7 +44,7 @@ def test_all_state_goes_home_afterwards_also_when_the_step_raises() -> None:
     class Moved(torch.Tensor):
         device = ELSEWHERE
 
-        def to(self, device: Any) -> torch.Tensor:  # type: ignore[override]
+        def to(self, device: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
             moved.append(device)
             return torch.zeros(3)
 

@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
@@ -20,8 +19,6 @@ from slsam_ds.model.state_home import state_fetched
 
 class DeepSpeedStep(SwitchesArms):
     """`Engine.update` for the engines whose optimizer is stepped by a DeepSpeedEngine."""
-
-    optimizer_state_home: torch.device | None = None
 
     _engine: DeepSpeedEngine
 
@@ -88,10 +85,12 @@ class DeepSpeedStep(SwitchesArms):
                 _report_overflow(optimizer, inner)
                 return
             optimizer.overflow = False
+            stepped = self._stepped(arms)
             with (
                 self._narrowed_to(arms),
                 scaled_learning_rates(inner.param_groups, learning_rate_scale),
-                state_fetched(inner, self._stepped(arms), home=self.optimizer_state_home),
+                self._masters.fetched(stepped),  # first: state goes to where they are
+                state_fetched(inner, stepped, home=self.optimizer_state_home),
             ):
                 stock_step(*args, **kwargs)
             if not optimizer.overflow:

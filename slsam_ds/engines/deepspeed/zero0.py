@@ -47,10 +47,9 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
         super().__init__(engine.module, inner, layer_map)
         self.device = torch.device(engine.device)
         self._wrapper = wrapper if wrapper is not inner else None
-        self._masters: dict[nn.Parameter, Tensor] = {}
-        self._flat: dict[nn.Parameter, Tensor] = {}
+        self._master_places: dict[nn.Parameter, tuple[Tensor, int]] = {}
         if self._wrapper is not None:
-            self._masters, self._flat = _find_masters(self._wrapper)
+            self._master_places = _find_masters(self._wrapper)
             _undo_first_step(engine, self._wrapper)
 
     def update(
@@ -89,9 +88,7 @@ class ZeroStage0Engine(DeepSpeedStep, LocalEngine):
             self._engine.allreduce_gradients()
 
     def _stepped_as(self, parameter: nn.Parameter) -> tuple[Tensor, int]:
-        master = self._masters.get(parameter, parameter)
-        flat = self._flat.get(parameter, master)
-        return flat, int(master.storage_offset()) - int(flat.storage_offset())
+        return self._master_places.get(parameter, (parameter, 0))
 
     @contextlib.contextmanager
     def _narrowed_to(self, arms: Collection[int]) -> Iterator[None]:
@@ -132,19 +129,18 @@ def _check_supported(engine: DeepSpeedEngine) -> None:
     refuse(features, remedy="switch it off, or use ZeRO stage 1")
 
 
-def _find_masters(wrapper: Any) -> tuple[dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
-    """The float32 copy of each parameter; and of those that the optimizer steps as one tensor, that tensor."""
-    masters: dict[nn.Parameter, Tensor] = {}
-    flat: dict[nn.Parameter, Tensor] = {}
+def _find_masters(wrapper: Any) -> dict[nn.Parameter, tuple[Tensor, int]]:
+    """Of each parameter, what the optimizer steps that holds its float32 copy, and where in it that begins."""
+    found: dict[nn.Parameter, tuple[Tensor, int]] = {}
     for index, members in enumerate(wrapper.fp16_groups):
         if isinstance(wrapper, FP16_UnfusedOptimizer):
-            copies = wrapper.fp32_groups[index]
-        else:
-            whole = wrapper.fp32_groups_flat[index]
-            copies = whole.split([parameter.numel() for parameter in members])
-            flat.update(dict.fromkeys(members, whole))
-        masters.update(zip(members, copies, strict=True))
-    return masters, flat
+            found |= {member: (copy, 0) for member, copy in zip(members, wrapper.fp32_groups[index], strict=True)}
+            continue
+        begin = 0
+        for member in members:
+            found[member] = wrapper.fp32_groups_flat[index], begin
+            begin += member.numel()
+    return found
 
 
 def _undo_first_step(engine: DeepSpeedEngine, wrapper: Any) -> None:
