@@ -114,13 +114,18 @@ def follow(
     owner = training.engine or training.slsam
     if load_from:
         owner.load_checkpoint(load_from)
+    fetched: list[int] = []
+    optimizer.register_step_pre_hook(lambda *_: fetched.append(fetched_bytes(training, places)) if places else None)
     digests = []
     for step, sample in enumerate(samples, start=1):
         if load_from and step <= HALF:
             continue
         assert places is None or places.elsewhere(optimizer) == []
         assert places is None or all(map(places.on_host, [*masks_of(training), *masters_of(training)]))
+        fetched.clear()
         training.step(window(step, training.rank, 1), active=sample)
+        if places is not None and step == len(SAMPLES):  # by now its layer has moments
+            check_fetched(training, sample, max(fetched))
         if step > HALF and setup.engine in ("zero1", "zero2", "zero3"):
             digests += [digest(moments(training)), digest(masters(training))]
     if save_to:
@@ -149,6 +154,32 @@ def masters(training: Training) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(parameter) for name, parameter in training.model.named_parameters()}
+
+
+def fetched_bytes(training: Training, places: Places) -> int:
+    """Of moments and master weights that are where they are stepped."""
+    engine = training.slsam.engine
+    masters = [master for master, waiting in engine._masters._waiting.items() if not same_data(master, waiting)]
+    state = [
+        value
+        for each in engine.optimizer.state.values()
+        for name, value in each.items()
+        if value.dim() > 0 and not name.startswith(state_home.OWN_PREFIX) and not places.on_host(value)
+    ]
+    return sum(local_elements(each).numel() * each.element_size() for each in [*masters, *state])
+
+
+def check_fetched(training: Training, sample: Sequence[int], found: int) -> None:
+    """It is what `estimate` says a step brings to the device: moments, and masters where there are some."""
+    weights = sum(training.slsam.layers[arm].numel for arm in sample)
+    width = 12 if masters_of(training) else 2 * training.setup.dtype.itemsize
+    part = 1 if training.setup.engine in ("local", "zero0") else torch.distributed.get_world_size()
+    expected = weights * width / part
+    assert found == pytest.approx(expected, rel=0.05), f"{found} bytes, not {expected}"  # partitions are padded
+
+
+def same_data(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr()
 
 
 def moments(training: Training) -> dict[str, Tensor]:

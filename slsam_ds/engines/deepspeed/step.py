@@ -85,14 +85,11 @@ class DeepSpeedStep(SwitchesArms):
                 _report_overflow(optimizer, inner)
                 return
             optimizer.overflow = False
-            stepped = self._stepped(arms)
-            with (
-                self._narrowed_to(arms),
-                scaled_learning_rates(inner.param_groups, learning_rate_scale),
-                self._masters.fetched(stepped),  # first: state goes to where they are
-                state_fetched(inner, stepped, home=self.optimizer_state_home),
-            ):
-                stock_step(*args, **kwargs)
+            with self._narrowed_to(arms), scaled_learning_rates(inner.param_groups, learning_rate_scale):
+                stepped = self._stepped(arms)
+                # Masters first: state goes to where they are.
+                with self._masters.fetched(stepped), state_fetched(inner, stepped, home=self.optimizer_state_home):
+                    stock_step(*args, **kwargs)
             if not optimizer.overflow:
                 self._after_step(arms)
 
