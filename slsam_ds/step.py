@@ -197,8 +197,17 @@ class _Step:
                 engine.publish(plan.perturbed)
             yield
 
-    def reduce(self, arms: tuple[int, ...], *, during: Literal["ascent", "descent"]) -> Gradient:
-        """Average the gradients of a pass over ranks, and sum up their norms with all else that was tallied."""
+    def reduce(
+        self, arms: tuple[int, ...], *, during: Literal["ascent", "descent"], of_part: list[Shard] | None = None
+    ) -> Gradient:
+        """Average the gradients of a pass over ranks, and sum up their norms with all else that was tallied.
+
+        Args:
+            arms: Of the pass.
+            during: Which it is.
+            of_part: Reduced before, of the part of the window that is descended on: the norms are theirs, and they are
+                what is returned.
+        """
         engine, tally = self._engine, self._tally
         self.passes.await_agreement()
         shards = engine.reduce()
@@ -206,9 +215,12 @@ class _Step:
         bad = torch.zeros(engine.ranks.world_size, dtype=torch.float64, device=engine.device)
         bad[engine.ranks.rank] = tally.local_sum("ascent_loss", "loss").isfinite().logical_not()
         tally.add(f"{during}_bad", bad)
-        tally.add(f"{during}_sq_norms", self._local_sq_norms(shards, arms))
+        scale = engine.loss_scale
+        if of_part is not None:  # weighted as in the whole window
+            shards, scale = of_part, scale * self._plan.ascent_fraction
+        tally.add(f"{during}_sq_norms", self._local_sq_norms(shards, arms, scale))
         tally.reduce()
-        return Gradient(arms, shards, tally[f"{during}_sq_norms"], engine.loss_scale)
+        return Gradient(arms, shards, tally[f"{during}_sq_norms"], scale)
 
     def read(self) -> Numbers:
         """All numbers of the step; waits for the device."""
@@ -238,24 +250,25 @@ class _Step:
         )
 
     def _global_ascent(self, part: Part) -> Gradient:
-        """The gradient over the window and all ranks."""
+        """The gradient over the window and all ranks; or over the part of it that the descent takes."""
+        of_part: list[Shard] | None = None
         if self._plan.descends_on_part:
             loss = self.passes.ascend_first(part)
             self.passes.await_agreement()
-            self._mixture.keep_part(self._engine.reduce())
+            of_part = self._mixture.keep_part(self._engine.reduce())
             self._engine.discard()
             loss += self.passes.ascend_rest(part)
         else:
             loss = self.passes.ascend(part)
         self._tally.add("ascent_loss", loss / self._engine.ranks.world_size)
         self.passes.share_reusable()
-        return self.reduce(self._plan.ascended, during="ascent")
+        return self.reduce(self._plan.ascended, during="ascent", of_part=of_part)
 
     def _local_ascent(self, part: Part) -> Gradient:
         """This rank's own gradient: nothing travels."""
         with self._engine.local_gradients() as shards:
             loss = self.passes.ascend(part)
-        sq_norms = self._local_sq_norms(shards, self._plan.ascended)
+        sq_norms = self._local_sq_norms(shards, self._plan.ascended, self._engine.loss_scale)
         # Where a number is not finite, this rank is not perturbed; the descent's all-reduce tells the others.
         finite = (loss + sq_norms.sum()).isfinite()
         self._tally.add("ascent_loss", torch.where(finite, loss, math.nan) / self._engine.ranks.world_size)
@@ -302,10 +315,9 @@ class _Step:
             self._tally.add("moving", moves.sum())
         return along.masked_fill(~moves, 0.0)
 
-    def _local_sq_norms(self, shards: Sequence[Shard], arms: tuple[int, ...]) -> Tensor:
+    def _local_sq_norms(self, shards: Sequence[Shard], arms: tuple[int, ...], scale: float) -> Tensor:
         engine = self._engine
-        scaled = local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device)
-        return scaled / engine.loss_scale**2
+        return local_sq_norms(shards, arms, rank=engine.ranks.rank, device=engine.device) / scale**2
 
 
 class _Mixture:
@@ -324,9 +336,11 @@ class _Mixture:
         self._of_part: dict[Any, Tensor] = {}  # by the shard's place
         self._kept: dict[Any, Tensor] = {}
 
-    def keep_part(self, shards: Sequence[Shard]) -> None:
-        """The gradient at x over the part of the window that the descent takes, too."""
-        self._of_part = {_place(shard): shard.gradient.clone() for shard in shards}
+    def keep_part(self, shards: Sequence[Shard]) -> list[Shard]:
+        """The gradient at x over the part of the window that the descent takes, too. Returns a copy."""
+        kept = [Shard(shard.piece, shard.gradient.clone()) for shard in shards]
+        self._of_part = {_place(shard): shard.gradient for shard in kept}
+        return kept
 
     def mix(self, shards: Sequence[Shard], during: Literal["ascent", "descent"]) -> None:
         """Of the ascent: keep what the descent is to be mixed with. Of the descent: mix."""
@@ -340,7 +354,7 @@ class _Mixture:
                     self._kept[place] = gradient * self._share_of_g
                     if of_part is not None:
                         # Not by `alpha`, which the CPU rounds to 16 bits: what h cancels would not be what h is.
-                        self._kept[place].sub_(of_part.mul_(self._factor_of_h))
+                        self._kept[place].sub_(of_part * self._factor_of_h)
             elif place in self._kept:  # not where the step does not ascend
                 gradient.mul_(self._factor_of_h).add_(self._kept.pop(place))
 

@@ -185,9 +185,8 @@ class Reference:
             share = len(part) / len(batches)
             ascent, norm, part_ascent_loss = {}, 0.0, 0.0
             if ascends:
-                ascent, norm, part_ascent_loss = self.climb(
-                    perturbed, self.names(updated), climbed[number] if climbed else part
-                )
+                climbs_on = descended or (climbed[number] if climbed else part)
+                ascent, norm, part_ascent_loss = self.climb(perturbed, self.names(updated), climbs_on)
             epsilon, mask_density = self.masked(perturbed, ascent, self.epsilon(perturbed, ascent, norm))
             before = self.add(epsilon)
             part_descent, part_loss = self.gradient(self.names(updated), descended or part)
@@ -198,7 +197,7 @@ class Reference:
             descent = {name: descent.get(name, 0.0) + share * grad for name, grad in part_descent.items()}
             ascent_loss, loss = ascent_loss + share * part_ascent_loss, loss + share * part_loss
         if isinstance(self.descend_along, dict) and ascends:
-            at_x, _ = self.gradient(self.names(updated), batches)
+            at_x, ascent_loss = self.gradient(self.names(updated), batches)
             ((how, share),) = self.descend_along.items()
             there, _ = self.gradient(self.names(updated), descended) if how == "corrected" else (at_x, 0.0)
             descent = {name: self.mix(at_x[name], there[name], grad, share) for name, grad in descent.items()}

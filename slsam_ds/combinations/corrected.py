@@ -1,4 +1,4 @@
-"""Descend along the whole window's gradient, corrected by what the perturbation changes on a part of it."""
+"""Descend along the whole window's gradient, corrected by what SAM changes on a part of it."""
 
 from typing import Any, ClassVar
 
@@ -9,9 +9,10 @@ from slsam_ds.combinations.combination import Combination
 class Corrected(Combination):
     """g + c (h' - g'): g over the whole window at the weights, g' and h' over `ascent_fraction` of it, at x and x + ε.
 
-    SAM's correction h - g is estimated on a part of the samples, at the price of that part: 1 + `ascent_fraction` of
-    the base optimizer's. ε is along g of the whole window. c = 1 and the whole window would be SAM; `mixed` with a = c
-    is that. The part is the first whole micro-batches of a window.
+    SAM's correction h - g is found on a part of the samples, at the price of that part: 1 + `ascent_fraction` of the
+    base optimizer's. ε is along g', as if the part were the whole window: what SAM changes is the more, the fewer
+    samples climb together. c = 1 and the whole window would be SAM; `mixed` with a = c is that. The part is the first
+    whole micro-batches of a window.
     """
 
     takes: ClassVar[str | None] = "a number above 0, up to 10"
