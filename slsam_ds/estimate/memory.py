@@ -56,7 +56,7 @@ def memory(step: StepUse, draw: Draw) -> Memory:
     return Memory(
         weights=weights + _gathered_at_once(setup, counted),
         kept=restored * width * weight_part + _kept(step, draw) + _mixed(step, draw),
-        gradients=_gradients(step, max(map(step.weights, passes)), width),
+        gradients=_gradients(step, max(map(step.weights, passes)), step.weights(step.touched(draw)), width),
         optimizer=optimizer,
         activations=max(counted.activations.mean(arms) for arms in passes),
         host=on_host,
@@ -98,7 +98,7 @@ def _mixed(step: StepUse, draw: Draw) -> float:
     return weights * width * (1.0 if step.setup.engine == "zero0" else 1 / step.setup.world_size)
 
 
-def _gradients(step: StepUse, trained: float, width: int) -> float:
+def _gradients(step: StepUse, trained: float, touched: float, width: int) -> float:
     """Bytes: whole where the window's gradients wait for its end, else what they are reduced into."""
     setup, part = step.setup, 1 / step.setup.world_size
     if setup.whole_weights:
@@ -106,8 +106,8 @@ def _gradients(step: StepUse, trained: float, width: int) -> float:
     waiting = trained * setup.width if step.most_between_reductions > 1 else 0.0
     if setup.engine == "fsdp2":
         return trained * width * part + waiting
-    # ZeRO-3 has one buffer for the shards of everything that is trainable, from the start, where the optimizer is.
-    return waiting + (0.0 if setup.offload_optimizer else step.counted.trained * width * part)
+    # ZeRO-3 has room for the shards of what either pass finds; where the optimizer is offloaded, all is on the host.
+    return waiting + (0.0 if setup.offload_optimizer else touched * width * part)
 
 
 def _optimizer(step: StepUse, updated: float) -> tuple[float, float]:

@@ -126,7 +126,9 @@ def measure_step(training: Training, perturbed: Arms, updated: Arms) -> dict[str
 def gradient_bytes(training: Training) -> int:
     gradients = [local(each.grad) for each in training.model.parameters() if each.grad is not None]
     if training.setup.engine == "zero3":
-        gradients.append(training.engine.optimizer.grad_partitions_flat_buffer)
+        zero = training.engine.optimizer
+        gradients += [zero.grad_partitions_flat_buffer]
+        gradients += zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
     return sum(map(num_bytes, gradients))
 
 

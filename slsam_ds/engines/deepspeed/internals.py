@@ -222,6 +222,7 @@ INTERNALS: Mapping[str, Internals] = {
             "empty_partition_cache",
             "exit_backward",
             "get_param_id",
+            "grad_partitions_flat_buffer",
             "grad_position",
             "gradient_accumulation_dtype",
             "independent_gradient_partition_epilogue",
@@ -293,7 +294,15 @@ INTERNALS: Mapping[str, Internals] = {
     ),
     "Parameter": Internals(  # and on its parameters
         source="deepspeed/runtime/zero/partition_parameters.py",
-        names=("ds_active_sub_modules", "ds_numel", "ds_shape", "ds_status", "ds_tensor", "partition"),
+        names=(
+            "ds_active_sub_modules",
+            "ds_numel",
+            "ds_shape",
+            "ds_status",
+            "ds_tensor",
+            "partition",
+            "partition_numel",
+        ),
     ),
 }
 """By class; `_global_grad_norm` and `overflow`, which DeepSpeed's optimizers set in a step, are only written."""

@@ -6,7 +6,7 @@ parameters; since backward ends at the lowest active layer, it learns that once 
 """
 
 import contextlib
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def begin_step(self, ascended: Collection[int], updated: Collection[int]) -> None:
         super().begin_step(ascended, updated)
         self._drop_gathered()
+        self._make_reduced({*ascended, *updated})
 
     def begin_ascent(self) -> None:
         super().begin_ascent()
@@ -70,6 +71,7 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
     def end_step(self) -> None:
         super().end_step()
         self._drop_gathered()
+        self._make_reduced(())
         self._pass, self._kept = None, []
         self._traces.use(None)
 
@@ -197,6 +199,24 @@ class ZeroStage3Engine(Sharded, ZeroEngine):
         finally:
             for parameter in kept:
                 parameter.ds_active_sub_modules.discard(_HOLDER)
+
+    def _make_reduced(self, arms: Iterable[int]) -> None:
+        """Room for the averaged gradients of these arms alone; DeepSpeed keeps some for all that is trainable.
+
+        One tensor for each arm: blocks are alike, and the allocator gives the next sample what the last one had.
+        """
+        zero = self._zero
+        if self._offloaded:  # all of it is on the host
+            return
+        received = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        received.clear()
+        zero.averaged_gradients.clear()
+        zero.grad_partitions_flat_buffer = torch.empty(0, dtype=zero.gradient_accumulation_dtype, device=self.device)
+        for arm in sorted(arms):
+            parameters: list[Any] = list(self._parameters_of([arm]))
+            numels = [parameter.partition_numel() for parameter in parameters]
+            room = zero.grad_partitions_flat_buffer.new_zeros(sum(numels))
+            received.update(zip(map(zero.get_param_id, parameters), room.split(numels), strict=True))
 
     def _clear_reduced(self, arms: Collection[int]) -> None:
         """Zero these arms' averaged gradients, bad numbers of a lost step too: DeepSpeed looks for them in all arms."""
