@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class Passes:
 
     Attributes:
         stop_requested: Any rank asked to stop; known after `await_agreement`.
+        weight_of_part: Of losses and gradients of the part that is descended on: 1 where they are means over it, its
+            share of the window where they are weighted as in that.
+        part_is_apart: It consists of samples, not of whole micro-batches: the pass over the window runs them again.
     """
 
     def __init__(
@@ -65,9 +68,11 @@ class Passes:
     ) -> None:
         self._engine, self._plan, self._prefix = engine, plan, prefix
         self._window, self._climbed = window, _climbed_of(window, plan, sizes)
-        self._descended = _descended_of(window, plan)
-        self._descend_on = begin_pass(window)
-        self._climb_on = begin_pass(self._climbed) if self._climbed is not window else self._descend_on
+        self._descended, is_whole = _descended_of(window, plan, sizes)
+        self.weight_of_part = plan.ascent_fraction if plan.descends_on_part and is_whole else 1.0
+        self.part_is_apart = not is_whole
+        self._descend_on = begin_pass(window if is_whole else self._descended)
+        self._climb_on = begin_pass(self._climbed) if self._climbed is not window or not is_whole else self._descend_on
         # The comparison starts here and is awaited before the first gradient travels: it hides behind the passes.
         self._agreement = engine.ranks.agree(plan.claims, stop=plan.stop)
         self._reusable_everywhere: Callable[[], Sequence[bool]] | None = None
@@ -88,13 +93,14 @@ class Passes:
         return self._run(part.climbed, self._climb_on, around, start=part.start, num_left=len(part.climbed))
 
     def ascend_first(self, part: Part) -> Tensor:
-        """The same on those micro-batches that are descended on."""
-        return self.ascend(replace(part, climbed=part.descended))
+        """The same on what is descended on."""
+        around = self._prefix.kept if self._prefix is not None else _as_it_is
+        return self._run(part.descended, self._descend_on, around, start=part.start, num_left=len(part.descended))
 
     def ascend_rest(self, part: Part) -> Tensor:
-        """And on the others."""
-        rest = part.climbed[len(part.descended) :]
-        return self._run(rest, self._climb_on, _as_it_is, start=part.start + len(part.descended), num_left=len(rest))
+        """And on the others, or on the window where what was descended on is none of its micro-batches."""
+        rest = self._window if self.part_is_apart else self._window[len(part.descended) :]
+        return self._run(rest, self._climb_on, _as_it_is, start=len(self._window) - len(rest), num_left=len(rest))
 
     def descend(self, part: Part) -> Tensor:
         """Add the gradient at the weights as they are now to the window's. Returns the loss: likewise."""
@@ -161,22 +167,15 @@ def _climbed_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) 
     return [first_samples(window[place], share, size_of.get(place)) for place in range(num)]
 
 
-def _descended_of(window: Sequence[Any], plan: Plan) -> Sequence[Any]:
-    """What of the window the descent takes.
-
-    Raises:
-        ValueError: A part of it that is not so many whole micro-batches.
-    """
+def _descended_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) -> tuple[Sequence[Any], bool]:
+    """What of the window the descent takes, and whether it is whole micro-batches."""
     if not plan.descends_on_part:
-        return window
+        return window, True
     num, share = ascent_part(plan.ascent_fraction, len(window), of_each=False)
-    if not math.isclose(share, 1.0):
-        raise ValueError(
-            f'slsam.descend_along={{"corrected": ...}} with ascent_fraction={plan.ascent_fraction:g}: that is '
-            f"{plan.ascent_fraction * len(window):g} of the {len(window)} micro-batches of a step; choose a fraction "
-            "that is a whole number of them, or take more (gradient accumulation)"
-        )
-    return window[:num]
+    if math.isclose(share, 1.0):
+        return window[:num], True
+    size_of = dict(enumerate(sizes or ()))
+    return [first_samples(window[place], share, size_of.get(place)) for place in range(num)], False
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def generators_in(model: nn.Module) -> Iterator[Any]:
 
 
 @functools.cache  # by type: a large model has tens of thousands of attributes, of a few types
-def _draws(kind: type) -> bool:
+def _draws(kind: Any) -> bool:
     numpy: Any = sys.modules.get("numpy")
     of_numpy = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
     return issubclass(kind, (torch.Generator, random.Random, *of_numpy))

@@ -159,7 +159,7 @@ class _Step:
         self._mask = mask
         self._engine, self._plan, self._direction, self._metric = engine, plan, direction, metric
         self._seed = seed_of(plan.seed, plan.step)
-        self._mixture = _Mixture(plan, combination)
+        self._mixture = _Mixture(plan, passes, combination)
         self._tally, self._clock = Tally(engine.ranks, engine.device), Stopwatch(engine.device)
 
     def ascend(self, part: Part) -> Gradient | None:
@@ -178,8 +178,8 @@ class _Step:
     def descend(self, part: Part) -> None:
         """Add the gradient at the weights as they are now to the window's."""
         self._engine.begin_descent()
-        share = self._plan.ascent_fraction if self._plan.descends_on_part else 1.0  # of the window's loss
-        self._tally.add("loss", self.passes.descend(part) / share / self._engine.ranks.world_size)
+        loss = self.passes.descend(part) / self.passes.weight_of_part
+        self._tally.add("loss", loss / self._engine.ranks.world_size)
 
     @contextlib.contextmanager
     def perturbed(self, ascent: Gradient | None, part: Part) -> Iterator[None]:
@@ -216,8 +216,8 @@ class _Step:
         bad[engine.ranks.rank] = tally.local_sum("ascent_loss", "loss").isfinite().logical_not()
         tally.add(f"{during}_bad", bad)
         scale = engine.loss_scale
-        if of_part is not None:  # weighted as in the whole window
-            shards, scale = of_part, scale * self._plan.ascent_fraction
+        if of_part is not None:
+            shards, scale = of_part, scale * self.passes.weight_of_part
         tally.add(f"{during}_sq_norms", self._local_sq_norms(shards, arms, scale))
         tally.reduce()
         return Gradient(arms, shards, tally[f"{during}_sq_norms"], scale)
@@ -257,7 +257,8 @@ class _Step:
             self.passes.await_agreement()
             of_part = self._mixture.keep_part(self._engine.reduce())
             self._engine.discard()
-            loss += self.passes.ascend_rest(part)
+            rest = self.passes.ascend_rest(part)
+            loss = rest if self.passes.part_is_apart else loss + rest
         else:
             loss = self.passes.ascend(part)
         self._tally.add("ascent_loss", loss / self._engine.ranks.world_size)
@@ -325,14 +326,15 @@ class _Mixture:
 
     Args:
         plan: Of the step.
+        passes: Says how gradients of a part are weighted.
         combination: Says how much of what.
     """
 
-    def __init__(self, plan: Plan, combination: Combination) -> None:
-        self._updated, self._on_part = plan.updated, plan.descends_on_part
+    def __init__(self, plan: Plan, passes: Passes, combination: Combination) -> None:
+        self._updated, self._is_apart = plan.updated, passes.part_is_apart
         self._share_of_g, self._factor_of_h = combination.share_of_ascent, 1 - combination.share_of_ascent
-        if self._on_part:  # gradients of the part are weighted as in the whole window: it is a fraction of that
-            self._share_of_g, self._factor_of_h = 1.0, combination.correction / plan.ascent_fraction
+        if plan.descends_on_part:
+            self._share_of_g, self._factor_of_h = 1.0, combination.correction / passes.weight_of_part
         self._of_part: dict[Any, Tensor] = {}  # by the shard's place
         self._kept: dict[Any, Tensor] = {}
 
@@ -348,7 +350,7 @@ class _Mixture:
             place, gradient = _place(shard), shard.gradient
             if during == "ascent":
                 of_part = self._of_part.pop(place, None)
-                if of_part is not None:
+                if of_part is not None and not self._is_apart:
                     gradient.add_(of_part)  # the whole window's
                 if shard.piece.arm in self._updated:
                     self._kept[place] = gradient * self._share_of_g

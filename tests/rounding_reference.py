@@ -54,7 +54,9 @@ class RoundingReference(Reference):
         """A step in which the engine had these weights at the perturbed point, and afterwards."""
         self.perturbed = perturbed
         self.window = len(batches) // self.world_size
-        self.part = 0 if descended is None else len(descended) // self.world_size % self.window
+        self.part = 0  # of samples, a pass is by itself
+        if descended is not None and descended[0] is batches[0]:
+            self.part = len(descended) // self.world_size % self.window
         result = self.step(perturbed_arms, batches, descended=descended, **kwargs)
         with torch.no_grad():
             for name, weight in self.model.named_parameters():

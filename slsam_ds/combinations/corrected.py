@@ -9,10 +9,11 @@ from slsam_ds.combinations.combination import Combination
 class Corrected(Combination):
     """g + c (h' - g'): g over the whole window at the weights, g' and h' over `ascent_fraction` of it, at x and x + ε.
 
-    SAM's correction h - g is found on a part of the samples, at the price of that part: 1 + `ascent_fraction` of the
-    base optimizer's. ε is along g', as if the part were the whole window: what SAM changes is the more, the fewer
-    samples climb together. c = 1 and the whole window would be SAM; `mixed` with a = c is that. The part is the first
-    whole micro-batches of a window.
+    SAM's correction h - g is found on a part of the samples. ε is along g', as if the part were the whole window: what
+    SAM changes is the more, the fewer samples climb together. c = 1 and the whole window would be SAM; `mixed` with
+    a = c is that. The part is the first whole micro-batches of a window where it is so many, at a price of 1 +
+    `ascent_fraction`, the base optimizer's being 1; else the first samples of these, which run apart from the window,
+    at 1 + 2 `ascent_fraction`.
     """
 
     takes: ClassVar[str | None] = "a number above 0, up to 10"

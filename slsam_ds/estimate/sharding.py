@@ -1,5 +1,6 @@
 """How a run is laid out: what the formulas for memory and traffic start from."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -93,7 +94,7 @@ class StepUse:
         if self.workload.ascent == 0:
             return 0
         if self.config.descends_on_part:
-            return self.setup.num_micro_batches
+            return self.setup.num_micro_batches + (self.num_descents if self._part_is_apart else 0)
         of_each = self.config.ascent_scope == "micro_batch"
         return ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=of_each)[0]
 
@@ -105,10 +106,18 @@ class StepUse:
         return self.setup.num_micro_batches
 
     @property
+    def _part_is_apart(self) -> bool:
+        """What the descent takes is run by itself: samples, no whole micro-batches."""
+        share = ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=False)[1]
+        return not math.isclose(share, 1.0)
+
+    @property
     def most_between_reductions(self) -> int:
         """Micro-batches whose gradients add up before they are reduced."""
         num = self.setup.num_micro_batches
-        return max(self.num_descents, num - self.num_descents) if self.config.descends_on_part else num
+        if not self.config.descends_on_part or self._part_is_apart:
+            return num
+        return max(self.num_descents, num - self.num_descents)
 
     @property
     def num_reductions(self) -> int:

@@ -128,15 +128,16 @@ class Workload:
         """
         if not config.has_ascent_pass:
             return cls(ascent=0.0, reused=0.0)
-        if config.descends_on_part:
-            part = config.ascent_fraction
-            return cls(ascent=1.0, reused=part if reuses_prefix else 0.0, descent=part)
         of_each = config.ascent_scope == "micro_batch"
         num, share = ascent_part(config.ascent_fraction, num_micro_batches, of_each=of_each)
+        takes_samples = not math.isclose(share, 1.0)
         if num_samples is not None:
             share = num_kept(share, num_samples) / num_samples if num_samples > 0 else 1.0
         whole = math.isclose(share, 1.0)
         ascent = num * share / num_micro_batches
+        if config.descends_on_part:  # samples are run by themselves; whole micro-batches are those of the window
+            once_more = ascent if takes_samples else 0.0
+            return cls(ascent=1.0 + once_more, reused=ascent if reuses_prefix else 0.0, descent=ascent)
         return cls(ascent=ascent, reused=ascent if reuses_prefix and whole else 0.0)
 
     def thinned(self, share: float) -> "Workload":

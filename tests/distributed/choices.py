@@ -4,6 +4,7 @@ Each is a few steps of forced samples, and says by its knobs alone what the refe
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from slsam_ds.metrics import METRICS
 from slsam_ds.schedules import SCHEDULES
 from tests.distributed.training import ADAMW, Setup, Training
 from tests.models import arms_of_llama, window
-from tests.reference import Reference
+from tests.reference import Batches, Reference
 from tests.rounding_reference import RoundingReference
 
 WORLD_SIZE = 2
@@ -102,6 +103,9 @@ CASES: Mapping[str, Case] = {
     "mixed": Case(slsam={"descend_along": {"mixed": 0.7}, "rho": 0.2}, clip=0.5, choices=FEW, accumulation=2),
     "corrected": Case(
         slsam={"descend_along": {"corrected": 0.7}, "ascent_fraction": 0.5, "rho": 0.2}, accumulation=2, choices=FEW
+    ),
+    "corrected on samples": Case(
+        slsam={"descend_along": {"corrected": 0.7}, "ascent_fraction": 0.25, "rho": 0.2}, accumulation=2, choices=FEW
     ),
     "corrected and clipped, every second step": Case(
         slsam={"descend_along": {"corrected": 1.5}, "ascent_fraction": 1 / 3, "ascend_when": {"every": 2}},
@@ -196,11 +200,23 @@ def follow_step(
     ascends = case.ascends(step, [result["sq_norm"] for result in before])
     windows = [window(step, rank, case.accumulation) for rank in range(WORLD_SIZE)]
     batches = [batch for each in windows for batch in each]
-    num_descended = round(case.slsam.get("ascent_fraction", 1.0) * case.accumulation) if ascends else None
-    descended = [batch for each in windows for batch in each[:num_descended]]
+    fraction = case.slsam.get("ascent_fraction", 1.0) if ascends else 1.0
+    descended = [batch for each in windows for batch in first_part(each, fraction)]
     take = reference.follow if isinstance(reference, RoundingReference) else reference.step
     result = take(perturbed, batches, updated=updated, ascends=ascends, descended=descended, **given)
     return {**result, "ascends": ascends}
+
+
+def first_part(batches: Batches, fraction: float) -> Batches:
+    """As few micro-batches as hold that much, whole or the first samples of each."""
+    wanted = fraction * len(batches)
+    number = math.ceil(wanted - 1e-9)
+    if math.isclose(number, wanted):
+        return batches[:number]
+    return [
+        {name: tensor[: max(1, round(wanted / number * len(tensor)))] for name, tensor in batch.items()}
+        for batch in batches[:number]
+    ]
 
 
 def arms_there(arms: Arms, case: Case) -> list[int]:

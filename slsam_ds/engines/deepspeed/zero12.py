@@ -36,9 +36,10 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     def keep_state_at(self, home: torch.device | None) -> None:
         super().keep_state_at(home)
-        for members, partition in zip(self._members, self._partitions(), strict=True):
+        groups: Sequence[Sequence[Any]] = self._members
+        for members, partition in zip(groups, self._partitions(), strict=True):
             for parameter in members:  # `safe_get_full_fp32_param` would read where the masters were
-                linked: Any = parameter._hp_mapping
+                linked = parameter._hp_mapping
                 if linked is not None:
                     place = linked.hp_fragment_address
                     linked.hp_fragment = partition.detach().narrow(0, place.start, place.numel)
