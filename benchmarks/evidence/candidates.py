@@ -34,6 +34,7 @@ class Candidate:
 
 _ALL: Mapping[str, Any] = {"selector": "all"}
 _QUARTER: Mapping[str, Any] = {"ascent_fraction": 0.25}
+_ONE: Mapping[str, Any] = {"ascent_fraction": 0.01}  # a sample at least is taken
 _DEPTH: Mapping[str, Any] = {"selector": "depth"}
 _PLAIN: Mapping[str, Any] = {"rho": 0.0}
 
@@ -116,11 +117,28 @@ CANDIDATES = {
         ),
         _own(
             "corrected_rarely",
-            "every fourth step g + 4 (h - g) of a quarter",
+            "every fifth step g + 5 (h - g) of a quarter",
             _ALL,
             _QUARTER,
-            {"ascend_when": {"every": 4}, "descend_along": {"corrected": 4.0}},
+            {"ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
             num_micro_batches=4,
+        ),
+        _own("one_sample", "g + (h - g) of one sample", _ALL, _ONE, {"descend_along": {"corrected": 1.0}}, rho=0.0125),
+        _own(
+            "one_sample_third",
+            "every third step g + 3 (h - g) of one sample",
+            _ALL,
+            _ONE,
+            {"ascend_when": {"every": 3}, "descend_along": {"corrected": 3.0}},
+            rho=0.0125,
+        ),
+        _own(
+            "one_sample_fifth",
+            "every fifth step g + 5 (h - g) of one sample",
+            _ALL,
+            _ONE,
+            {"ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
+            rho=0.0125,
         ),
         _own("previous", "all layers, previous gradient", _ALL, {"ascent_source": "previous"}),
         _own("momentum", "all layers, momentum", _ALL, {"ascent_source": "momentum"}),
