@@ -73,8 +73,9 @@ bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes
 evidence: $(INSTALLED)  ## methods x tasks x seeds: makes the runs that docs/evidence lacks; many hours
 	python -m benchmarks.evidence
 
-evidence-quick: $(INSTALLED)  ## a first look at it, into outputs/evidence-quick: under ten minutes
-	python -m benchmarks.evidence --quick
+evidence-quick: $(INSTALLED)  ## its effect on one task, as it was tuned, into outputs/evidence-quick: ten minutes
+	python -m benchmarks.evidence.frontier --tasks digits_40 --candidates adamw dense_sam one_sample \
+		--trials 0 --seeds 3 --tuned-in docs/evidence --output outputs/evidence-quick
 
 evidence-screen: $(INSTALLED)  ## what recipes capture of dense SAM's correction: minutes a task; writes docs/evidence/screen.md
 	python -m benchmarks.evidence.screen

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.evidence import tuning
 from benchmarks.evidence.candidates import CANDIDATES, Candidate
-from benchmarks.evidence.frontier_report import best, tuned_losses, write_report
+from benchmarks.evidence.frontier_report import best, task_table, tuned_losses, write_report
 from benchmarks.evidence.long_run import run_trial
 from benchmarks.evidence.long_tasks import LONG_TASKS
 from benchmarks.evidence.trials import TUNING_SEED, Outcome, Setting, Trial, Trials
@@ -30,8 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trials = Trials(options.output)
         if not options.tables_only:
             for task in options.tasks:
+                if options.tuned_in is not None:
+                    _adopt(task, options.candidates, Trials(options.tuned_in), trials)
                 _study(task, [CANDIDATES[name] for name in options.candidates], trials, options)
         print(f"Report: {write_report(options.output, trials)}")
+        print(*(task_table(trials, task) for task in options.tasks), sep="\n\n")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,6 +53,14 @@ def _study(task: str, candidates: Sequence[Candidate], trials: Trials, options: 
         for candidate in candidates:
             for setting in _final_settings(trials, task, candidate):
                 _made(Trial(task=task, candidate=candidate.name, setting=setting, seed=seed), trials)
+
+
+def _adopt(task: str, candidates: Sequence[str], others: Trials, trials: Trials) -> None:
+    """Take the tuning over from another folder."""
+    for candidate in candidates:
+        for outcome in others.of(task, candidate):
+            if outcome.trial.seed == TUNING_SEED and trials.get(outcome.trial) is None:
+                trials.add(outcome.trial, outcome.found)
 
 
 def _final_settings(trials: Trials, task: str, candidate: Candidate) -> Iterator[Setting]:
@@ -79,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate; 0: as dense SAM was tuned"
     )
+    parser.add_argument("--tuned-in", type=Path, metavar="DIR", help="begin with the tuning that was done there")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="of the final runs")
     parser.add_argument("--output", type=Path, default=Path("docs/evidence"), metavar="DIR")
     parser.add_argument("--tables-only", action="store_true", help="make no runs, write the report again")

@@ -87,6 +87,11 @@ def write_report(folder: Path, trials: Trials) -> Path:
     return path
 
 
+def task_table(trials: Trials, task: str) -> str:
+    """What every candidate learned on a task, in Markdown."""
+    return _table(trials, task, {})
+
+
 def _headroom_table(trials: Trials) -> str:
     """Whether dense SAM is below AdamW by more than two standard errors."""
     lines = ["| task | seeds | AdamW | dense SAM | dense SAM less AdamW | decides |", "|---|---|---|---|---|---|"]

@@ -256,7 +256,7 @@ def test_a_trial_keeps_three_checkpoints(tiny: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_study_is_tuned_reported_and_not_made_twice(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[Trial] = []
 
@@ -281,6 +281,12 @@ def test_a_study_is_tuned_reported_and_not_made_twice(
     text = write_report(tmp_path, trials).read_text()
     assert "| 3 | 1.0201 | 0.0201 | -1.0000 ± 0.0000 | yes |" in text
     assert (tmp_path / "frontier-tiny.png").is_file()
+    # A second look, somewhere else, at the settings that were found.
+    flags[-1] = str(tmp_path / "quick")
+    assert frontier.main([*flags, "--trials", "0", "--seeds", "1", "--tuned-in", str(tmp_path)]) == 0
+    assert {trial.seed for trial in made} == {1}
+    assert best(Trials(tmp_path / "quick"), tiny, "dense_sam") == best(trials, tiny, "dense_sam")
+    assert f"| `dense_sam`: {CANDIDATES['dense_sam'].title} |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
