@@ -111,7 +111,7 @@ class SLSAMConfig:
     descend_along: str | dict[str, Any] = "perturbed"
     """What the update follows: "perturbed", the gradient h at the perturbed point; "renormalised": h with the norm of
     the gradient g at the weights; {"mixed": a}: (1 - a) g + a h; {"corrected": c}: g of the whole window plus c (h - g)
-    of `ascent_fraction` of it."""
+    of `ascent_fraction` of it, by which SAM costs little more than the base optimizer."""
 
     budget: float | None = None
     """Expected price of a step, AdamW's on the same parameters being 1, in FLOPs; replaces `active_layers`."""
@@ -190,8 +190,11 @@ class SLSAMConfig:
         if combination.reads_ascent:
             reason = "needs the gradient at the weights over the whole window and all ranks; use"
             _require(self, "descend_along", direction.needs_pass, f'{reason} ascent_source="current"')
-            _require(self, "descend_along", self.ascent_scope == "global", f'{reason} ascent_scope="global"')
+            if not combination.takes_part:
+                _require(self, "descend_along", self.ascent_scope == "global", f'{reason} ascent_scope="global"')
         if combination.takes_part:
+            reason = 'corrects by one part of the window; use ascent_scope="global", or "rank"'
+            _require(self, "descend_along", self.ascent_scope != "micro_batch", reason)
             reason = 'corrects by a part of the window; use an ascent_fraction below 1, or {"mixed": a}'
             _require(self, "descend_along", self.ascent_fraction < 1, reason)
         self._check_mask()

@@ -95,6 +95,7 @@ def take_step(
                 if prefix is not None and prefix.trial is None and part.start == 0:
                     try_prefix(engine, plan, step.passes, part, prefix, state)
                 step.descend(part)  # 4 descend: h at x + ε, of the updated arms
+            step.rest(part)
         descent = step.reduce(plan.updated, during="descent")
         numbers = step.read()  # the host waits for the device: once in a step
         bad, grad_norm = _bad_numbers(plan, numbers), math.nan
@@ -159,6 +160,8 @@ class _Step:
         self._mask = mask
         self._engine, self._plan, self._direction, self._metric = engine, plan, direction, metric
         self._seed = seed_of(plan.seed, plan.step)
+        self._corrects_locally = plan.descends_on_part and plan.scope == "rank"
+        self._ascent_loss: Tensor | None = None  # of the part, while that of the rest is not known
         self._mixture = _Mixture(plan, passes, combination)
         self._tally, self._clock = Tally(engine.ranks, engine.device), Stopwatch(engine.device)
 
@@ -178,8 +181,23 @@ class _Step:
     def descend(self, part: Part) -> None:
         """Add the gradient at the weights as they are now to the window's."""
         self._engine.begin_descent()
-        loss = self.passes.descend(part) / self.passes.weight_of_part
-        self._tally.add("loss", loss / self._engine.ranks.world_size)
+        if self._corrects_locally:
+            with self._engine.local_gradients() as shards:
+                loss = self.passes.descend(part)
+            self._mixture.correct(shards)
+        else:
+            loss = self.passes.descend(part)
+        self._tally.add("loss", loss / self.passes.weight_of_part / self._engine.ranks.world_size)
+
+    def rest(self, part: Part) -> None:
+        """Where this rank corrects by itself: the window's gradient at x, beside the correction."""
+        if self._ascent_loss is None:
+            return
+        self._mixture.hand_over()
+        loss = self.passes.ascend_rest(part)
+        # A loss that is none says that this rank was not perturbed.
+        loss = loss + (0.0 * self._ascent_loss if self.passes.part_is_apart else self._ascent_loss)
+        self._tally.add("ascent_loss", loss / self._engine.ranks.world_size)
 
     @contextlib.contextmanager
     def perturbed(self, ascent: Gradient | None, part: Part) -> Iterator[None]:
@@ -267,13 +285,20 @@ class _Step:
 
     def _local_ascent(self, part: Part) -> Gradient:
         """This rank's own gradient: nothing travels."""
+        on_part, scale = self._corrects_locally, self._engine.loss_scale
         with self._engine.local_gradients() as shards:
-            loss = self.passes.ascend(part)
-        sq_norms = self._local_sq_norms(shards, self._plan.ascended, self._engine.loss_scale)
+            loss = self.passes.ascend_first(part) if on_part else self.passes.ascend(part)
+        scale *= self.passes.weight_of_part
+        sq_norms = self._local_sq_norms(shards, self._plan.ascended, scale)
         # Where a number is not finite, this rank is not perturbed; the descent's all-reduce tells the others.
         finite = (loss + sq_norms.sum()).isfinite()
-        self._tally.add("ascent_loss", torch.where(finite, loss, math.nan) / self._engine.ranks.world_size)
-        return Gradient(self._plan.ascended, shards, sq_norms, self._engine.loss_scale)
+        loss = torch.where(finite, loss, math.nan)
+        if on_part:
+            self._ascent_loss = loss
+            self._mixture.keep_local(shards)
+        else:
+            self._tally.add("ascent_loss", loss / self._engine.ranks.world_size)
+        return Gradient(self._plan.ascended, list(shards), sq_norms, scale)
 
     @torch.no_grad()
     def _climb(self, ascent: Gradient, part: Part) -> None:
@@ -336,6 +361,7 @@ class _Mixture:
         if plan.descends_on_part:
             self._share_of_g, self._factor_of_h = 1.0, combination.correction / passes.weight_of_part
         self._of_part: dict[Any, Tensor] = {}  # by the shard's place
+        self._local: list[Shard] = []
         self._kept: dict[Any, Tensor] = {}
 
     def keep_part(self, shards: Sequence[Shard]) -> list[Shard]:
@@ -343,6 +369,26 @@ class _Mixture:
         kept = [Shard(shard.piece, shard.gradient.clone()) for shard in shards]
         self._of_part = {_place(shard): shard.gradient for shard in kept}
         return kept
+
+    def keep_local(self, shards: Sequence[Shard]) -> None:
+        """Likewise, of this rank alone."""
+        self._of_part = {shard.piece.stepped: shard.gradient for shard in shards}
+
+    def correct(self, shards: Sequence[Shard]) -> None:
+        """At x + ε, that of this rank: it becomes the correction, with what the window's own lacks."""
+        for shard in shards:
+            of_part = self._of_part.pop(shard.piece.stepped)
+            shard.gradient.sub_(of_part).mul_(self._factor_of_h)
+            if not self._is_apart:
+                shard.gradient.add_(of_part)
+        self._local = list(shards)
+        self._of_part.clear()
+
+    def hand_over(self) -> None:
+        """To the parameters, where the backwards of the window add to it."""
+        for shard in self._local:
+            shard.piece.stepped.grad = shard.gradient.view_as(shard.piece.stepped)
+        self._local = []
 
     def mix(self, shards: Sequence[Shard], during: Literal["ascent", "descent"]) -> None:
         """Of the ascent: keep what the descent is to be mixed with. Of the descent: mix."""
@@ -357,7 +403,7 @@ class _Mixture:
                     if of_part is not None:
                         # Not by `alpha`, which the CPU rounds to 16 bits: what h cancels would not be what h is.
                         self._kept[place].sub_(of_part * self._factor_of_h)
-            elif place in self._kept:  # not where the step does not ascend
+            elif place in self._kept:  # not where a rank corrects by itself, nor where the step does not ascend
                 gradient.mul_(self._factor_of_h).add_(self._kept.pop(place))
 
 
@@ -412,7 +458,8 @@ def _descent_factor(plan: Plan, combination: Combination, numbers: Numbers) -> f
     """
     norm = _norm(numbers.by_arm("descent_sq_norms", plan.updated))
     ascent_norm = None
-    if combination.reads_ascent and plan.ascended and numbers.all_finite("ascent_loss", "ascent_sq_norms"):
+    reads_ascent = combination.reads_ascent and "ascent_sq_norms" in numbers
+    if reads_ascent and numbers.all_finite("ascent_loss", "ascent_sq_norms"):
         of_ascended = numbers.by_arm("ascent_sq_norms", plan.ascended)
         ascent_norm = _norm({arm: of_ascended[arm] for arm in plan.updated})
     factor = combination.factor(ascent_norm, norm)

@@ -175,6 +175,7 @@ class Reference:
         climbed: Sequence[Batches] | None = None,  # what of each part to climb on
         updated: Sequence[int] | None = None,  # None: the perturbed
         descended: Batches | None = None,  # what of all to descend on, where that is a part
+        descended_by: Sequence[Batches] | None = None,  # the same of each part
         ascends: bool = True,
     ) -> dict:
         updated = perturbed if updated is None else updated
@@ -185,11 +186,15 @@ class Reference:
             share = len(part) / len(batches)
             ascent, norm, part_ascent_loss = {}, 0.0, 0.0
             if ascends:
-                climbs_on = descended or (climbed[number] if climbed else part)
+                climbs_on = (
+                    descended_by[number] if descended_by else descended or (climbed[number] if climbed else part)
+                )
                 ascent, norm, part_ascent_loss = self.climb(perturbed, self.names(updated), climbs_on)
             epsilon, mask_density = self.masked(perturbed, ascent, self.epsilon(perturbed, ascent, norm))
             before = self.add(epsilon)
-            part_descent, part_loss = self.gradient(self.names(updated), descended or part)
+            part_descent, part_loss = self.gradient(
+                self.names(updated), descended_by[number] if descended_by else descended or part
+            )
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     if name in before:
@@ -199,6 +204,8 @@ class Reference:
         if isinstance(self.descend_along, dict) and ascends:
             at_x, ascent_loss = self.gradient(self.names(updated), batches)
             ((how, share),) = self.descend_along.items()
+            if descended_by:
+                descended = [batch for each in descended_by for batch in each]
             there, _ = self.gradient(self.names(updated), descended) if how == "corrected" else (at_x, 0.0)
             descent = {name: self.mix(at_x[name], there[name], grad, share) for name, grad in descent.items()}
         for name, grad in descent.items():

@@ -95,7 +95,8 @@ def _mixed(step: StepUse, draw: Draw) -> float:
         return 0.0
     weights = step.weights(step.updated(draw)) + combination.takes_part * step.weights(ascended)
     width = FP32 if step.setup.engine == "fsdp2" else step.setup.width
-    return weights * width * (1.0 if step.setup.engine == "zero0" else 1 / step.setup.world_size)
+    is_whole = step.setup.engine == "zero0" or step.config.ascent_scope != "global"
+    return weights * width * (1.0 if is_whole else 1 / step.setup.world_size)
 
 
 def _gradients(step: StepUse, trained: float, touched: float, width: int) -> float:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from slsam_ds import SLSAM, StepResult
+from tests.distributed.choices import first_part
 from tests.distributed.training import (
+    ADAMW,
     ALSO_OFFLOADED,
     ALSO_ZERO0,
     ALSO_ZERO1,
@@ -17,8 +19,9 @@ from tests.distributed.training import (
     max_error,
     slow,
 )
-from tests.models import SAMPLES, tiny_llama
+from tests.models import SAMPLES, arms_of_llama, tiny_llama, window
 from tests.ranks import run_on_ranks
+from tests.reference import Reference
 
 ENGINES = ["local", "fsdp2", ALSO_ZERO0, ALSO_ZERO1, "zero2", "zero3", *ALSO_OFFLOADED]
 
@@ -117,6 +120,29 @@ def test_ascent_on_a_part_of_the_data(engine: str, scope: str) -> None:
             assert result.ascent_loss == pytest.approx(reference["ascent_loss"], abs=1e-5)
             assert result.perturbation_norm == pytest.approx(0.05, rel=1e-3)
             assert result.perturbation_projection == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.25])
+@pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO0, ALSO_ZERO1, "zero2"])
+def test_each_rank_corrects_on_a_part_of_its_own(engine: str, fraction: float) -> None:
+    """A whole micro-batch, or half the samples of one; nothing travels for it."""
+    knobs = {"descend_along": {"corrected": 1.5}, "ascent_fraction": fraction, "rho": 0.2}
+    setup = Setup(engine=engine, accumulation=2, clip=0.5, slsam={**knobs, "ascent_scope": "rank"})
+    model = setup.build_model()
+    reference = Reference(model, arms_of_llama(model), rho=0.2, clip=0.5, descend_along=knobs["descend_along"], **ADAMW)
+    reported = []
+    for step, sample in enumerate(SAMPLES, start=1):
+        parts = [window(step, rank, 2) for rank in range(2)]
+        on = [first_part(part, fraction) for part in parts]
+        batches = [batch for part in parts for batch in part]
+        reported.append(reference.step(list(sample), batches, parts=parts, descended_by=on))
+    expected = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for weights, results in run_on_ranks(2, follow_samples, setup):
+        assert max_error(weights, expected) <= TOLERANCE
+        for result, of_reference in zip(results, reported, strict=True):
+            assert result.loss == pytest.approx(of_reference["loss"], abs=1e-5)
+            assert result.ascent_loss == pytest.approx(of_reference["ascent_loss"], abs=1e-5)
+            assert result.perturbation_norm == pytest.approx(0.2, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -45,10 +46,15 @@ NUMBERS_OF_A_PERTURBATION = 5
 """The loss at the weights, three numbers about what arrived and their count, in float64, with the norms' all-reduce."""
 
 
-@pytest.mark.parametrize("scope", ["rank", "micro_batch"])
+CORRECTED = {"descend_along": {"corrected": 1.0}, "ascent_fraction": 0.25}
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"ascent_scope": "rank"}, {"ascent_scope": "micro_batch"}, {"ascent_scope": "rank", **CORRECTED}]
+)
 @pytest.mark.parametrize("engine", [slow("local"), ALSO_ZERO1, "zero2"])
-def test_a_local_ascent_sends_nothing(engine: str, scope: str) -> None:
-    setup = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, "ascent_scope": scope})
+def test_a_local_ascent_sends_nothing(engine: str, knobs: dict[str, Any]) -> None:
+    setup = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, **knobs})
     flat = Setup(engine=engine, accumulation=2, slsam={**EQUAL_LAYERS, "rho": 0.0})
     local, none = (run_on_ranks(2, bytes_of_a_step, each, [1])[0] for each in (setup, flat))
     assert local.get("gather") == none.get("gather")
