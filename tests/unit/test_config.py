@@ -214,6 +214,13 @@ def test_a_renormalised_descent_needs_the_gradient_at_the_weights(knob: dict[str
         SLSAMConfig(descend_along="renormalised", **knob)
 
 
+def test_a_correction_is_by_one_part_of_the_window() -> None:
+    knobs = {"descend_along": {"corrected": 1.0}, "ascent_fraction": 0.1}
+    assert SLSAMConfig(ascent_scope="rank", **knobs).descends_on_part
+    with pytest.raises(ValueError, match=r'^slsam\.descend_along=.*: corrects by one part.*"global", or "rank"$'):
+        SLSAMConfig(ascent_scope="micro_batch", **knobs)
+
+
 def test_every_knob_is_tested() -> None:
     knobs = {field.name for field in dataclasses.fields(SLSAMConfig)}
     assert {key for key, *_ in BAD_VALUES} == knobs
