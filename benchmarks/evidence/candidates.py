@@ -158,6 +158,21 @@ CANDIDATES = {
         _own("paper_half", "the paper's, s = 0.5", _PAPER, {"active_layers": 0.5}),
         _own("tensors_quarter", "the paper's, s = 0.5, ascent on a quarter", _PAPER, _QUARTER, {"active_layers": 0.5}),
         _own(
+            "lisa",
+            "LISA: two blocks for 20 steps, what is around them always, no ascent",
+            {"selector": "uniform", "active_layers": 2, "redraw_every": 20},
+            {"other_parameters": "always", "update_scale": "none"},
+            _PLAIN,
+            axes=("learning_rate",),
+        ),
+        _own(
+            "badam",
+            "BAdam: one layer after the other, each for 25 steps, no ascent",
+            {"selector": "cyclic", "active_layers": 1, "redraw_every": 25, "update_scale": "none"},
+            _PLAIN,
+            axes=("learning_rate",),
+        ),
+        _own(
             "layers_at_random",
             "a fifth of the layers at random, no ascent",
             {"selector": "uniform"},
