@@ -22,12 +22,13 @@ class SwitchesArms(ABC):
     """Arms that are trainable now."""
 
     optimizer_state_home: torch.device | None = None
-    _masters = WaitingMasters()
+    _masters = WaitingMasters((), torch.device("cpu"))
 
     def keep_state_at(self, home: torch.device | None) -> None:
         self.optimizer_state_home = home
-        masters = {piece.stepped for piece in self.pieces(self._all_arms) if not _is_read(piece)}
-        self._masters = WaitingMasters(masters, home)
+        if home is not None:
+            masters = {piece.stepped for piece in self.pieces(self._all_arms) if not _is_read(piece)}
+            self._masters = WaitingMasters(masters, home)
 
     @abstractmethod
     def pieces(self, arms: Collection[int]) -> list[Piece]:

@@ -66,15 +66,14 @@ class WaitingMasters:
 
     Args:
         masters: What an optimizer steps that is not itself read by forward. Their data goes home at once.
-        home: Where it waits; None: it stays where it is.
+        home: Where it waits.
     """
 
-    def __init__(self, masters: Collection[Tensor] = (), home: torch.device | None = None) -> None:
-        self._waiting: dict[Tensor, Tensor] = {}
-        self._device: dict[Tensor, torch.device] = {}
-        for master in masters if home is not None else ():
-            self._device[master] = master.device
-            master.data = self._waiting[master] = at_home(master.detach(), home)
+    def __init__(self, masters: Collection[Tensor], home: torch.device) -> None:
+        self._device = {master: master.device for master in masters}
+        self._waiting = {master: place(master.detach(), home) for master in masters}
+        for master, waiting in self._waiting.items():
+            master.data = waiting
 
     @contextlib.contextmanager
     def fetched(self, stepped: Collection[Tensor]) -> Iterator[None]:
