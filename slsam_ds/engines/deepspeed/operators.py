@@ -80,7 +80,7 @@ def find_operator(builder_name: str, missing: Sequence[str]) -> Operator:
         missing: Tools for a build that are not here.
     """
     builder = get_accelerator().create_op_builder(builder_name)
-    if builder is None:
+    if type(builder).__name__ in ("NoneType", "NotImplementedBuilder"):  # accelerators say it in different ways
         name = builder_name.removesuffix("Builder")
         return Operator(name, "cannot be built", f"DeepSpeed has none for {get_accelerator().device_name()}")
     if installed_ops.get(builder.name) and accelerator_name == get_accelerator()._name:
