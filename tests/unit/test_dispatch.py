@@ -1,6 +1,7 @@
 """The command `slsam`: it finds every command, hands over its words, and has not imported torch before."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,20 @@ def test_an_unknown_command_is_refused(name: str, hint: str, capsys: pytest.Capt
     assert printed.err.startswith("error: ")
     assert hint in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
+    """Installed programs have their own folder on `sys.path`, where `python -m` has the current one."""
+    for folder in ("bin", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "bin" / "slsam").write_text("import sys; from slsam_ds.cli.dispatch import main; sys.exit(main())")
+    (tmp_path / "here" / "mine.py").write_text("print('found')")
+    call = [sys.executable, str(tmp_path / "bin" / "slsam"), "run", "-m", "mine"]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    here = tmp_path / "here"
+    done = subprocess.run(call, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "found\n"), done.stderr
+    assert "made no Trainer" in done.stderr
 
 
 def test_help_comes_without_torch() -> None:
