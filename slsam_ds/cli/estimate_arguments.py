@@ -49,7 +49,10 @@ class RunArguments:
         default=False,
         metadata={"metavar": "[BOOL]", "help": "In place of ZeRO: FSDP2, each block resharded after its forward."},
     )
-    world_size: int | None = field(default=None, metadata={"metavar": "N", "help": "Ranks. Default: 1."})
+    world_size: int | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "Ranks. Default: 1; of slsam doctor: one for each accelerator here."},
+    )
     micro_batch_size: int | None = field(
         default=None, metadata={"metavar": "N", "help": "Samples per rank and micro-batch. Default: 1."}
     )

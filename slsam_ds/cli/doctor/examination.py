@@ -112,7 +112,8 @@ def _memory(estimate: Estimate, machine: Machine) -> Iterator[Finding]:
         what += f", {host / _GIGA:.3g} GB of its host"
     num_local = min(estimate.setup.world_size, machine.num_devices)
     if machine.devices:
-        enough = device * _SPARE <= machine.memory and host * num_local * _SPARE <= machine.host_memory
+        on_device = device * _SPARE <= machine.memory or not machine.memory  # not known
+        enough = on_device and host * num_local * _SPARE <= machine.host_memory
         has = f"a device has {machine.memory / _GIGA:.0f} GB, the host {machine.host_memory / _GIGA:.0f} GB"
     else:
         enough = (device + host) * num_local * _SPARE <= machine.host_memory

@@ -21,6 +21,7 @@ from slsam_ds.engines.deepspeed.operators import (
 )
 
 _DRIVER = Path("/proc/driver/nvidia/version")
+_PROPERTIES = "get_device_properties"  # of an accelerator's module in torch, where it tells them
 _GIGA = 1e9
 _LITTLE_SHARED_MEMORY = 512 * 1024**2  # what DeepSpeed's ds_report warns below
 
@@ -32,7 +33,7 @@ class Machine:
     Attributes:
         kind: What ranks compute on, as torch names it: "cuda", "cpu", ...
         devices: Names of the accelerators.
-        memory: Bytes of each accelerator, or of the host where there is none.
+        memory: Bytes of each accelerator, 0 where it does not tell; of the host where there is none.
         host_memory: Bytes.
         num_cores: That this process may use.
         torch_build: torch's version.
@@ -78,7 +79,7 @@ def look_around() -> Machine:
     kind = get_accelerator().device_name().partition(":")[0]
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     names, memory = ([], host) if kind == "cpu" else _accelerators(kind)
-    backend = dist.get_default_backend_for_device(kind) if dist.is_available() else "gloo"
+    backend = _backend_for(kind) if dist.is_available() else "gloo"
     missing = missing_tools()
     needed = needed_operators(None)
     return Machine(
@@ -118,7 +119,8 @@ def _computes_on(machine: Machine) -> Finding:
     if machine.devices:
         first, number = machine.devices[0], len(machine.devices)
         kinds = f"{number} x {first}" if set(machine.devices) == {first} else ", ".join(machine.devices)
-        return Finding("ok", f"accelerators: {kinds}, {machine.memory / _GIGA:.0f} GB each")
+        size = f", {machine.memory / _GIGA:.0f} GB each" if machine.memory else ""
+        return Finding("ok", f"accelerators: {kinds}{size}")
     host = f"the CPU, {machine.num_cores} cores and {machine.host_memory / _GIGA:.0f} GB"
     if machine.environment.get("DS_ACCELERATOR") == "cpu":
         return Finding("note", f"DS_ACCELERATOR=cpu: ranks compute on {host}", "unset it to use accelerators")
@@ -191,9 +193,18 @@ def _threads(machine: Machine) -> Finding:
 
 def _accelerators(kind: str) -> tuple[list[str], int]:
     """Their names, and the bytes of the smallest."""
-    module = torch.get_device_module(kind)
-    found = [module.get_device_properties(index) for index in range(get_accelerator().device_count())]
+    number, properties = get_accelerator().device_count(), getattr(torch.get_device_module(kind), _PROPERTIES, None)
+    if properties is None:  # of Apple's, for one
+        return [kind] * number, 0
+    found = [properties(index) for index in range(number)]
     return [str(each.name) for each in found], min((int(each.total_memory) for each in found), default=0)
+
+
+def _backend_for(kind: str) -> str:
+    try:
+        return str(dist.get_default_backend_for_device(kind))
+    except ValueError:  # torch knows none
+        return "gloo"
 
 
 def _size_of(folder: str) -> int | None:
