@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 	touch $@
 
 demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
-	deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
+	deepspeed --quiet --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
 
 test: $(INSTALLED)  ## all tests but the slow ones: eight minutes on two cores
 	$(PYTEST) -m "not slow"

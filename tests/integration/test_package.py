@@ -13,6 +13,7 @@ import pytest
 
 import slsam_ds
 from tests.command_line import ONE_THREAD, ROOT, make_flags, make_folder
+from tests.ranks import free_port
 
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 SCRIPT = """
@@ -90,6 +91,10 @@ def test_it_installs_and_runs_without_the_repository(tmp_path: Path) -> None:
     run("slsam", "train", *make_flags(folder, "out", deepspeed="zero2", max_steps=2, slsam="active_layers=1"))
     assert "slsam_steps.jsonl" in os.listdir(folder / "out")
     assert "Active parameters" in run("slsam", "report", "out")
+    launcher = [str(programs / "python"), "-m", "torch.distributed.run", "--master_port", str(free_port())]
+    flags = make_flags(folder, "out2", deepspeed="zero3", max_steps=1, slsam="active_layers=1")
+    run(*launcher, "--nproc_per_node", "2", "-m", "slsam_ds.train", *flags)
+    assert "slsam_steps.jsonl" in os.listdir(folder / "out2")
     (folder / "script.py").write_text(SCRIPT)
     run("slsam", "run", "--slsam", "active_layers=1", "--", "script.py")
     assert "slsam_steps.jsonl" in os.listdir(folder / "output")
