@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns:
-        The exit code: that of the command that ran; 2 where there is no such one, after one sentence on stderr.
+        The exit code: that of the command that ran; after one sentence on stderr, 1 where a package is missing that it
+        needs, and 2 where there is no such command.
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
@@ -70,4 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
         print(f"error: {' '.join(name.split())}: no such command; {hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(COMMANDS[name].home).main(arguments) or 0
+    try:
+        home = importlib.import_module(COMMANDS[name].home)
+    except ImportError as error:
+        print(f"error: slsam {name}: {error}; `slsam doctor` says what is missing here", file=sys.stderr)
+        return 1
+    return home.main(arguments) or 0

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import slsam_ds
-from slsam_ds.cli.dispatch import COMMANDS, main
+from slsam_ds.cli.dispatch import COMMANDS, Command, main
 
 PACKAGE = Path(slsam_ds.__file__).parent
 
@@ -48,6 +49,14 @@ def test_an_unknown_command_is_refused(name: str, hint: str, capsys: pytest.Capt
     assert printed.err.startswith("error: ")
     assert hint in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_a_missing_package_sends_people_to_the_doctor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "run", Command("json.none_such", ""))
+    assert main(["run"]) == 1
+    assert re.fullmatch(r"error: slsam run: No module .*; `slsam doctor` says what .*\n", capsys.readouterr().err)
 
 
 def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
