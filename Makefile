@@ -25,7 +25,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench evidence evidence-quick evidence-screen evidence-frontier soak lint format type clean
+.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench evidence evidence-quick evidence-screen evidence-frontier soak package lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,7 +42,7 @@ $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 	touch $@
 
 demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
-	deepspeed --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
+	deepspeed --quiet --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
 
 test: $(INSTALLED)  ## all tests but the slow ones: eight minutes on two cores
 	$(PYTEST) -m "not slow"
@@ -86,6 +86,13 @@ evidence-frontier: $(INSTALLED)  ## recipes tuned alike on long tasks, loss agai
 soak: $(INSTALLED)  ## kills, full disks, bad numbers and inputs, thousands of times: 25 minutes; writes docs/reliability.md
 	python -m tests.soak
 
+package: $(INSTALLED)  ## build the source archive and the wheel into dist/, and try them in a fresh environment
+	$(PIP_INSTALL) build twine
+	rm -rf build dist
+	python -m build
+	python -m twine check --strict dist/*
+	$(PYTEST) tests/integration/test_package.py
+
 lint: $(INSTALLED) type  ## ruff and mypy
 	ruff check .
 	ruff format --check .
@@ -98,5 +105,5 @@ format: $(INSTALLED)  ## let ruff rewrite
 	ruff format .
 
 clean:  ## remove .venv, caches and the outputs of runs
-	rm -rf $(VENV) $(NEWEST) $(NEWEST).txt .venv-versions outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(NEWEST).txt .venv-versions outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,23 +1,25 @@
 """Sparse-Layer Sharpness-Aware Minimization for LLM fine-tuning under DeepSpeed ZeRO."""
 
-from slsam_ds.config import SLSAMConfig
-from slsam_ds.initialization import SLSAMEngine, initialize
-from slsam_ds.model.given_groups import given_groups
-from slsam_ds.model.micro_batches import windows
-from slsam_ds.plan import StepResult
-from slsam_ds.protocol import RanksDisagreeError
-from slsam_ds.skipping import BadNumbersError
-from slsam_ds.slsam import SLSAM
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SLSAM",
-    "BadNumbersError",
-    "RanksDisagreeError",
-    "SLSAMConfig",
-    "SLSAMEngine",
-    "StepResult",
-    "given_groups",
-    "initialize",
-    "windows",
-]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from slsam_ds.public import *  # noqa: F403
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Import the public names, and with them the modules that they need, when one is first asked for.
+
+        They import torch, which takes seconds: `slsam --help` need not wait for it, and `slsam doctor` has something
+        to say where it is missing.
+        """
+        public = importlib.import_module("slsam_ds.public")
+        for home in (vars(public), globals()):  # the second has the modules, like `slsam_ds.bandit`
+            if name in home:
+                return home[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *importlib.import_module("slsam_ds.public").__all__})

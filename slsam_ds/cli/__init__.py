@@ -1,1 +1,1 @@
-"""The command line: `launch/train.py` and `python -m slsam_ds.estimate`."""
+"""The command line: `slsam` and its commands, among them `train`, which is `launch/train.py`."""

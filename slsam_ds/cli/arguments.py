@@ -185,7 +185,7 @@ class SLSAMArguments:
             "metavar": "KEY=VALUE",
             "help": "Knobs laid over the slsam block of the DeepSpeed JSON, like --slsam rho=0.02 active_layers=4 "
             "selector=uniform. Main ones: rho (0: no ascent pass), active_layers (fraction or count per step) or "
-            "budget (price of a step, AdamW's being 1), preset (python -m slsam_ds.recipes shows them), selector, "
+            "budget (price of a step, AdamW's being 1), preset (slsam recipes shows them), selector, "
             "update_scale, other_parameters, seed.",
         },
     )
@@ -237,7 +237,8 @@ def new_parser(*more: Any) -> HfArgumentParser:
         usage="deepspeed [--num_gpus N | --num_accelerators N] launch/train.py --deepspeed JSON [flags]",
         description="Fine-tune a causal language model with SL-SAM. With nothing but --deepspeed ds_configs/zero2.json "
         "it runs a demo: a small pretrained model learns to write docstrings.",
-        epilog="torchrun and accelerate launch work in place of deepspeed.",
+        epilog="torchrun and accelerate launch work in place of deepspeed, and --module slsam_ds.train in place of "
+        "launch/train.py; `slsam train` starts one process. The files of ds_configs have names: --deepspeed zero2.",
         formatter_class=Formatter,
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""Entry of `launch/train.py`: prepares the process, then runs the stages of a fine-tuning.
+"""Entry of `launch/train.py` and `slsam train`: prepares the process, then runs the stages of a fine-tuning.
 
 Imports the libraries that do the work only once they have been told how this process is launched and how much to say,
 and, as they take seconds to import, only once there is work.

@@ -1,4 +1,4 @@
-"""`python -m slsam_ds.estimate`: what a step will take, from a model's configuration alone."""
+"""`slsam estimate`: what a step will take, from a model's configuration alone."""
 
 import argparse
 import contextlib
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,27 @@ buffers, libraries and fragmentation. Traffic is payload: on a ring of n ranks a
 gathering (n-1)/n. Samples without padding, fused attention."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        model: A line about the model.
+        run: A line about the run.
+        counted: What a micro-batch takes.
+        setup: How the run is laid out.
+        config: The knobs.
+        modes: AdamW, dense SAM and SL-SAM.
+    """
+
+    model: str
+    run: str
+    counted: Counted
+    setup: RunSetup
+    config: SLSAMConfig
+    modes: Sequence[Mode]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
@@ -35,20 +57,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = parse_flags(sys.argv[1:] if argv is None else argv)
         quieten()
-        setup, config, section = read_setup(given)
-        counted, title = _count(given, setup, config, section)
-        with refusals(ValueError):
-            modes = compare(counted, setup, config)
+        estimate = make_estimate(given, *read_setup(given))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
-    print(_as_json(counted, setup, modes) if given.json else _as_text(title, counted, modes, config))
+    print(_as_json(estimate) if given.json else _as_text(estimate))
     return 0
+
+
+def make_estimate(
+    given: argparse.Namespace, setup: RunSetup, config: SLSAMConfig, section: Mapping[str, Any]
+) -> Estimate:
+    """What the run that the flags describe will take.
+
+    Args:
+        given: The flags.
+        setup: What `read_setup` has made of them, in three parts.
+        config: The knobs.
+        section: DeepSpeed's on ZeRO.
+
+    Raises:
+        UsageError: A model that cannot be used, or not with these.
+    """
+    counted, model, run = _count(given, setup, config, section)
+    with refusals(ValueError):
+        modes = compare(counted, setup, config)
+    return Estimate(model=model, run=run, counted=counted, setup=setup, config=config, modes=modes)
 
 
 def _count(
     given: argparse.Namespace, setup: RunSetup, config: SLSAMConfig, section: Mapping[str, Any]
-) -> tuple[Counted, str]:
+) -> tuple[Counted, str, str]:
     """What a micro-batch takes, and the lines that say what was counted."""
     # Here, because they import transformers' models, for which --help need not wait.
     from slsam_ds.cli.adapters import add_lora
@@ -87,13 +126,15 @@ def _count(
     samples = f"{given.micro_batch_size} x {length} tokens" if takes_tokens else f"{given.micro_batch_size} images"
     window = f"{setup.num_micro_batches} micro-batches of {samples}" if setup.num_micro_batches > 1 else samples
     checkpointed = ", gradient checkpointing" if given.gradient_checkpointing else ""
-    return counted, (
-        f"Model: {given.model}: {name}, {counted.total:,} weights, {counted.trained:,} of them trained\n"
-        f"Run:   {engine} on {ranks}, {window} each, {setup.precision}{checkpointed}"
+    return (
+        counted,
+        f"{given.model}: {name}, {counted.total:,} weights, {counted.trained:,} of them trained",
+        f"{engine} on {ranks}, {window} each, {setup.precision}{checkpointed}",
     )
 
 
-def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMConfig) -> str:
+def _as_text(estimate: Estimate) -> str:
+    counted, modes, config = estimate.counted, estimate.modes, estimate.config
     num_arms = len(counted.numels)
     perturbed, updated = modes[-1].num_perturbed, modes[-1].num_active
     active = f"{updated:.3g} of {num_arms} layers per step"
@@ -113,7 +154,7 @@ def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMC
         how = f"every choice as likely, as {config.selector} starts; as it learns it moves within the last column"
     return "\n\n".join(
         [
-            f"{title}\nSL-SAM: rho {config.rho:g}, {active}: {how}",
+            f"Model: {estimate.model}\nRun:   {estimate.run}\nSL-SAM: rho {config.rho:g}, {active}: {how}",
             layer_table(counted),
             mode_table(modes),
             _NOTES,
@@ -121,17 +162,18 @@ def _as_text(title: str, counted: Counted, modes: Sequence[Mode], config: SLSAMC
     )
 
 
-def _as_json(counted: Counted, setup: RunSetup, modes: Sequence[Mode]) -> str:
+def _as_json(estimate: Estimate) -> str:
+    counted = estimate.counted
     layers = [
         {"index": index, "name": name, "numel": numel}
         for index, (name, numel) in enumerate(zip(counted.names, counted.numels, strict=True))
     ]
     return json.dumps(
         {
-            "setup": dataclasses.asdict(setup),
+            "setup": dataclasses.asdict(estimate.setup),
             "weights": {"total": counted.total, "trained": counted.trained},
             "layers": layers,
-            "modes": [dataclasses.asdict(mode) for mode in modes],
+            "modes": [dataclasses.asdict(mode) for mode in estimate.modes],
         },
         indent=2,
     )

@@ -1,4 +1,4 @@
-"""The flags of `python -m slsam_ds.estimate`, and the run that they and a DeepSpeed configuration describe."""
+"""The flags of `slsam estimate`, and the run that they and a DeepSpeed configuration describe."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,27 +20,28 @@ is a hub id, and a laptop will do for any size."""
 
 _EPILOG = """
 examples:
-  python -m slsam_ds.estimate --model path/to/model --zero 2 --world_size 8
-  python -m slsam_ds.estimate --model config.json --fsdp --world_size 16 --slsam active_layers=4 ascent_fraction=0.25
-  python -m slsam_ds.estimate --model config.json --deepspeed ds_configs/zero3.json --world_size 64 --json
+  slsam estimate --model path/to/model --zero 2 --world_size 8
+  slsam estimate --model config.json --fsdp --world_size 16 --slsam active_layers=4 ascent_fraction=0.25
+  slsam estimate --model config.json --deepspeed ds_configs/zero3.json --world_size 64 --json
 """
 
 
 @dataclass
-class EstimateArguments:
-    """What to estimate."""
+class RunArguments:
+    """A run that does not go on yet."""
 
-    _argument_group_name: ClassVar[str] = "what to estimate"
+    _argument_group_name: ClassVar[str] = "the run"
 
     model: str | None = field(
         default=None,
-        metadata={"metavar": "MODEL", "help": "Folder with a config.json, such a file, or a hub id. Needed."},
+        metadata={"metavar": "MODEL", "help": "Folder with a config.json, such a file, or a hub id."},
     )
     deepspeed: str | None = field(
         default=None,
         metadata={
             "metavar": "JSON",
-            "help": "DeepSpeed configuration: stage, precision, offload, batch and the slsam block. Flags win over it.",
+            "help": "DeepSpeed configuration, or one of ours by name, as zero2: stage, precision, offload, batch, and "
+            "the slsam block. Flags win over it.",
         },
     )
     zero: int | None = field(default=None, metadata={"choices": (0, 1, 2, 3), "help": "ZeRO stage. Default: 2."})
@@ -48,7 +49,10 @@ class EstimateArguments:
         default=False,
         metadata={"metavar": "[BOOL]", "help": "In place of ZeRO: FSDP2, each block resharded after its forward."},
     )
-    world_size: int = field(default=1, metadata={"metavar": "N", "help": "Ranks."})
+    world_size: int | None = field(
+        default=None,
+        metadata={"metavar": "N", "help": "Ranks. Default: 1; of slsam doctor: one for each accelerator here."},
+    )
     micro_batch_size: int | None = field(
         default=None, metadata={"metavar": "N", "help": "Samples per rank and micro-batch. Default: 1."}
     )
@@ -84,31 +88,51 @@ class EstimateArguments:
             "help": "SL-SAM's knobs, as for launch/train.py: --slsam active_layers=4 rho=0.02, or budget=1.0.",
         },
     )
+
+
+@dataclass
+class EstimateArguments(RunArguments):
+    """What to estimate."""
+
     json: bool = field(
         default=False, metadata={"metavar": "[BOOL]", "help": "Print JSON: bytes and FLOPs, not rounded."}
     )
 
 
 def parse_flags(argv: Sequence[str]) -> Any:
-    """The flags, checked as far as possible without the model.
+    """The flags of `slsam estimate`, checked as far as possible without the model.
 
     Raises:
         UsageError: An unknown flag, a bad value or combination.
     """
-    parser = Parser(
-        [EstimateArguments],
-        prog="python -m slsam_ds.estimate",
-        usage="python -m slsam_ds.estimate --model MODEL [--zero STAGE | --fsdp | --deepspeed JSON] [flags]",
+    given = parse_run(
+        argv,
+        EstimateArguments,
+        prog="slsam estimate",
+        usage="slsam estimate --model MODEL [--zero STAGE | --fsdp | --deepspeed JSON] [flags]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=_WithExamples,
-        allow_abbrev=False,
     )
+    if given.model is None:
+        raise UsageError("--model: give a folder with a config.json, such a file, or a hub id")
+    return given
+
+
+def parse_run(argv: Sequence[str], arguments: type[RunArguments], **texts: str) -> Any:
+    """The flags of a command that looks at a run, checked likewise.
+
+    Args:
+        argv: The command line.
+        arguments: The flags.
+        **texts: Of the parser; the epilog has examples.
+
+    Raises:
+        UsageError: An unknown flag, a bad value or combination.
+    """
+    parser = Parser([arguments], formatter_class=_WithExamples, allow_abbrev=False, **texts)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UsageError(describe_unknown(parser, unknown[0]))
-    if given.model is None:
-        raise UsageError("--model: give a folder with a config.json, such a file, or a hub id")
     if given.fsdp and (given.zero is not None or given.deepspeed is not None):
         raise UsageError("--fsdp excludes --zero and --deepspeed: give one")
     if given.fsdp and given.offload_optimizer:
@@ -123,7 +147,7 @@ class _WithExamples(Formatter):
     """Examples line by line."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text if text == _EPILOG else super()._fill_text(text, width, indent)
+        return text if text.startswith("\nexamples:") else super()._fill_text(text, width, indent)
 
 
 def read_setup(given: Any) -> tuple[RunSetup, SLSAMConfig, Mapping[str, Any]]:
@@ -152,7 +176,7 @@ def read_setup(given: Any) -> tuple[RunSetup, SLSAMConfig, Mapping[str, Any]]:
         limits = (_number(section, name, 10**9) for name in ("stage3_max_reuse_distance", "stage3_max_live_parameters"))
         setup = RunSetup(
             engine="fsdp2" if given.fsdp else f"zero{stage}",  # type: ignore[arg-type]
-            world_size=given.world_size,
+            world_size=given.world_size or 1,
             num_micro_batches=given.gradient_accumulation_steps or _number(deepspeed, "gradient_accumulation_steps"),
             precision=given.dtype or _precision(deepspeed, given.deepspeed is not None),  # type: ignore[arg-type]
             offload_optimizer=given.offload_optimizer or _offloads(section, "offload_optimizer"),

@@ -1,4 +1,4 @@
-"""`python -m slsam_ds.recipes`: the presets in a table, or one of them in full."""
+"""`slsam recipes`: the presets in a table, or one of them in full."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m slsam_ds.recipes",
+        prog="slsam recipes",
         description="Settings under one name: published methods and our own. Without a name, all of them.",
         epilog="Use one by --slsam preset=NAME, or by the JSON that is printed. docs/recipes.md has measured prices.",
     )
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="With a NAME: what its steps would take on this model, by python -m slsam_ds.estimate.",
+        help="With a NAME: what its steps would take on this model, by slsam estimate.",
     )
     given = parser.parse_args(argv)
     if given.name is None:

@@ -1,4 +1,4 @@
-"""`python -m slsam_ds.run`: a training script as it is, with every Trainer in it an SL-SAM one.
+"""`slsam run`, also `python -m slsam_ds.run`: a training script as it is, with every Trainer in it an SL-SAM one.
 
 The script finds the process as `python script.py` would have left it. So nothing is imported before it that reads the
 environment when it is imported, as transformers and accelerate do: many a script sets `HF_HOME` in its first lines.
@@ -25,8 +25,8 @@ SFTTrainer and DPOTrainer, and whatever the script derives from them. No line of
 
 _EPILOG = f"""\
 examples:
-  python -m slsam_ds.run --slsam preset=adamw_price -- train.py --learning_rate 1e-4
-  python -m slsam_ds.run --slsam rho=0.02 active_layers=4 -m trl.scripts.sft --model_name_or_path ...
+  slsam run --slsam preset=adamw_price -- train.py --learning_rate 1e-4
+  slsam run --slsam rho=0.02 active_layers=4 -m trl.scripts.sft --model_name_or_path ...
   deepspeed --module slsam_ds.run --slsam preset=adamw_price -- train.py --deepspeed zero2.json
   torchrun --nproc_per_node 2 -m slsam_ds.run -- train.py
   accelerate launch --num_processes 2 -m slsam_ds.run -- train.py
@@ -124,7 +124,7 @@ def read_command(argv: Sequence[str], environment: Mapping[str, str]) -> Command
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m slsam_ds.run",
+        prog="slsam run",
         usage="%(prog)s [--slsam KEY=VALUE [KEY=VALUE ...]] (-- SCRIPT | -m MODULE) [ARGUMENT ...]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -174,6 +174,8 @@ def _run(command: Command) -> None:
     """Run a script or module as `python` does."""
     sys.argv = [command.name, *command.arguments]
     if command.is_module:
+        if not sys.flags.safe_path:
+            sys.path[0] = os.getcwd()  # where `slsam` stands, until now
         runpy.run_module(command.name, run_name="__main__", alter_sys=True)
         return
     path = os.path.abspath(command.name)

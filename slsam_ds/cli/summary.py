@@ -40,7 +40,7 @@ def summarize(
         lines += [*facts_as_text(history), f"{title}, in how many of {len(steps)} steps:", *_chart(history)]
     lines.append(f"Outputs: {Path(output_dir)} (model, {LAYERS_FILE}, {STEPS_FILE})")
     if steps:
-        lines.append(f"Pictures of the run: python -m slsam_ds.report {Path(output_dir)}")
+        lines.append(f"Pictures of the run: slsam report {Path(output_dir)}")
     return "\n".join(lines)
 
 

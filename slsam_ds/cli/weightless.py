@@ -35,7 +35,7 @@ def build_weightless(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UsageError: No such configuration, or not one of a model that transformers knows.
     """
-    config = _read_config(name)
+    config = read_model_config(name)
     architecture = next(iter(config.architectures or ()), "")
     task = next((task for task in _TASKS if architecture.endswith(f"For{task}")), "CausalLM")
     auto_class = getattr(transformers, f"AutoModelFor{task}")
@@ -67,7 +67,12 @@ def forward_of(model: PreTrainedModel, batch_size: int, length: int) -> Callable
     return compute_loss
 
 
-def _read_config(name: str) -> PretrainedConfig:
+def read_model_config(name: str) -> PretrainedConfig:
+    """The configuration of that name.
+
+    Raises:
+        UsageError: There is no such one, or it is not one of a model that transformers knows.
+    """
     flag = f"--model {name}"
     path = path_of(flag, name)
     failures: tuple[Any, ...] = (OSError, ValueError, KeyError, AttributeError, TypeError)

@@ -215,6 +215,16 @@ class _Inner:
         return int(self.parameter.sharded_param.numel()) * self.read_dtype.itemsize
 
 
+def check_version() -> None:
+    """Refuse a torch whose FSDP2 lacks what the engine calls.
+
+    Raises:
+        ValueError: Saying which versions are supported.
+    """
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise ValueError(f"FSDP2 needs torch 2.13 or later here; found {torch.__version__}")
+
+
 def _initialize(root: FSDPModule) -> dict[int, _Inner]:
     """Run FSDP2's lazy initialisation while everything that may be sampled is trainable.
 
@@ -226,8 +236,7 @@ def _initialize(root: FSDPModule) -> dict[int, _Inner]:
     Returns:
         What FSDP2 keeps of every sharded parameter, by the parameter's id.
     """
-    if not hasattr(root, "reset_iter_state"):
-        raise ValueError(f"FSDP2 needs torch 2.13 or later here; found {torch.__version__}")
+    check_version()
     root_state = root._get_fsdp_state()
     root_state._lazy_init()
     inner: dict[int, _Inner] = {}

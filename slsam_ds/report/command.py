@@ -34,8 +34,8 @@ A run may still be going on: what it has recorded so far is shown; run this agai
 
 _EPILOG = """
 examples:
-  python -m slsam_ds.report outputs/demo
-  python -m slsam_ds.report outputs/demo --to public/demo
+  slsam report outputs/demo
+  slsam report outputs/demo --to public/demo
 
 Needs matplotlib: pip install "slsam-ds[report]".
 """
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 where the input cannot be used, after one sentence on stderr.
     """
     parser = _Parser(
-        prog="python -m slsam_ds.report",
+        prog="slsam report",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,8 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
-ENTRIES = {"estimate/__main__", "recipes/__main__", "run"}  # thin, like launch/: what they run is in cli
-COMPOSITION = {"__init__", "assembly", "initialization", "slsam", "state/checkpoint", "stock_loop"}
+# Thin, like launch/: what they run is in cli.
+ENTRIES = {"__main__", "doctor", "estimate/__main__", "recipes/__main__", "run", "train"}
+COMPOSITION = {"__init__", "assembly", "initialization", "public", "slsam", "state/checkpoint", "stock_loop"}
 CHOICES = {"combinations", "directions", "masks", "metrics", "recipes", "schedules", "selectors"}
 PURE_ROOMS = CHOICES | {"model", "pricing", "records", "state"}
 FRAMEWORKS = {"transformers", "trl", "accelerate", "peft", "datasets"}
@@ -85,5 +86,5 @@ def test_imports_run_in_no_circle() -> None:
 
 def test_importing_the_package_loads_no_framework() -> None:
     heavy = {"deepspeed", "transformers", "datasets"}
-    check = f"import slsam_ds, sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
+    check = f"from slsam_ds import *; import sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from slsam_ds.engines.deepspeed.internals import check_version
 from slsam_ds.engines.deepspeed.settings import REFUSED, SECTIONS, VALUES, check_settings, without_auto
+from slsam_ds.engines.named_configs import find_config, named_configs
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
     """Split a DeepSpeed configuration into DeepSpeed's part and the `slsam` block.
 
     Args:
-        config: A path to a JSON file, or the mapping itself (left unchanged).
+        config: A path to a JSON file, the name of one that comes with the package, like "zero2", or the mapping itself
+            (left unchanged).
 
     Returns:
         DeepSpeed's configuration, and the `slsam` block or None.
@@ -43,9 +45,10 @@ def read_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any],
         values: Any = dict(config)
     else:
         try:
-            values = json.loads(Path(config).read_text(encoding="utf-8"))
+            values = json.loads(Path(find_config(config, "zero")).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"DeepSpeed configuration {config}: cannot be read ({error.strerror})") from None
+            ours = "" if Path(config).suffix else f"; by name there are {', '.join(named_configs('zero'))}"
+            raise ValueError(f"DeepSpeed configuration {config}: cannot be read ({error.strerror}){ours}") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"DeepSpeed configuration {config}: not valid JSON ({error})") from None
         if not isinstance(values, dict):

@@ -15,9 +15,14 @@ from torch.utils.cpp_extension import get_default_build_root
 logger = logging.getLogger(__name__)
 
 
+def operators_folder() -> Path:
+    """Where torch builds operators."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
 def abandoned_locks() -> list[Path]:
     """Those that no process of this machine holds open; one of another machine may, if the folder is shared."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root = operators_folder()
     locks = {lock.resolve() for pattern in ("*/lock", "*/*/lock") for lock in root.glob(pattern)}
     held = set(_open_files()) if locks else set()
     # Looked for once more: it may have been given back while all those files were listed.

@@ -1,6 +1,6 @@
 """The command that makes of a DeepSpeed checkpoint of a run with SL-SAM one that a stock loop or Trainer loads.
 
-    python -m slsam_ds.engines.deepspeed.to_stock CHECKPOINT OUTPUT
+    slsam to_stock CHECKPOINT OUTPUT
 
 ZeRO cuts an optimizer's groups into partitions, and SL-SAM has a group for each layer. The command puts together the
 groups that the optimizer was given, and cuts those, for as many ranks. A group has one step counter in ZeRO: layers
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 2 where the checkpoint cannot be converted, after one sentence on stderr.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m slsam_ds.engines.deepspeed.to_stock",
+        prog="slsam to_stock",
         description="Write a DeepSpeed checkpoint of a run with SL-SAM as one that a run without it loads.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="what save_checkpoint or a Trainer wrote")

@@ -1,0 +1,79 @@
+"""The command `slsam`, and `python -m slsam_ds`: hands the words behind a command's name to that command.
+
+Imports nothing but the command that is asked for: `slsam --help` answers at once.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import slsam_ds
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command.
+
+    Attributes:
+        home: The module whose `main` takes its arguments, and returns its exit code or None.
+        text: What it does.
+    """
+
+    home: str
+    text: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "doctor": Command("slsam_ds.cli.doctor.command", "say whether this machine, a DeepSpeed JSON and a model work"),
+    "estimate": Command("slsam_ds.cli.estimate", "tell what a step will take on each GPU, from a model's config.json"),
+    "recipes": Command("slsam_ds.cli.recipes", "show the presets: published methods and our own"),
+    "train": Command("slsam_ds.cli.command_line", "fine-tune a causal language model, as launch/train.py does"),
+    "run": Command("slsam_ds.cli.run", "run a training script as it is, with SL-SAM in its Trainers"),
+    "report": Command("slsam_ds.report.command", "show what a run did, in tables and pictures"),
+    "to_stock": Command("slsam_ds.engines.deepspeed.to_stock", "write a DeepSpeed checkpoint for runs without SL-SAM"),
+}
+
+_HELP = """usage: slsam COMMAND [ARGUMENT ...]
+
+Sharpness-aware fine-tuning for LLMs, under DeepSpeed ZeRO and FSDP2.
+
+commands:
+{commands}
+
+`slsam COMMAND --help` teaches the command; `slsam --version` prints the version.
+
+`slsam train` and `slsam run` start one process. For several, a launcher starts the modules of the same names:
+  deepspeed --module slsam_ds.train --deepspeed zero2
+  torchrun --nproc_per_node 2 -m slsam_ds.run --slsam preset=adamw_price -- train.py
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command.
+
+    Returns:
+        The exit code: that of the command that ran; after one sentence on stderr, 1 where a package is missing that it
+        needs, and 2 where there is no such command.
+    """
+    name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        longest = max(map(len, COMMANDS))
+        lines = (f"  {name:<{longest}}  {command.text}" for name, command in COMMANDS.items())
+        print(_HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    if name == "--version":
+        print(f"slsam-ds {slsam_ds.__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        print(f"error: {' '.join(name.split())}: no such command; {hint}", file=sys.stderr)
+        return 2
+    try:
+        home = importlib.import_module(COMMANDS[name].home)
+    except ImportError as error:
+        print(f"error: slsam {name}: {error}; `slsam doctor` says what is missing here", file=sys.stderr)
+        return 1
+    return home.main(arguments) or 0
