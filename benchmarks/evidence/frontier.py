@@ -12,10 +12,10 @@ import torch
 
 from benchmarks.evidence import tuning
 from benchmarks.evidence.candidates import CANDIDATES, Candidate
-from benchmarks.evidence.frontier_report import best, task_table, tuned_losses, write_report
+from benchmarks.evidence.frontier_report import best, best_of_first, task_table, tuned_losses, write_report
 from benchmarks.evidence.long_run import run_trial
 from benchmarks.evidence.long_tasks import LONG_TASKS
-from benchmarks.evidence.trials import TUNING_SEED, Outcome, Setting, Trial, Trials
+from benchmarks.evidence.trials import MORE_TUNING_SEEDS, TUNING_SEED, Outcome, Setting, Trial, Trials
 from benchmarks.results import describe_machine
 
 _SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -49,6 +49,9 @@ def _study(task: str, candidates: Sequence[Candidate], trials: Trials, options: 
         while len(tried := tuned_losses(trials, task, candidate.name)) < options.trials:
             setting = tuning.next_setting(tried, candidate) if tried else tuning.start(candidate)
             _made(Trial(task=task, candidate=candidate.name, setting=setting, seed=TUNING_SEED), trials)
+        for setting in best_of_first(trials, task, candidate.name, options.again) if options.trials else ():
+            for seed in MORE_TUNING_SEEDS:
+                _made(Trial(task=task, candidate=candidate.name, setting=setting, seed=seed), trials)
     for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + options.seeds):
         for candidate in candidates:
             for setting in _final_settings(trials, task, candidate):
@@ -59,7 +62,7 @@ def _adopt(task: str, candidates: Sequence[str], others: Trials, trials: Trials)
     """Take the tuning over from another folder."""
     for candidate in candidates:
         for outcome in others.of(task, candidate):
-            if outcome.trial.seed == TUNING_SEED and trials.get(outcome.trial) is None:
+            if outcome.is_tuning and trials.get(outcome.trial) is None:
                 trials.add(outcome.trial, outcome.found)
 
 
@@ -89,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", default=list(CANDIDATES))
     parser.add_argument(
         "--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate; 0: as dense SAM was tuned"
+    )
+    parser.add_argument(
+        "--again", type=int, default=3, metavar="N", help="of the best settings that are tried with more seeds"
     )
     parser.add_argument("--tuned-in", type=Path, metavar="DIR", help="begin with the tuning that was done there")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="of the final runs")

@@ -14,7 +14,7 @@ from benchmarks.evidence.candidates import CANDIDATES
 from benchmarks.evidence.frontier_report import DENSE, REFERENCE, finals, losses_on_test
 from benchmarks.evidence.paired import difference
 from benchmarks.evidence.step_costs import StepCost
-from benchmarks.evidence.trials import TUNING_SEED, Outcome, Setting, Trials
+from benchmarks.evidence.trials import Outcome, Setting, Trials
 from slsam_ds.report.figures import LIGHT
 
 _DPI = 110
@@ -118,6 +118,6 @@ def _label(axes: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
 def _adamw_by_steps(trials: Trials, task: str) -> list[list[Outcome]]:
     by_setting: dict[Setting, list[Outcome]] = defaultdict(list)
     for one in trials.of(task, REFERENCE):
-        if one.trial.seed != TUNING_SEED:
+        if not one.is_tuning:
             by_setting[one.trial.setting].append(one)
     return sorted(by_setting.values(), key=lambda some: some[0].trial.setting.share)

@@ -1,6 +1,7 @@
 """The report of the frontier: per task, what every candidate learned and what it cost."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,14 +37,29 @@ SAM's, the radius in proportion.
 
 
 def tuned_losses(trials: Trials, task: str, candidate: str) -> dict[Setting, float]:
-    """Validation losses of a candidate's tuning, by setting."""
+    """Validation losses of a candidate's tuning with the first seed, by setting."""
     found = [one for one in trials.of(task, candidate) if one.trial.seed == TUNING_SEED]
     return {one.trial.setting: one.loss(one.chosen(), "validation") for one in found}
 
 
-def best(trials: Trials, task: str, candidate: str) -> Setting:
-    """The setting with the least validation loss; where none was tried, dense SAM's, or where tuning starts."""
+def best_of_first(trials: Trials, task: str, candidate: str, number: int) -> list[Setting]:
+    """So many settings with the least validation losses, by the first seed alone."""
     tried = tuned_losses(trials, task, candidate)
+    return sorted(tried, key=tried.__getitem__)[:number]
+
+
+def best(trials: Trials, task: str, candidate: str) -> Setting:
+    """The setting with the least validation loss, on average over the seeds of those that were tried with all.
+
+    Where none was tried with more than the first seed, by that; where none was tried at all, dense SAM's, or where
+    tuning starts.
+    """
+    by_setting: dict[Setting, list[float]] = defaultdict(list)
+    for one in trials.of(task, candidate):
+        if one.is_tuning:
+            by_setting[one.trial.setting].append(one.loss(one.chosen(), "validation"))
+    most = max(map(len, by_setting.values()), default=0)
+    tried = {setting: statistics.fmean(losses) for setting, losses in by_setting.items() if len(losses) == most}
     if tried:
         return min(tried, key=tried.__getitem__)
     first, of_dense = tuning.start(CANDIDATES[candidate]), tuned_losses(trials, task, DENSE)
@@ -57,7 +73,7 @@ def best(trials: Trials, task: str, candidate: str) -> Setting:
 def finals(trials: Trials, task: str, candidate: str, setting: Setting | None = None) -> list[Outcome]:
     """Reported runs of a setting; None: of the best one."""
     wanted = setting or best(trials, task, candidate)
-    return [one for one in trials.of(task, candidate) if one.trial.setting == wanted and one.trial.seed != TUNING_SEED]
+    return [one for one in trials.of(task, candidate) if one.trial.setting == wanted and not one.is_tuning]
 
 
 def losses_on_test(outcomes: Sequence[Outcome], checkpoint: Checkpoint | None = None) -> dict[int, float]:

@@ -14,6 +14,8 @@ Checkpoint = Literal["last", "best", "average"]
 FILE = "trials.jsonl"
 
 TUNING_SEED = 0
+MORE_TUNING_SEEDS = (1001, 1002)
+"""Of the settings that were best with the first one."""
 """Settings are chosen by its trials; no seed of a reported run."""
 
 
@@ -67,6 +69,11 @@ class Outcome:
     def loss(self, checkpoint: Checkpoint, data: Literal["validation", "test"]) -> float:
         """Cross-entropy of a checkpoint."""
         return float(self.found["checkpoints"][checkpoint][data])
+
+    @property
+    def is_tuning(self) -> bool:
+        """It serves to choose settings."""
+        return self.trial.seed in (TUNING_SEED, *MORE_TUNING_SEEDS)
 
     @property
     def flops(self) -> float:

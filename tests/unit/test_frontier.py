@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from benchmarks.evidence import frontier, long_run, long_tasks, tuning
 from benchmarks.evidence.candidates import CANDIDATES
 from benchmarks.evidence.corrections import MeanCorrection, Point, captured, handed
-from benchmarks.evidence.frontier_report import best, write_report
+from benchmarks.evidence.frontier_report import best, best_of_first, write_report
 from benchmarks.evidence.paired import Difference, difference, reaches
 from benchmarks.evidence.screen import Rows, groups_of
 from benchmarks.evidence.screen_tables import FILE, write_tables
 from benchmarks.evidence.transformer import Shape, SmallTransformer
-from benchmarks.evidence.trials import TUNING_SEED, Setting, Trial, Trials
+from benchmarks.evidence.trials import MORE_TUNING_SEEDS, TUNING_SEED, Setting, Trial, Trials
 from slsam_ds import SLSAM, SLSAMConfig
 
 SHAPE = Shape(
@@ -271,7 +271,9 @@ def test_a_study_is_tuned_reported_and_not_made_twice(
     assert frontier.main([*flags, "--trials", "4", "--seeds", "3"]) == 0
     tuned = [trial for trial in made if trial.seed == TUNING_SEED]
     assert len(tuned) == 2 * 4
-    of_adamw = {trial.setting.share for trial in made if trial.candidate == "adamw" and trial.seed != TUNING_SEED}
+    again = [trial for trial in made if trial.seed in MORE_TUNING_SEEDS]
+    assert len(again) == 2 * 3 * 2  # the best three, with two seeds more
+    of_adamw = {trial.setting.share for trial in made if trial.candidate == "adamw" and 0 < trial.seed < 4}
     assert of_adamw == {0.125, 0.25, 0.5, 1.0}
     made.clear()
     assert frontier.main([*flags, "--trials", "4", "--seeds", "3"]) == 0
@@ -287,6 +289,20 @@ def test_a_study_is_tuned_reported_and_not_made_twice(
     assert {trial.seed for trial in made} == {1}
     assert best(Trials(tmp_path / "quick"), tiny, "dense_sam") == best(trials, tiny, "dense_sam")
     assert f"| `dense_sam`: {CANDIDATES['dense_sam'].title} |" in capsys.readouterr().out
+
+
+def test_a_setting_that_was_lucky_once_is_not_chosen(tmp_path: Path) -> None:
+    trials = Trials(tmp_path)
+    lucky, steady, last = (Setting(learning_rate=rate, rho=0.1) for rate in (1e-3, 3e-3, 1e-2))
+    for setting, of_first, of_more in ((lucky, 0.5, 2.0), (steady, 1.0, 1.0), (last, 1.5, None)):
+        for seed in (TUNING_SEED, *MORE_TUNING_SEEDS):
+            loss = of_first if seed == TUNING_SEED else of_more
+            if loss is not None:
+                trial = Trial(task="digits_40", candidate="dense_sam", setting=setting, seed=seed)
+                checkpoint = {"validation": loss, "test": loss, "accuracy": 0.5}
+                trials.add(trial, {"flops": 1.0, "checkpoints": dict.fromkeys(("last", "best", "average"), checkpoint)})
+    assert best_of_first(trials, "digits_40", "dense_sam", 2) == [lucky, steady]
+    assert best(trials, "digits_40", "dense_sam") == steady
 
 
 @pytest.mark.slow
