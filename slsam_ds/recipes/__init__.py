@@ -76,6 +76,18 @@ RECIPES: Mapping[str, Recipe] = {
         source="ours",
         read="own",
     ),
+    "one_sample": Recipe(
+        knobs={
+            **_DENSE,
+            "ascent_scope": "global",
+            "ascent_fraction": 0.01,
+            "descend_along": {"corrected": 1.0},
+            "rho": 0.0125,
+        },
+        formula="U = all; g + h' - g': what SAM changes on one sample of each rank (1 %, if that is more)",
+        source="ours; its price is 1 + 2/n for n samples of a rank and step",
+        read="own",
+    ),
     "paper": Recipe(knobs=_PAPER, formula=_OF_PAPER, source=_PAPER_SOURCE, read="code"),
     "paper_vision": Recipe(
         knobs={**_PAPER, "active_layers": 0.5},
