@@ -20,6 +20,7 @@ class Candidate:
         axes: What is tuned.
         share: Of the task's steps, where that is not tuned.
         num_micro_batches: Into which a step's samples are divided.
+        lora: Rank of the adapters that are trained in the place of the blocks' weights; 0: there are none.
         rho: Where its tuning starts.
     """
 
@@ -29,6 +30,7 @@ class Candidate:
     axes: tuple[Axis, ...] = ("learning_rate", "rho")
     share: float = 1.0
     num_micro_batches: int = 1
+    lora: int = 0
     rho: float = 0.05
 
 
@@ -171,6 +173,17 @@ CANDIDATES = {
             {"selector": "cyclic", "active_layers": 1, "redraw_every": 25, "update_scale": "none"},
             _PLAIN,
             axes=("learning_rate",),
+        ),
+        _own("lora", "LoRA of rank 4, AdamW", _ALL, _PLAIN, axes=("learning_rate",), lora=4),
+        _own("lora_sam", "LoRA of rank 4, dense SAM", _ALL, lora=4),
+        _own(
+            "lora_one_sample",
+            "LoRA of rank 4, g + (h - g) of one sample",
+            _ALL,
+            _ONE,
+            {"descend_along": {"corrected": 1.0}},
+            lora=4,
+            rho=0.0125,
         ),
         _own(
             "layers_at_random",

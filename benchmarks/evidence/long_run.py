@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.evidence.candidates import CANDIDATES, Candidate
 from benchmarks.evidence.held_out import losses, score
@@ -38,23 +39,28 @@ def run_trial(trial: Trial) -> dict[str, Any]:
     task, candidate, setting = LONG_TASKS[trial.task], CANDIDATES[trial.candidate], trial.setting
     data = task.load()
     steps = max(2, round(task.steps * setting.share))
-    model = build(data, setting, trial.seed)
+    model = build(data, setting, trial.seed, lora=candidate.lora)
     slsam = wrap(model, candidate, setting, seed=trial.seed, steps=steps)
     loss_fn = loss_of(task)
     schedule = LambdaLR(slsam.engine.optimizer, lambda step: rate_at(step, steps))
     stops = {max(1, round(steps * point / _NUM_POINTS)) for point in range(1, _NUM_POINTS + 1)}
     judge = _Judge(task, data, model)
     costs: CostModel | None = None
+    of_all_weights = 1.0
     average: dict[str, Tensor] = {}
     num_averaged, paid, seconds, updates = 0, 0.0, 0.0, [0] * len(slsam.layers)
     for step, batch in zip(range(1, steps + 1), training_batches(task, data, trial.seed), strict=False):
         window = divided(batch, candidate.num_micro_batches)
-        costs = costs or count(slsam, window[0], loss_fn)
+        if costs is None:
+            costs = count(slsam, window[0], loss_fn)
+            if candidate.lora:  # AdamW's step on all weights is 1, not that on the adapters
+                whole = build(data, setting, trial.seed)
+                of_all_weights = flops(model, window[0], loss_fn) / flops(whole, window[0], loss_fn)
         started = time.perf_counter()
         result = slsam.step(window, loss_fn)
         schedule.step()
         seconds += time.perf_counter() - started
-        paid += price(slsam, costs, window, result)
+        paid += price(slsam, costs, window, result) * of_all_weights
         for arm in result.active:
             updates[arm] += 1
         if step > steps * _AVERAGED and step % _AVERAGED_EVERY == 0:
@@ -108,9 +114,16 @@ class _Judge:
         return score(self._model, some, predicts_tokens=self._predicts_tokens).loss
 
 
-def build(data: Data, setting: Setting, seed: int) -> nn.Module:
-    """The model at its start."""
+def build(data: Data, setting: Setting, seed: int, *, lora: int = 0) -> nn.Module:
+    """The model at its start; of LoRA, with adapters of this rank at every product of the blocks, and the head."""
     model = data.build_model(seed)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        at = ["query_key_value", "mix", "up", "down"]
+        model = get_peft_model(
+            model, LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=at, modules_to_save=["head"])
+        )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = setting.dropout
@@ -166,6 +179,14 @@ def price(slsam: SLSAM, costs: CostModel, window: Sequence[Batch], result: StepR
         reads_ascent = make_combination(config.descend_along).reads_ascent
         ascended = {*result.perturbed, *(result.active if reads_ascent else ())}
     return costs.price(ascended, result.active, slsam.workload(window))
+
+
+def flops(model: nn.Module, batch: Batch, loss_fn: Any) -> float:
+    """Of a forward and a backward."""
+    with FlopCounterMode(display=False) as counter:
+        loss_fn(model, batch).backward()
+    model.zero_grad()
+    return float(counter.get_total_flops())
 
 
 @torch.no_grad()

@@ -255,6 +255,17 @@ def test_a_trial_keeps_three_checkpoints(tiny: str, monkeypatch: pytest.MonkeyPa
     assert again["checkpoints"] == found["checkpoints"]
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_adapters_are_priced_as_a_share_of_adamw_on_all_weights(tiny: str) -> None:
+    setting = Setting(learning_rate=1e-2, rho=0.05, share=0.1)
+    found = {
+        name: long_run.run_trial(Trial(task=tiny, candidate=name, setting=setting, seed=1))
+        for name in ("lora", "lora_sam")
+    }
+    assert 1.1 < found["lora"]["price"] < 1.5  # in a model as narrow as this, adapters cost more than they save
+    assert found["lora_sam"]["price"] == pytest.approx(2 * found["lora"]["price"], rel=0.02)
+
+
 def test_a_study_is_tuned_reported_and_not_made_twice(
     tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
