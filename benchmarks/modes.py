@@ -61,12 +61,16 @@ REFERENCES = (ADAMW_MODE, DENSE_SAM)
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a step did. `active` is None where all arms took part; seconds are 0 where there is no such pass."""
+    """What a step did. `active` is None where all arms took part; seconds are 0 where there is no such pass.
+
+    `result` is what SL-SAM reported.
+    """
 
     loss: Tensor | float
     active: tuple[int, ...] | None = None
     ascent_seconds: float = 0.0
     descent_seconds: float = 0.0
+    result: slsam_ds.StepResult | None = None
 
 
 class Training(Protocol):
@@ -106,7 +110,7 @@ def build(mode: Mode, model: nn.Module, setup: Setup) -> Training:
 
 
 class Stock:
-    """AdamW on the engine as it comes: DeepSpeed's loop, or torch's over a sharded module."""
+    """AdamW on the engine as it comes: DeepSpeed's loop, or torch's over a module, sharded or whole."""
 
     def __init__(self, model: nn.Module, setup: Setup) -> None:
         self.model, self._setup = model, setup
@@ -116,7 +120,7 @@ class Stock:
         if setup.engine == "fsdp2":
             shard(model, setup)
         self.optimizer = optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        if setup.engine != "fsdp2":
+        if setup.engine.startswith("zero"):
             self._engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._config)
             self.optimizer = getattr(zero, "optimizer", zero)
 
@@ -141,7 +145,7 @@ class Stock:
     def gradient_bytes(self) -> int:
         """Whole gradients until they are reduced, in ZeRO-2 and 3 a bucket at a time; then this rank's shards."""
         whole = self._gradient_bytes
-        if self._setup.engine in ("zero0", "zero1"):
+        if self._setup.engine in ("local", "zero0", "zero1"):
             return whole
         bucket = self._config["zero_optimization"].get("reduce_bucket_size", whole) * self._setup.torch_dtype.itemsize
         return max(min(whole, bucket), whole // self._setup.world_size)
@@ -190,7 +194,7 @@ class Ours:
         if setup.engine == "fsdp2":
             shard(model, setup)
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        if setup.engine == "fsdp2":
+        if not setup.engine.startswith("zero"):
             self.slsam = slsam_ds.SLSAM(model, optimizer, config)
             self.optimizer, self._step = optimizer, self.slsam.step
         else:
@@ -208,6 +212,7 @@ class Ours:
             active=result.active,
             ascent_seconds=result.ascent_seconds,
             descent_seconds=result.descent_seconds,
+            result=result,
         )
 
     def price(self, costs: CostModel, window: Window, step: Step) -> float:
@@ -227,8 +232,8 @@ def shard(model: nn.Module, setup: Setup) -> None:
     """`fully_shard` on each block, then on the whole, as FSDP2's own documentation does it."""
     mesh = init_device_mesh(setup.device, (setup.world_size,))
     for block in model.get_submodule("model.layers"):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, **setup.shard_policy)
+    fully_shard(model, mesh=mesh, **setup.shard_policy)
 
 
 def optimizer_bytes(training: Training) -> int:
