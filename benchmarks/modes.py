@@ -193,7 +193,7 @@ class Ours:
         deepspeed_config = setup.deepspeed_config(num_weights(model))
         if setup.engine == "fsdp2":
             shard(model, setup)
-        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
         if not setup.engine.startswith("zero"):
             self.slsam = slsam_ds.SLSAM(model, optimizer, config)
             self.optimizer, self._step = optimizer, self.slsam.step

@@ -1,9 +1,11 @@
 """What a part of the run is given."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch.distributed.fsdp import FSDPModule
 
 from benchmarks.gpu.records import Records
 from tests.ranks import run_on_ranks
@@ -13,6 +15,11 @@ _START = 20.0  # seconds in which ranks import what they need
 
 class FailedError(AssertionError):
     """A part ran, and what it found is not as it should be."""
+
+
+def has_fsdp2() -> bool:
+    """Whether torch is new enough for our engine on it."""
+    return hasattr(FSDPModule, "reset_iter_state")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +56,17 @@ class Job:
     def seconds_to_live(self) -> float:
         """Until the part's ranks are ended."""
         return max(1.0, self.dies - time.monotonic())
+
+    def engines(self, *names: str) -> Sequence[str]:
+        """Those of the engines that there are here, with a row for each that is left out."""
+        missing: dict[str, str] = {}
+        if not has_fsdp2():
+            missing["fsdp2"] = "needs torch 2.13"
+        if self.ranks > 1:
+            missing["local"] = "AdamW's gradients would stay apart on several ranks"
+        for name in missing.keys() & set(names):
+            self.add(engine=name, left_out=missing[name])
+        return [name for name in names if name not in missing]
 
     def add(self, **found: Any) -> None:
         """A row of this part."""

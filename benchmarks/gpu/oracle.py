@@ -22,11 +22,6 @@ product is not the kernel that the reference's is: 2^-8 of an element of ε, whi
 
 # ZeRO-3 comes last: DeepSpeed exchanges torch's linear function for the whole process.
 _ENGINES = ("local", "zero1", "zero2", "fsdp2", "zero3")
-_FLOAT32 = [LlamaSetup(engine=engine, accumulation=2) for engine in _ENGINES]
-_BFLOAT16 = [  # a local engine has no masters
-    Setup(engine=engine, accumulation=2, **({"fsdp": MIXED} if engine == "fsdp2" else {"dtype": torch.bfloat16}))
-    for engine in _ENGINES[1:]
-]
 
 
 def run(job: Job) -> None:
@@ -36,7 +31,7 @@ def run(job: Job) -> None:
         FailedError: Some do not follow.
     """
     exactly()
-    setups = [setup for engine in _ENGINES for setup in (*_FLOAT32, *_BFLOAT16) if setup.engine == engine]
+    setups = [setup for engine in job.engines(*_ENGINES) for setup in _setups_of(engine)]
     per_rank = job.on_ranks(follow_each, setups)
     failed = []
     for number, setup in enumerate(setups):
@@ -47,6 +42,15 @@ def run(job: Job) -> None:
         failed += [f"{setup.engine} in {precision}"] if problem else []
     if failed:
         raise FailedError(f"these do not follow the reference: {', '.join(failed)}")
+
+
+def _setups_of(engine: str) -> list[Setup]:
+    """In float32; and in bfloat16 where there are masters, which a local engine has none of."""
+    found: list[Setup] = [LlamaSetup(engine=engine, accumulation=2)]
+    if engine != "local":
+        low: dict[str, Any] = {"fsdp": MIXED} if engine == "fsdp2" else {"dtype": torch.bfloat16}
+        found.append(Setup(engine=engine, accumulation=2, **low))
+    return found
 
 
 def exactly() -> None:

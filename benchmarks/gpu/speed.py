@@ -21,8 +21,8 @@ _SHARE = 0.5
 
 
 def run(job: Job) -> None:
-    """A row for each mode. All are in memory at once: without an engine, 6 bytes a weight of each."""
-    engine = "local" if job.ranks == 1 else "fsdp2"
+    """A row for each mode. All are in memory at once: on one card, without an engine, 6 bytes a weight each."""
+    engine = "local" if job.ranks == 1 else "zero2"
     setup = dataclasses.replace(_TOY if job.toy else LARGE, engine=engine, world_size=job.ranks)
     effort = Effort(
         rounds=4 if job.toy else 60,

@@ -33,7 +33,7 @@ def run(job: Job) -> None:
     `reads` are numbers that Python took of tensors, of Adam's step counters on the host, too; only `waits` cost time.
     """
     setup = dataclasses.replace(_TOY if job.toy else _SETUP, world_size=job.ranks)
-    engines = (*(["local"] if job.ranks == 1 else []), "zero2", "fsdp2", "zero3")
+    engines = job.engines("local", "zero2", "fsdp2", "zero3")
     job.on_ranks(count_each, job, [dataclasses.replace(setup, engine=engine) for engine in engines])
 
 
