@@ -25,7 +25,7 @@ from slsam_ds.recipes import PRESETS
 
 _MODES = (ADAMW_MODE, DENSE_SAM, *(Mode(name=name, knobs=PRESETS[name]) for name in ("depth_price", "single_pass")))
 _RATE = 1e-4
-_MOST_STEPS, _TOY_STEPS, _TOY_BLOCKS = 1000, 4, 2
+_MOST_STEPS, _TOY_STEPS, _TOY_BLOCKS = 1000, 4, 3
 _NUM_WARMUP = 3
 _NUM_POINTS = 5
 _SHARE = 0.85
@@ -44,7 +44,7 @@ def run(job: Job) -> None:
 
 def train(job: Job) -> None:
     """Runs on every rank."""
-    task = dataclasses.replace(TASKS["docstrings"], batch=1 if job.toy else 16)
+    task = dataclasses.replace(TASKS["docstrings"], batch=4 if job.toy else 16)
     data = docstrings(num_train=64 if job.toy else 4000)
     setup = Setup(device=job.device, engine="zero2", dtype="bfloat16", world_size=job.ranks, batch=task.batch)
     trainings = {mode.name: build(mode, _model(data, job), setup) for mode in _MODES}

@@ -49,7 +49,7 @@ class Records:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def _sections(self) -> list[str]:
-        """Of each part, its rows with the same columns as a table."""
+        """Of each part: a table of neighbours with the same columns, and a line where there is but one."""
         found = self.rows()
         sections = []
         for part in dict.fromkeys(row["part"] for row in found):
@@ -57,13 +57,18 @@ class Records:
             header: list[str] = []
             for row in (row for row in found if row["part"] == part):
                 columns = [name for name in row if name not in _OF_LINE]
-                if columns != header:
-                    header = columns
-                    sections.append(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
-                sections.append(f"| {' | '.join(_cell(row[name]) for name in columns)} |\n")
+                cells = [_cell(row[name]) for name in columns]
+                if len(columns) == 1:
+                    sections.append(f"\n{columns[0].replace('_', ' ').capitalize()}: {cells[0]}\n")
+                    columns = []
+                else:
+                    if columns != header:
+                        sections.append(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n")
+                    sections.append(f"| {' | '.join(cells)} |\n")
                 if row.get("traceback"):
                     sections.append(f"\n```\n{row['traceback'].strip()}\n```\n")
-                    header = []
+                    columns = []
+                header = columns
         return sections
 
 

@@ -57,7 +57,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert failed["failed"].startswith("AttributeError: ")
     assert "Traceback" in failed["traceback"]
     report = (tmp_path / "report.md").read_text()
-    assert "| AttributeError: " in report
+    assert "\nFailed: AttributeError: " in report
     assert "\n```\nTraceback" in report
 
 
