@@ -19,7 +19,13 @@ def run(job: Job) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cores = len(os.sched_getaffinity(0))
     cuda = torch.version.cuda or "none"
-    job.add(system=platform.platform(), cores=cores, memory_gb=memory, cuda=cuda, nvcc=shutil.which("nvcc") or "none")
+    job.add(
+        system=f"{platform.system()} {platform.machine()}",
+        cores=cores,
+        memory_gb=memory,
+        cuda=cuda,
+        nvcc=shutil.which("nvcc") or "none",
+    )
     if job.device == "cuda":
         for number in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(number)
