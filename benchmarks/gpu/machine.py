@@ -14,8 +14,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft", "datase
 
 def run(job: Job) -> None:
     """A row for the software, one for the machine, and one for each card."""
-    found = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
-    job.add(python=platform.python_version(), **{name: found.get(name, "none") for name in _PACKAGES})
+    job.add(python=platform.python_version(), **{name: _version(name) for name in _PACKAGES})
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cores = len(os.sched_getaffinity(0))
     cuda = torch.version.cuda or "none"
@@ -32,3 +31,10 @@ def run(job: Job) -> None:
             version = f"{card.major}.{card.minor}"
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
             job.add(card=card.name, memory_gb=card.total_memory / 1e9, capability=version, nccl=nccl)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "none"
