@@ -17,6 +17,8 @@ BASE ?= HEAD
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 NEWEST := .venv-newest
 WITH_NEWEST := env -u TORCH_EXTENSIONS_DIR $(MAKE) VENV=$(NEWEST) CONSTRAINTS=$(NEWEST).txt
+# The Python of the machine that `make gpu-wheels` is for.
+GPU_PYTHON ?= 3.12
 # Rows of tests/versions/rows.toml for `make test-versions`; none: all.
 ROWS ?=
 
@@ -25,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench evidence evidence-quick evidence-screen evidence-frontier soak package lint format type clean
+.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench gpu gpu-wheels evidence evidence-quick evidence-screen evidence-frontier soak package lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +71,12 @@ constraints:  ## renew constraints.txt: the newest versions, of torch TORCH's, o
 
 bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
 	python -m benchmarks
+
+gpu: $(INSTALLED)  ## what only a card can show: eight minutes on one of 80 GB or more; writes outputs/gpu
+	python -m benchmarks.gpu
+
+gpu-wheels: $(INSTALLED)  ## what a machine with a card but no package index may lack, into outputs/gpu-wheels
+	python -m benchmarks.gpu.wheels --python $(GPU_PYTHON)
 
 evidence: $(INSTALLED)  ## methods x tasks x seeds: makes the runs that docs/evidence lacks; many hours
 	python -m benchmarks.evidence

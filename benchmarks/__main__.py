@@ -20,7 +20,7 @@ from benchmarks.measure import Effort
 from benchmarks.modes import FINE_TUNING, MODES
 from benchmarks.report import SECTIONS, write_report
 from benchmarks.results import save
-from benchmarks.setup import ENGINES, Setup
+from benchmarks.setup import ENGINES, QUIET, Setup
 from tests.ranks import RankFailedError
 
 _EXIT_CODE = 2  # what argparse returns on a usage error
@@ -48,8 +48,6 @@ examples:
   python -m benchmarks --device cuda --preset large                 # one GPU of 141 GB
   python -m benchmarks --device cuda --preset large --world-size 8 --together 10
 """
-
-_QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
 _TOGETHER = {"small": len(MODES), "large": 4}
 """Modes in memory at once. Of the large preset, four take 100 GB on one GPU, and less on each of several."""
@@ -81,8 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
         return _EXIT_CODE
-    # Ranks inherit these: torch's profiler would tell of every start and stop, and of memory older than itself.
-    for name, value in _QUIET.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     folder = options.output or Path("docs/benchmarks", *(["cuda"] if setup.device == "cuda" else []))
     failed = []
@@ -153,6 +150,8 @@ def _problem(setup: Setup, options: argparse.Namespace) -> str | None:
         num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if setup.world_size > num_gpus:
             return f"--device cuda with {setup.world_size} ranks: {num_gpus} GPUs are here; choose --world-size or cpu"
+    if setup.engine == "local" and setup.world_size > 1:
+        return f"--engine local with {setup.world_size} ranks: AdamW's gradients stay apart; choose --world-size 1"
     if setup.hidden % 32:
         return f"--hidden {setup.hidden}: choose a multiple of 32 (of 64, where heads of 64 are wanted)"
     if options.together is not None and options.together < 3:

@@ -56,7 +56,7 @@ def _measure(setup: Setup, effort: Effort) -> dict[str, Any]:
                 seconds, step = timed_step(training, window, setup, loss_fn=watch.timed("forward", model_loss))
             if number > effort.warmup:
                 steps[name].append({**watch.seconds, "rest": seconds - sum(watch.seconds.values()), "all": seconds})
-                prices[name].append(training.price(costs, window, step))
+                prices[name].append(training.price(costs[name], window, step))
     return {
         name: {
             "flops": statistics.mean(prices[name]),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.engine_costs import Memory
+from benchmarks.engine_costs import Memory, num_bytes
 from benchmarks.modes import LossFunction, Mode, Ours, Step, Training, build, num_weights, optimizer_bytes
 from benchmarks.prices import count_costs
 from benchmarks.setup import Setup, Window
@@ -34,6 +34,7 @@ class Effort:
         rounds: Steps of each mode on the clock.
         counted: Steps of each mode with bytes, FLOPs and memory counted, off the clock.
         bytes_only: Count nothing but bytes, which is quick.
+        seconds: After which no further round begins; the second one always does. None: all of them do.
         seed: Of the order within rounds.
         timeout: Seconds for all of it.
     """
@@ -42,6 +43,7 @@ class Effort:
     warmup: int = 2
     counted: int = 0
     bytes_only: bool = False
+    seconds: float | None = None
     seed: int = 0
     timeout: float = 3600
 
@@ -57,13 +59,15 @@ class Measured:
         ascent_seconds: Of `seconds`, as the step reports it.
         descent_seconds: Likewise.
         losses: Over all ranks, at the weights or, with an ascent, at the perturbed weights.
-        counted_flops: Of the counted steps, in FLOPs of AdamW's.
+        flops: Of the counted steps, on this rank.
+        counted_flops: The same in FLOPs of AdamW's.
         counted_prices: What the price list says of those.
         activations: What a micro-batch's forward saves for backward. Bytes.
         gradients: Held at the end of a backward or after reduction. Bytes.
         peak: Highest memory within a step, above what is held between steps. Bytes.
         reduce: Sent into reductions. Bytes.
         gather: Received by gathers. Bytes.
+        weights: As forward reads them. Bytes.
         optimizer: State and master weights. Bytes.
     """
 
@@ -73,6 +77,7 @@ class Measured:
     ascent_seconds: list[float] = field(default_factory=list)
     descent_seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
     counted_flops: list[float] = field(default_factory=list)
     counted_prices: list[float] = field(default_factory=list)
     activations: list[int] = field(default_factory=list)
@@ -80,6 +85,7 @@ class Measured:
     peak: list[int] = field(default_factory=list)
     reduce: list[int] = field(default_factory=list)
     gather: list[int] = field(default_factory=list)
+    weights: int = 0
     optimizer: int = 0
 
 
@@ -114,7 +120,11 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
     costs = count_prices(trainings, data(0))
     order = random.Random(effort.seed)
     last = effort.warmup + effort.rounds
+    started = time.monotonic()
     for number in range(1, last + 1):
+        if effort.seconds is not None and number > effort.warmup + 2 and _is_over(started + effort.seconds, setup):
+            last = number - 1
+            break
         window = data(number)
         # In another order each time, the same on all ranks: nobody always runs in the wake of the same neighbour.
         for name in order.sample(list(trainings), len(trainings)):
@@ -122,7 +132,7 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
             if number > effort.warmup:
                 one = found[name]
                 one.seconds.append(seconds)
-                one.prices.append(trainings[name].price(costs, window, step))
+                one.prices.append(trainings[name].price(costs[name], window, step))
                 one.ascent_seconds.append(step.ascent_seconds)
                 one.descent_seconds.append(step.descent_seconds)
                 one.losses.append(float(step.loss))
@@ -139,18 +149,26 @@ def measure(setup: Setup, modes: Sequence[Mode], effort: Effort) -> tuple[list[M
         for name, training in trainings.items():  # the first is AdamW
             flops, step = counted_step(training, window, setup, found[name])
             adamw = adamw or flops
+            found[name].flops.append(flops)
             found[name].counted_flops.append(flops / adamw)
-            found[name].counted_prices.append(training.price(costs, window, step))
+            found[name].counted_prices.append(training.price(costs[name], window, step))
     for name, training in trainings.items():
+        found[name].weights = num_bytes(training.model.parameters())
         found[name].optimizer = optimizer_bytes(training)
         found[name].losses = _mean_over_ranks(found[name].losses, setup)  # stock loops know their rank's own
     return list(found.values()), weights
 
 
-def count_prices(trainings: dict[str, Training], window: Window) -> CostModel:
-    """What samples cost on this model and these data."""
-    slsam = next(training for training in trainings.values() if isinstance(training, Ours)).slsam
-    return count_costs(slsam, window[0])
+def count_prices(trainings: dict[str, Training], window: Window) -> dict[str, CostModel]:
+    """What samples cost on this model and these data, by mode; counted once for modes that have the same arms."""
+    ours = {name: training for name, training in trainings.items() if isinstance(training, Ours)}
+    arms = {name: tuple(layer.name for layer in training.slsam.layers) for name, training in ours.items()}
+    of_arms: dict[tuple[str, ...], CostModel] = {}
+    for name, training in ours.items():
+        if arms[name] not in of_arms:
+            of_arms[arms[name]] = count_costs(training.slsam, window[0])
+    first = next(iter(of_arms.values()))  # whatever the arms are, together they cost the same
+    return {name: of_arms[arms[name]] if name in arms else first for name in trainings}
 
 
 def timed_step(
@@ -216,6 +234,13 @@ class Peak:
         for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
             level += event.nbytes()
             self.bytes = max(self.bytes, level)
+
+
+def _is_over(deadline: float, setup: Setup) -> bool:
+    """On the first rank's clock, so that all ranks stop together."""
+    over = torch.tensor(time.monotonic() > deadline, dtype=torch.uint8, device=setup.device)
+    dist.broadcast(over, 0)
+    return bool(over)
 
 
 def _mean_over_ranks(values: Sequence[float], setup: Setup) -> list[float]:

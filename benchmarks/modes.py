@@ -1,7 +1,6 @@
 """The ways to train that are compared, all behind one `step`: stock AdamW, dense SAM twice, and SL-SAM's settings."""
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -64,14 +63,14 @@ REFERENCES = (ADAMW_MODE, DENSE_SAM)
 class Step:
     """What a step did. `active` is None where all arms took part; seconds are 0 where there is no such pass.
 
-    `price` is the step's own account, in which weights may stand for FLOPs.
+    `result` is what SL-SAM reported.
     """
 
     loss: Tensor | float
     active: tuple[int, ...] | None = None
-    price: float | None = None
     ascent_seconds: float = 0.0
     descent_seconds: float = 0.0
+    result: slsam_ds.StepResult | None = None
 
 
 class Training(Protocol):
@@ -111,7 +110,7 @@ def build(mode: Mode, model: nn.Module, setup: Setup) -> Training:
 
 
 class Stock:
-    """AdamW on the engine as it comes: DeepSpeed's loop, or torch's over a sharded module."""
+    """AdamW on the engine as it comes: DeepSpeed's loop, or torch's over a module, sharded or whole."""
 
     def __init__(self, model: nn.Module, setup: Setup) -> None:
         self.model, self._setup = model, setup
@@ -121,7 +120,7 @@ class Stock:
         if setup.engine == "fsdp2":
             shard(model, setup)
         self.optimizer = optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        if setup.engine != "fsdp2":
+        if setup.engine.startswith("zero"):
             self._engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self._config)
             self.optimizer = getattr(zero, "optimizer", zero)
 
@@ -146,7 +145,7 @@ class Stock:
     def gradient_bytes(self) -> int:
         """Whole gradients until they are reduced, in ZeRO-2 and 3 a bucket at a time; then this rank's shards."""
         whole = self._gradient_bytes
-        if self._setup.engine in ("zero0", "zero1"):
+        if self._setup.engine in ("local", "zero0", "zero1"):
             return whole
         bucket = self._config["zero_optimization"].get("reduce_bucket_size", whole) * self._setup.torch_dtype.itemsize
         return max(min(whole, bucket), whole // self._setup.world_size)
@@ -194,8 +193,8 @@ class Ours:
         deepspeed_config = setup.deepspeed_config(num_weights(model))
         if setup.engine == "fsdp2":
             shard(model, setup)
-        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        if setup.engine == "fsdp2":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+        if not setup.engine.startswith("zero"):
             self.slsam = slsam_ds.SLSAM(model, optimizer, config)
             self.optimizer, self._step = optimizer, self.slsam.step
         else:
@@ -211,15 +210,13 @@ class Ours:
         return Step(
             loss=result.loss,
             active=result.active,
-            price=result.price,
             ascent_seconds=result.ascent_seconds,
             descent_seconds=result.descent_seconds,
+            result=result,
         )
 
     def price(self, costs: CostModel, window: Window, step: Step) -> float:
         assert step.active is not None
-        if len(costs.weight_gradient) != len(self.slsam.layers):  # counted for arms of another kind
-            return step.price if step.price is not None else math.nan
         return costs.prices(self.slsam.workload(window)).of(step.active)
 
     def gradient_bytes(self) -> None:
@@ -235,8 +232,8 @@ def shard(model: nn.Module, setup: Setup) -> None:
     """`fully_shard` on each block, then on the whole, as FSDP2's own documentation does it."""
     mesh = init_device_mesh(setup.device, (setup.world_size,))
     for block in model.get_submodule("model.layers"):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, **setup.shard_policy)
+    fully_shard(model, mesh=mesh, **setup.shard_policy)
 
 
 def optimizer_bytes(training: Training) -> int:

@@ -7,12 +7,16 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, LlamaConfig
 
 from slsam_ds.cli.data import Columns, Encoder
 from slsam_ds.cli.demo import build_datasets, load_demo_model
 
-ENGINES = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+ENGINES = ("local", "zero0", "zero1", "zero2", "zero3", "fsdp2")
+
+QUIET = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+"""Environment of ranks: torch's profiler would tell of every start and stop, and of memory older than itself."""
 
 Window = list[dict[str, Tensor]]
 Data = Callable[[int], Window]
@@ -28,23 +32,29 @@ class Setup:
         blocks: Layers of the model; of the demo's model, at most this many.
         hidden: Its width.
         intermediate: Width of its MLPs; None: 2.7 times `hidden`.
+        heads: Of its attention; None: as many as are 64 wide, or 32 where the width asks for that.
+        key_value_heads: Heads of keys and values; None: `heads`.
         vocabulary: Number of tokens it knows.
+        checkpointed: Activations are computed again in backward.
         batch: Samples of a micro-batch, per rank.
         length: Tokens of a sample; of the demo's data, at most.
         accumulation: Micro-batches of a step.
         active: Share of layers that a step of SL-SAM trains.
         rho: Perturbation radius.
-        engine: One of `ENGINES`.
+        engine: One of `ENGINES`. "local": no engine, one rank.
         world_size: Ranks.
         device: "cpu": ranks of one thread, over gloo; "cuda": one GPU each, over NCCL.
-        dtype: Of the weights that forward reads.
+        dtype: Of the weights that forward reads. "mixed": FSDP2 casts float32 shards to bfloat16.
     """
 
     task: Literal["tokens", "docstrings"] = "tokens"
     blocks: int = 16
     hidden: int = 320
     intermediate: int | None = None
+    heads: int | None = None
+    key_value_heads: int | None = None
     vocabulary: int = 8192
+    checkpointed: bool = False
     batch: int = 4
     length: int = 128
     accumulation: int = 1
@@ -53,12 +63,19 @@ class Setup:
     engine: str = "zero2"
     world_size: int = 2
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype`, for torch."""
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+        """Of the weights as the optimizer's owner holds them."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
+    def shard_policy(self) -> dict[str, Any]:
+        """Further arguments of `fully_shard`."""
+        if self.dtype != "mixed":
+            return {}
+        return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
 
     def describe(self) -> str:
         """For the report."""
@@ -71,7 +88,7 @@ class Setup:
         return f"{model}, {self.active:.0%} active, {self.engine}, {ranks}, {self.dtype}, {tokens}{window}"
 
     def build(self) -> tuple[nn.Module, Data]:
-        """The model on the CPU, the same on every rank, and the data."""
+        """The model, the same on every rank, and the data."""
         return self._docstrings() if self.task == "docstrings" else (self._llama(), self._tokens)
 
     def deepspeed_config(self, num_weights: int) -> dict[str, Any]:
@@ -80,7 +97,7 @@ class Setup:
         A bucket is no larger than the model: DeepSpeed takes the memory for it, whether it fills it or not.
         """
         bucket = min(50_000_000, num_weights)
-        stage = int(self.engine.removeprefix("zero")) if self.engine != "fsdp2" else 0
+        stage = int(self.engine.removeprefix("zero")) if self.engine.startswith("zero") else 0
         zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
         if stage == 3:
             # A model of a benchmark on the CPU would stay gathered whole: of a real one, the norms do.
@@ -94,19 +111,29 @@ class Setup:
             "zero_optimization": zero,
         }
 
-    def _llama(self) -> nn.Module:
-        config = LlamaConfig(
+    def llama_config(self) -> LlamaConfig:
+        """Of the Llama of these sizes."""
+        heads = self.heads or (max(1, self.hidden // 64) if self.hidden % 64 == 0 else self.hidden // 32)
+        return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate or self.hidden * 27 // 10,
             num_hidden_layers=self.blocks,
-            num_attention_heads=max(1, self.hidden // 64) if self.hidden % 64 == 0 else self.hidden // 32,
+            num_attention_heads=heads,
+            num_key_value_heads=self.key_value_heads or heads,
             max_position_embeddings=max(2048, self.length),
             attn_implementation="sdpa",
             use_cache=False,
         )
+
+    def _llama(self) -> nn.Module:
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).to(self.torch_dtype).train()
+        with torch.device(self.device):  # billions of random numbers take a GPU less than a second
+            model = AutoModelForCausalLM.from_config(self.llama_config(), dtype=self.torch_dtype)
+        if self.checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.disable_input_require_grads()  # else backward runs through every block: docs/estimate.md
+        return model.train()
 
     def _tokens(self, step: int) -> Window:
         """Tokens that can be learned: each is the one before plus a constant of the sample."""

@@ -35,7 +35,7 @@ def score(model: nn.Module, batches: Sequence[dict[str, Tensor]], *, predicts_to
     model.eval()
     answers = [_answers(model, batch, predicts_tokens=predicts_tokens) for batch in batches]
     model.train(was_training)
-    each_loss, confidence, right = (torch.cat(each).double() for each in zip(*answers, strict=True))
+    each_loss, confidence, right = (torch.cat(each).double().cpu() for each in zip(*answers, strict=True))
     return Score(
         loss=float(each_loss.mean()),
         accuracy=float(right.mean()),

@@ -106,8 +106,12 @@ def _language(rows: Mapping[Part, Sequence[Sample]], *, length: int, num_train: 
     )
 
 
-def _docstrings() -> Data:
-    """From a function of the standard library to its docstring; whole packages are held out. Three epochs over few."""
+def docstrings(num_train: int = 48) -> Data:
+    """From a function of the standard library to its docstring; whole packages are held out.
+
+    Args:
+        num_train: At most so many samples to train on: by default few, for three epochs.
+    """
     training, held_out = build_datasets(num_validation=10_000)
     rows = _shuffled(held_out)
     packages = sorted({package_of(row["module"]) for row in rows})
@@ -117,7 +121,7 @@ def _docstrings() -> Data:
         "validation": [row for row in rows if package_of(row["module"]) in validation],
         "test": [row for row in rows if package_of(row["module"]) not in validation],
     }
-    return _language(parts, length=128, num_train=48)
+    return _language(parts, length=128, num_train=num_train)
 
 
 def _headers() -> Data:
@@ -253,7 +257,7 @@ TASKS = {
             name="docstrings",
             title="SmolLM2-135M writes docstrings",
             steps=36,
-            load=functools.cache(_docstrings),
+            load=functools.cache(docstrings),
         ),
         _writing(
             name="headers",
