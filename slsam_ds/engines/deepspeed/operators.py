@@ -83,7 +83,7 @@ def find_operator(builder_name: str, missing: Sequence[str]) -> Operator:
     if type(builder).__name__ in ("NoneType", "NotImplementedBuilder"):  # accelerators say it in different ways
         name = builder_name.removesuffix("Builder")
         return Operator(name, "cannot be built", f"DeepSpeed has none for {get_accelerator().device_name()}")
-    if installed_ops.get(builder.name) and accelerator_name == get_accelerator()._name:
+    if installed_ops.get(builder.name) and accelerator_name == get_accelerator().device_name():
         return Operator(builder.name, "built")
     if missing:
         return Operator(builder.name, "cannot be built", f"not here: {', '.join(missing)}")
