@@ -234,13 +234,13 @@ RECIPES: Mapping[str, Recipe] = {
         read="code",
     ),
     "by_layer": Recipe(
-        knobs={**_DENSE, "metric": "by_layer", "rho": 0.01},
+        knobs={**_DENSE, "metric": "by_layer", "rho": 0.001},
         formula="P = U = all; in each layer eps = rho ||w|| g / ||g||",
         source="its formula; compare mu-P2, Haas et al. 2024",
         read="formula alone",
     ),
     "adam_geometry": Recipe(
-        knobs={**_DENSE, "metric": "preconditioned"},
+        knobs={**_DENSE, "metric": "preconditioned", "rho": 0.001},
         formula="P = U = all; eps = rho g / D / ||g / D^(1/2)||, D = sqrt(v) + 1e-8 of Adam",
         source="ours; compare LightSAM",
         read="formula alone",
