@@ -45,6 +45,7 @@ def draw_frontier(path: Path, trials: Trials, task: str, costs: Mapping[str, Ste
         figure = Figure(figsize=(7 * len(prices), 5), layout="constrained")
         panels = figure.subplots(1, len(prices), sharey=True, squeeze=False)[0]
         for axes, (title, price) in zip(panels, prices.items(), strict=True):
+            axes.margins(x=0.12)  # names are to the right of their points
             _draw(axes, points, price)
             _draw_adamw(axes, trials, task, price)
             axes.set_xlabel(title)

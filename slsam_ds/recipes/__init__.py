@@ -234,7 +234,7 @@ RECIPES: Mapping[str, Recipe] = {
         read="code",
     ),
     "by_layer": Recipe(
-        knobs={**_DENSE, "metric": "by_layer", "rho": 0.001},
+        knobs={**_DENSE, "metric": "by_layer", "rho": 0.0001},
         formula="P = U = all; in each layer eps = rho ||w|| g / ||g||",
         source="its formula; compare mu-P2, Haas et al. 2024",
         read="formula alone",
