@@ -59,7 +59,10 @@ def take_bad(training: Training, case: Case, step: int, *, during: str) -> StepR
     def act(loss: Tensor) -> Tensor:
         return loss * float("nan") if training.rank == 1 else loss
 
-    call = 1 if during == "first pass" else case.accumulation + 1
+    at_weights = case.accumulation
+    if case.slsam.get("ascent_fraction", 1.0) * case.accumulation < 1:  # samples run apart from the window
+        at_weights += 1
+    call = 1 if during == "first pass" else at_weights + 1
     result: StepResult = spoil(training.step, training.window(step), call, act, perturbed=perturbed, updated=updated)
     return result
 
