@@ -1,7 +1,6 @@
 """The forwards and backwards of a step: over the window, or over the part of it that the ascent takes."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slsam_ds.model.micro_batches import ascent_part, first_samples
+from slsam_ds.model.micro_batches import ascent_part, first_samples, is_whole
 from slsam_ds.model.prefix import Prefix
 from slsam_ds.plan import Plan
 from slsam_ds.protocol import Engine
@@ -68,11 +67,11 @@ class Passes:
     ) -> None:
         self._engine, self._plan, self._prefix = engine, plan, prefix
         self._window, self._climbed = window, _climbed_of(window, plan, sizes)
-        self._descended, is_whole = _descended_of(window, plan, sizes)
-        self.weight_of_part = plan.ascent_fraction if plan.descends_on_part and is_whole else 1.0
-        self.part_is_apart = not is_whole
-        self._descend_on = begin_pass(window if is_whole else self._descended)
-        self._climb_on = begin_pass(self._climbed) if self._climbed is not window or not is_whole else self._descend_on
+        self._descended, in_window = _descended_of(window, plan, sizes)
+        self.weight_of_part = plan.ascent_fraction if plan.descends_on_part and in_window else 1.0
+        self.part_is_apart = not in_window
+        self._descend_on = begin_pass(window if in_window else self._descended)
+        self._climb_on = begin_pass(self._climbed) if self._climbed is not window or not in_window else self._descend_on
         # The comparison starts here and is awaited before the first gradient travels: it hides behind the passes.
         self._agreement = engine.ranks.agree(plan.claims, stop=plan.stop)
         self._reusable_everywhere: Callable[[], Sequence[bool]] | None = None
@@ -162,9 +161,9 @@ def _climbed_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) 
     """What of the window the ascent takes."""
     if plan.ascent_fraction == 1 or plan.descends_on_part:
         return window
-    num, share = ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch")
-    size_of = dict(enumerate(sizes or ()))
-    return [first_samples(window[place], share, size_of.get(place)) for place in range(num)]
+    return _first_of(
+        window, *ascent_part(plan.ascent_fraction, len(window), of_each=plan.scope == "micro_batch"), sizes
+    )
 
 
 def _descended_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None) -> tuple[Sequence[Any], bool]:
@@ -172,10 +171,13 @@ def _descended_of(window: Sequence[Any], plan: Plan, sizes: Sequence[int] | None
     if not plan.descends_on_part:
         return window, True
     num, share = ascent_part(plan.ascent_fraction, len(window), of_each=False)
-    if math.isclose(share, 1.0):
-        return window[:num], True
+    return (window[:num], True) if is_whole(share) else (_first_of(window, num, share, sizes), False)
+
+
+def _first_of(window: Sequence[Any], num: int, share: float, sizes: Sequence[int] | None) -> Sequence[Any]:
+    """The first samples of so many micro-batches, this share of each."""
     size_of = dict(enumerate(sizes or ()))
-    return [first_samples(window[place], share, size_of.get(place)) for place in range(num)], False
+    return [first_samples(window[place], share, size_of.get(place)) for place in range(num)]
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ def _own(name: str, title: str, *knobs: Mapping[str, Any], **others: Any) -> Can
     return Candidate(name=name, title=title, knobs=joined, **others)
 
 
+def _corrected(*, every: int) -> Mapping[str, Any]:
+    """In one step of so many, so many times the correction: on average it is there once a step."""
+    return {"ascend_when": {"every": every}, "descend_along": {"corrected": float(every)}}
+
+
 _PAPER = {key: value for key, value in PRESETS["paper"].items() if key != "rho"}
 
 CANDIDATES = {
@@ -122,7 +127,7 @@ CANDIDATES = {
             "every fifth step g + 5 (h - g) of a quarter",
             _ALL,
             _QUARTER,
-            {"ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
+            _corrected(every=5),
             num_micro_batches=4,
         ),
         _own("one_sample", "g + (h - g) of one sample", _ALL, _ONE, {"descend_along": {"corrected": 1.0}}, rho=0.0125),
@@ -131,7 +136,7 @@ CANDIDATES = {
             "every third step g + 3 (h - g) of one sample",
             _ALL,
             _ONE,
-            {"ascend_when": {"every": 3}, "descend_along": {"corrected": 3.0}},
+            _corrected(every=3),
             rho=0.0125,
         ),
         _own(
@@ -139,7 +144,7 @@ CANDIDATES = {
             "every fifth step g + 5 (h - g) of one sample",
             _ALL,
             _ONE,
-            {"ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
+            _corrected(every=5),
             rho=0.0125,
         ),
         _own("previous", "all layers, previous gradient", _ALL, {"ascent_source": "previous"}),

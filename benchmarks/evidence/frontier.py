@@ -14,7 +14,7 @@ from benchmarks.evidence import tuning
 from benchmarks.evidence.candidates import CANDIDATES, Candidate
 from benchmarks.evidence.frontier_report import best, best_of_first, task_table, tuned_losses, write_report
 from benchmarks.evidence.long_run import run_trial
-from benchmarks.evidence.long_tasks import LONG_TASKS
+from benchmarks.evidence.study_arguments import study_parser
 from benchmarks.evidence.trials import MORE_TUNING_SEEDS, TUNING_SEED, Outcome, Setting, Trial, Trials
 from benchmarks.results import describe_machine
 
@@ -87,9 +87,7 @@ def _made(trial: Trial, trials: Trials) -> Outcome:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.frontier", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=LONG_TASKS, metavar="TASK", default=list(LONG_TASKS))
-    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", default=list(CANDIDATES))
+    parser = study_parser("frontier", __doc__, candidates=list(CANDIDATES))
     parser.add_argument(
         "--trials", type=int, default=12, metavar="N", help="of tuning, for each candidate; 0: as dense SAM was tuned"
     )
@@ -98,9 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tuned-in", type=Path, metavar="DIR", help="begin with the tuning that was done there")
     parser.add_argument("--seeds", type=int, default=8, metavar="N", help="of the final runs")
-    parser.add_argument("--output", type=Path, default=Path("docs/evidence"), metavar="DIR")
-    parser.add_argument("--tables-only", action="store_true", help="make no runs, write the report again")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
     return parser
 
 

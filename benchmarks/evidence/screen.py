@@ -19,6 +19,7 @@ from benchmarks.evidence.corrections import Handed, MeanCorrection, Point, Vecto
 from benchmarks.evidence.long_run import MAX_GRAD_NORM, build, count, divided, loss_of, price, wrap
 from benchmarks.evidence.long_tasks import LONG_TASKS
 from benchmarks.evidence.screen_tables import FILE, write_tables
+from benchmarks.evidence.study_arguments import study_parser
 from benchmarks.evidence.tasks import Batch, Data, Task
 from benchmarks.evidence.training import rate_at, training_batches
 from benchmarks.evidence.trials import Setting
@@ -190,13 +191,8 @@ def _windows(task: Task, data: Data) -> list[Batch]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence.screen", description=__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=LONG_TASKS, metavar="TASK", default=list(LONG_TASKS))
-    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, metavar="NAME", default=_CANDIDATES)
+    parser = study_parser("screen", __doc__, candidates=_CANDIDATES)
     parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="RATE", help="of the AdamW run")
-    parser.add_argument("--output", type=Path, default=Path("docs/evidence"), metavar="DIR")
-    parser.add_argument("--tables-only", action="store_true", help="write the tables again")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch")
     return parser
 
 

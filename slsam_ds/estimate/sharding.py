@@ -1,6 +1,5 @@
 """How a run is laid out: what the formulas for memory and traffic start from."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,7 +9,7 @@ from slsam_ds.config import SLSAMConfig
 from slsam_ds.directions import DIRECTIONS
 from slsam_ds.estimate.counting import Counted
 from slsam_ds.estimate.draws import Draw
-from slsam_ds.model.micro_batches import ascent_part
+from slsam_ds.model.micro_batches import ascent_part, is_whole
 from slsam_ds.pricing.cost import Workload
 from slsam_ds.schedules import make_schedule
 
@@ -109,7 +108,7 @@ class StepUse:
     def _part_is_apart(self) -> bool:
         """What the descent takes is run by itself: samples, no whole micro-batches."""
         share = ascent_part(self.config.ascent_fraction, self.setup.num_micro_batches, of_each=False)[1]
-        return not math.isclose(share, 1.0)
+        return not is_whole(share)
 
     @property
     def most_between_reductions(self) -> int:

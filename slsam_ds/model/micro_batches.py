@@ -117,6 +117,11 @@ def ascent_part(fraction: float, num_micro_batches: int, *, of_each: bool) -> tu
     return num, wanted / num
 
 
+def is_whole(share: float) -> bool:
+    """Whether a share of each micro-batch, as `ascent_part` gives it, is all of it."""
+    return math.isclose(share, 1.0)
+
+
 def to_device(nest: Any, device: torch.device) -> Any:
     """The nest on `device`: its tensors, and what knows by itself how to go there, like a `PackedSequence`."""
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.model.layers import LayerMap
-from slsam_ds.model.micro_batches import ascent_part, num_kept
+from slsam_ds.model.micro_batches import ascent_part, is_whole, num_kept
 from slsam_ds.protocol import ALWAYS
 
 _FIRST_REUSED = 2  # blocks below a lowest arm, from which on they are not run again: as `Prefix.below` has it
@@ -130,15 +130,14 @@ class Workload:
             return cls(ascent=0.0, reused=0.0)
         of_each = config.ascent_scope == "micro_batch"
         num, share = ascent_part(config.ascent_fraction, num_micro_batches, of_each=of_each)
-        takes_samples = not math.isclose(share, 1.0)
+        takes_samples = not is_whole(share)
         if num_samples is not None:
             share = num_kept(share, num_samples) / num_samples if num_samples > 0 else 1.0
-        whole = math.isclose(share, 1.0)
         ascent = num * share / num_micro_batches
         if config.descends_on_part:  # samples are run by themselves; whole micro-batches are those of the window
             once_more = ascent if takes_samples else 0.0
             return cls(ascent=1.0 + once_more, reused=ascent if reuses_prefix else 0.0, descent=ascent)
-        return cls(ascent=ascent, reused=ascent if reuses_prefix and whole else 0.0)
+        return cls(ascent=ascent, reused=ascent if reuses_prefix and is_whole(share) else 0.0)
 
     def thinned(self, share: float) -> "Workload":
         """The mean over steps of which only a share ascends."""

@@ -36,6 +36,8 @@ class ZeroStage12Engine(Replicated, ZeroEngine):
 
     def keep_state_at(self, home: torch.device | None) -> None:
         super().keep_state_at(home)
+        if home is None:
+            return
         groups: Sequence[Sequence[Any]] = self._members
         for members, partition in zip(groups, self._partitions(), strict=True):
             for parameter in members:  # `safe_get_full_fp32_param` would read where the masters were
