@@ -1,5 +1,6 @@
 """One trial: a candidate trains on a long task, and every checkpoint that could be kept of it is judged."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -84,20 +85,22 @@ def run_trial(trial: Trial) -> dict[str, Any]:
 
 
 class _Judge:
-    """Looks at a model on its way; test data is looked at only where a checkpoint would be kept."""
+    """Looks at a model on its way, and keeps its best weights. Test data is looked at in the end."""
 
     def __init__(self, task: Task, data: Data, model: nn.Module) -> None:
         self._model, self._predicts_tokens = model, task.predicts_tokens
         self._validation, self._test = batches(data, data.validation, 100), batches(data, data.test, 100)
         self.curve: list[dict[str, float]] = []
-        self._best: dict[str, float] | None = None
+        self._best: dict[str, Tensor] = {}
+        self._best_step, self._best_loss = 0, math.inf
 
     def look(self, step: int) -> None:
         """Note the validation loss, and keep what is the best so far."""
         loss = self._loss(self._validation)
         self.curve.append({"step": step, "loss": loss})
-        if self._best is None or not loss >= self._best["validation"]:
-            self._best = {"step": step, **self.now()}
+        if not loss >= self._best_loss:
+            self._best_step, self._best_loss = step, loss
+            self._best = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
 
     def now(self) -> dict[str, float]:
         """Validation and test loss, and test accuracy, of the weights as they are."""
@@ -105,10 +108,11 @@ class _Judge:
         return {"validation": self._loss(self._validation), "test": test.loss, "accuracy": test.accuracy}
 
     def checkpoints(self) -> dict[str, dict[str, float]]:
-        """The best and the last."""
-        assert self._best is not None
-        is_last = self._best["step"] == self.curve[-1]["step"]
-        return {"best": self._best, "last": dict(self._best) if is_last else self.now()}
+        """The last and the best; the model has the best weights then."""
+        last = self.now()
+        if self._best:  # no loss was finite otherwise
+            self._model.load_state_dict(self._best)
+        return {"last": last, "best": {"step": self._best_step, **self.now()}}
 
     def _loss(self, some: Sequence[Batch]) -> float:
         return score(self._model, some, predicts_tokens=self._predicts_tokens).loss

@@ -4,6 +4,7 @@ Few samples seen many times, wrong labels, and much data seen once: of text and 
 pretrained on other data (`starts`).
 """
 
+import dataclasses
 import functools
 import random
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.evidence import letters
 from benchmarks.evidence.corpus import Part
 from benchmarks.evidence.starts import decoder_shape, decoder_weights, encoded, kept, padded, pretrained, sentences
 from benchmarks.evidence.tasks import VERBS, Batch, Data, Sample, Task
@@ -22,6 +24,10 @@ _PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _RATES = (3e-4, 1e-3, 3e-3)
 _OLD_DIGITS = range(5)
 """What the reader of digits is pretrained on; it is trained on the others."""
+_OLD_LETTERS, _NEW_LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abdeghnqrt"
+"""The same for letters."""
+_NUM_OLD = 8000
+"""Pictures that the reader of letters is pretrained on."""
 
 
 def _prose(libraries: Sequence[str], num_train: int) -> Data:
@@ -36,7 +42,8 @@ def _prose(libraries: Sequence[str], num_train: int) -> Data:
         return {"inputs": padded(ids), "labels": padded(ids, with_=-100)}
 
     most = {"train": num_train, "validation": 300, "test": 600}
-    return _data({part: _shuffled(rows[part])[: most[part]] for part in _PARTS}, collate, decoder_shape(), "decoder")
+    parts = {part: _shuffled(rows[part])[: most[part]] for part in _PARTS}
+    return _data(parts, collate, decoder_shape(), decoder_weights())
 
 
 def _verbs(noise: float) -> Data:
@@ -56,7 +63,7 @@ def _verbs(noise: float) -> Data:
             "labels": torch.tensor([sample["label"] for sample in samples]),
         }
 
-    return _data(parts, collate, decoder_shape(len(VERBS)), "decoder")
+    return _data(parts, collate, decoder_shape(len(VERBS)), decoder_weights())
 
 
 def _digits(num_train: int, noise: float) -> Data:
@@ -68,12 +75,21 @@ def _digits(num_train: int, noise: float) -> Data:
         "validation": samples[400:570],
         "train": _with_wrong_labels(samples[570 : 570 + num_train], noise, 5),
     }
-    return _data(parts, _patches, _DIGITS, "digits")
+    return _data(parts, _patches, _DIGITS, _digit_weights())
 
 
-def _data(parts: Mapping[Part, Sequence[Sample]], collate: Any, shape: Shape, start: str) -> Data:
-    weights = decoder_weights() if start == "decoder" else _digit_weights()
+def _letters(num_train: int, noise: float) -> Data:
+    """Ten small letters, for a vision transformer that has learned digits and capital letters."""
+    samples = _pictured(_NEW_LETTERS, 400 + 1000 + num_train, seed=1)
+    parts: dict[Part, list[Sample]] = {
+        "validation": samples[:400],
+        "test": samples[400:1400],
+        "train": _with_wrong_labels(samples[1400:], noise, len(_NEW_LETTERS)),
+    }
+    return _data(parts, _patches, _letters_shape(_NEW_LETTERS), _letter_weights())
 
+
+def _data(parts: Mapping[Part, Sequence[Sample]], collate: Any, shape: Shape, weights: Mapping[str, Tensor]) -> Data:
     def build_model(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         model = SmallTransformer(shape)
@@ -96,13 +112,34 @@ _DIGITS = Shape(num_inputs=4, num_outputs=5, length=16, reads="patches", answers
 
 def _digit_weights() -> dict[str, Tensor]:
     samples = [sample for sample in _all_digits() if sample["label"] in _OLD_DIGITS]
-
-    def loss_of(model: SmallTransformer, some: list[Any]) -> Tensor:
-        batch = _patches(some)
-        return functional.cross_entropy(model(batch["inputs"]).logits, batch["labels"])
-
     made_of = [_DIGITS.width, _DIGITS.num_blocks, list(_OLD_DIGITS)]
-    return kept("digits", made_of, lambda: pretrained(_DIGITS, samples, loss_of, steps=400, batch=32))
+    return kept("digits", made_of, lambda: pretrained(_DIGITS, samples, _loss_of_patches, steps=400, batch=32))
+
+
+def _letter_weights() -> dict[str, Tensor]:
+    shape = _letters_shape(_OLD_LETTERS)
+    made_of = [dataclasses.asdict(shape), _OLD_LETTERS, _NUM_OLD]
+
+    def train() -> dict[str, Tensor]:
+        samples = _pictured(_OLD_LETTERS, _NUM_OLD, seed=0)
+        return pretrained(shape, samples, _loss_of_patches, steps=2000, batch=32)
+
+    return kept("letters", made_of, train)
+
+
+def _letters_shape(classes: str) -> Shape:
+    return Shape(num_inputs=16, num_outputs=len(classes), length=16, reads="patches", answers="once", width=48)
+
+
+def _pictured(classes: str, number: int, seed: int) -> list[Sample]:
+    pictures, labels = letters.pictures(classes, number, seed)
+    cut = letters.patches(pictures, 4)
+    return [{"patches": cut[index], "label": int(labels[index])} for index in range(number)]
+
+
+def _loss_of_patches(model: SmallTransformer, some: list[Any]) -> Tensor:
+    batch = _patches(some)
+    return functional.cross_entropy(model(batch["inputs"]).logits, batch["labels"])
 
 
 @functools.cache
@@ -173,5 +210,9 @@ LONG_TASKS = {
         _task("digits_few", "new digits, 60 samples", lambda: _digits(60, 0.0), batch=8),
         _task("digits_20", "new digits, 20 % of labels wrong", lambda: _digits(320, 0.2), batch=16),
         _task("digits_40", "new digits, 40 % of labels wrong", lambda: _digits(320, 0.4), batch=16),
+        _task("letters_few", "new letters, 100 samples", lambda: _letters(100, 0.0), batch=16),
+        _task("letters_20", "new letters, 20 % of labels wrong", lambda: _letters(800, 0.2), batch=16),
+        _task("letters_40", "new letters, 40 % of labels wrong", lambda: _letters(800, 0.4), batch=16),
+        _task("letters_once", "new letters, each seen once", lambda: _letters(16000, 0.0), batch=16),
     )
 }
