@@ -27,7 +27,7 @@ class Candidate:
     name: str
     title: str
     knobs: Mapping[str, Any] = field(default_factory=dict)
-    axes: tuple[Axis, ...] = ("learning_rate", "rho")
+    axes: tuple[Axis, ...] = ("learning_rate", "rho", "dropout")
     share: float = 1.0
     num_micro_batches: int = 1
     lora: int = 0
@@ -87,7 +87,7 @@ CANDIDATES = {
             _DEPTH,
             {"active_layers": 0.7},
             _PLAIN,
-            axes=("learning_rate",),
+            axes=("learning_rate", "dropout"),
         ),
         _own("all_quarter", "all layers, ascent on a quarter", _ALL, _QUARTER),
         _own("all_eighth", "all layers, ascent on an eighth", _ALL, {"ascent_fraction": 0.125}),
@@ -120,6 +120,14 @@ CANDIDATES = {
             _ALL,
             _QUARTER,
             {"descend_along": {"corrected": 1.0}},
+            num_micro_batches=4,
+        ),
+        _own(
+            "corrected_often",
+            "every second step g + 2 (h - g) of a quarter",
+            _ALL,
+            _QUARTER,
+            _corrected(every=2),
             num_micro_batches=4,
         ),
         _own(
@@ -170,16 +178,16 @@ CANDIDATES = {
             {"selector": "uniform", "active_layers": 2, "redraw_every": 20},
             {"other_parameters": "always", "update_scale": "none"},
             _PLAIN,
-            axes=("learning_rate",),
+            axes=("learning_rate", "dropout"),
         ),
         _own(
             "badam",
             "BAdam: one layer after the other, each for 25 steps, no ascent",
             {"selector": "cyclic", "active_layers": 1, "redraw_every": 25, "update_scale": "none"},
             _PLAIN,
-            axes=("learning_rate",),
+            axes=("learning_rate", "dropout"),
         ),
-        _own("lora", "LoRA of rank 4, AdamW", _ALL, _PLAIN, axes=("learning_rate",), lora=4),
+        _own("lora", "LoRA of rank 4, AdamW", _ALL, _PLAIN, axes=("learning_rate", "dropout"), lora=4),
         _own("lora_sam", "LoRA of rank 4, dense SAM", _ALL, lora=4),
         _own(
             "lora_one_sample",
@@ -195,7 +203,7 @@ CANDIDATES = {
             "a fifth of the layers at random, no ascent",
             {"selector": "uniform"},
             _PLAIN,
-            axes=("learning_rate",),
+            axes=("learning_rate", "dropout"),
         ),
     )
 }

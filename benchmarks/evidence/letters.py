@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -96,5 +95,5 @@ def patches(some: Tensor, side: int) -> Tensor:
     Returns:
         Shape (number, squares, side * side).
     """
-    cut: Sequence[Tensor] = some.unfold(1, side, side).unfold(2, side, side)
-    return cut.reshape(len(some), -1, side * side)  # type: ignore[attr-defined]
+    squares = some.unfold(1, side, side).unfold(2, side, side)
+    return squares.reshape(len(some), -1, side * side)
