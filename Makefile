@@ -70,7 +70,7 @@ constraints:  ## renew constraints.txt: the newest versions, of torch TORCH's, o
 		| sed 's/+.*//' >> constraints.txt
 
 docs: $(INSTALLED)  ## build the documentation site into outputs/docs, from docs and the docstrings
-	sphinx-build -W --keep-going -n -q docs outputs/docs
+	sphinx-build -W --keep-going -q docs outputs/docs
 
 docs-test: $(INSTALLED)  ## build the site, follow its links, and open its pages in Chromium where that is installed
 	pytest tests/docs

@@ -27,7 +27,7 @@ extensions = [
     "command_help",
 ]
 exclude_patterns = ["_ext"]
-smartquotes = False  # quotation marks in docstrings and pages belong to values
+smartquotes_action = "D"  # dashes alone: quotation marks in docstrings and pages belong to values
 nitpicky = True
 # A glob of a table of contents need not find anything. This warning has no type, so `suppress_warnings` cannot name it.
 logging.getLogger("sphinx.sphinx.directives.other").addFilter(
@@ -43,6 +43,7 @@ myst_heading_anchors = 4
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
