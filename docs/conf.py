@@ -54,11 +54,10 @@ copybutton_prompt_text = r"\$ |>>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
 autodoc_mock_imports = ["axolotl"]
 
 # Types of other packages: there is no network to look for their pages.
-nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|transformers|accelerate|axolotl|pydantic|pathlib|collections|os|typing)\..*")
-]
+_OTHERS = "torch|transformers|accelerate|axolotl|pydantic|collections|contextlib|os|pathlib|random|typing"
+nitpick_ignore_regex = [(r"py:.*", rf"({_OTHERS})\..*")]

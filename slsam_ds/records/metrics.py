@@ -16,7 +16,7 @@ def step_metrics(record: Mapping[str, Any], numels: Sequence[int]) -> dict[str, 
         numels: Elements of each arm, global.
 
     Returns:
-        By name, each with the prefix `slsam/`:
+        The metrics by name, each name with the prefix `slsam/`.
 
         - `ascent_rise`: Loss at the perturbed point minus loss at the weights: what SAM lives on.
         - `price`: FLOPs of the step, a step of AdamW being 1.
