@@ -21,7 +21,19 @@ pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
 
 ROOT = Path(__file__).parents[2]
 WIDE, NARROW = 1280, 400
-_WIDTHS = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+_TOO_WIDE = """
+const room = document.documentElement.clientWidth;
+const scrolls = element => ["auto", "scroll"].includes(getComputedStyle(element).overflowX);
+const fits = element => element.getBoundingClientRect().right <= room + 1;
+const hasScrollingAncestor = element => {
+    for (let up = element.parentElement; up.tagName != "ARTICLE"; up = up.parentElement) if (scrolls(up)) return true;
+    return false;
+};
+const elements = [...document.querySelectorAll("article *")];
+const wide = elements.filter(element => !fits(element) && !hasScrollingAncestor(element)).map(each => each.outerHTML);
+return document.documentElement.scrollWidth > room ? ["the page", ...wide] : wide;
+"""
+"""What sticks out of the page: whatever is wide must scroll within itself."""
 pytestmark = pytest.mark.slow
 
 
@@ -118,9 +130,7 @@ def test_every_page_opens_and_fits(width: int, site: Path, address: str, browser
         problems += [
             f"{name}: {entry['message']}" for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
         ]
-        needed, there_is = browser.execute_script(_WIDTHS)
-        if needed > there_is:
-            problems.append(f"{name}: is {needed} wide, where there is room for {there_is}")
+        problems += [f"{name}: too wide: {each[:200]}" for each in browser.execute_script(_TOO_WIDE)]
         if not browser.title:
             problems.append(f"{name}: has no title")
     assert not problems
