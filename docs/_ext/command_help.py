@@ -19,9 +19,11 @@ class CommandHelp(SphinxDirective):
     """A section for `slsam` itself, and one for each of its commands."""
 
     def run(self) -> list[nodes.Node]:
-        overview = _section("slsam", "What all commands have in common.", _help_of([]))
-        return [overview, *(_section(f"slsam {name}", f"{command.text[0].upper()}{command.text[1:]}.", _help_of([name]))
-                            for name, command in COMMANDS.items())]  # fmt: skip
+        self.env.note_reread()  # flags may change where this page does not
+        sections = [_section("slsam", "What all commands have in common.", _help_of([]))]
+        for name, command in COMMANDS.items():
+            sections.append(_section(f"slsam {name}", f"{command.text[0].upper()}{command.text[1:]}.", _help_of([name])))
+        return sections
 
 
 def _help_of(arguments: list[str]) -> str:
