@@ -22,7 +22,8 @@ class CommandHelp(SphinxDirective):
         self.env.note_reread()  # flags may change where this page does not
         sections = [_section("slsam", "What all commands have in common.", _help_of([]))]
         for name, command in COMMANDS.items():
-            sections.append(_section(f"slsam {name}", f"{command.text[0].upper()}{command.text[1:]}.", _help_of([name])))
+            text = f"{command.text[0].upper()}{command.text[1:]}."
+            sections.append(_section(f"slsam {name}", text, _help_of([name])))
         return sections
 
 
