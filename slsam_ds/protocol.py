@@ -113,11 +113,9 @@ class Ranks(Protocol):
             claims: By name, the same names on every rank.
             stop: This rank asks to stop.
 
-        Returns (the returned function):
-            Whether any rank asks to stop.
-
-        Raises (the returned function, on every rank):
-            RanksDisagreeError: Naming what differs and which rank holds which value.
+        Returns:
+            A function that tells whether any rank asks to stop. It raises `RanksDisagreeError` on every rank where
+            claims differ, naming what differs and which rank holds which value.
         """
         ...
 

@@ -28,7 +28,7 @@ python -m benchmarks.evidence.frontier --tasks TASK --candidates adamw dense_sam
 
 FLOPs are of whole runs, AdamW over all of the task's steps being 1. So is time, under ZeRO-2 on two ranks: steps of
 each recipe were measured on a Llama of equal blocks, stock AdamW in turn with them; memory is of such a step, AdamW's
-being 1 ([`{COSTS}`]({COSTS}), by `python -m benchmarks.evidence.step_costs`). Losses are cross-entropies in nats on
+being 1 (`{COSTS}`, by `python -m benchmarks.evidence.step_costs`). Losses are cross-entropies in nats on
 test data, of the last weights and of the checkpoint that validation data chose: the last, the best on the way, or the
 mean of the last quarter's weights. Differences are of the chosen ones, seed by seed, ± the standard error. `*`: the
 best setting has a neighbour that was not tried. *tuned* is the number of trials that chose it; with 0, it is dense

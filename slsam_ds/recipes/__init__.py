@@ -258,6 +258,7 @@ RECIPES: Mapping[str, Recipe] = {
         read="formula alone",
     ),
 }
+"""All recipes, by name."""
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {name: recipe.knobs for name, recipe in RECIPES.items()}
 """Settings under one name, for a block's key `preset`: knobs given beside it win."""

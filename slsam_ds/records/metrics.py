@@ -16,14 +16,18 @@ def step_metrics(record: Mapping[str, Any], numels: Sequence[int]) -> dict[str, 
         numels: Elements of each arm, global.
 
     Returns:
-        ascent_rise: Loss at the perturbed point minus loss at the weights: what SAM lives on.
-        price: FLOPs of the step, a step of AdamW being 1.
-        perturbation_norm, perturbation_projection: As measured; 1 for the projection where all of ε arrived.
-        mask_density: Share of the perturbed arms' elements that the mask let move.
-        active_share: Share of the arms' parameters that were active, in [0, 1].
-        selection_entropy: Of the inclusion probabilities, 1 where all arms are equally likely, 0 where one is certain.
-        ascent_seconds, descent_seconds: Wall-clock time of each pass on this rank, its reduction included.
-        skipped: 1 where a bad number stopped the step.
+        The metrics by name, each name with the prefix `slsam/`.
+
+        - `ascent_rise`: Loss at the perturbed point minus loss at the weights: what SAM lives on.
+        - `price`: FLOPs of the step, a step of AdamW being 1.
+        - `perturbation_norm`: Norm of the change that was made to the weights.
+        - `perturbation_projection`: How much of ε arrived; 1 where all of it did.
+        - `mask_density`: Share of the perturbed arms' elements that the mask let move.
+        - `active_share`: Share of the arms' parameters that were active, in [0, 1].
+        - `selection_entropy`: Of the inclusion probabilities: 1 where all arms are equally likely, 0 where one is
+          certain.
+        - `ascent_seconds`, `descent_seconds`: Wall-clock time of each pass on this rank, its reduction included.
+        - `skipped`: 1 where a bad number stopped the step.
     """
     metrics = {
         "active_share": sum(numels[arm] for arm in record["active"]) / sum(numels),

