@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from slsam_ds.cli.refusal import UsageError
 from tests.command_line import ROOT
 
 _LAUNCHERS = {
@@ -70,18 +71,22 @@ def check(words: Sequence[str]) -> str:
     while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("nice", "env", "time")):
         words = words[1:]
     match words:
+        case ["slsam", "train", *arguments] | ["python", "launch/train.py", *arguments]:
+            return _check_training(arguments)
+        case ["python", "-m", "slsam_ds.train", *arguments]:
+            return _check_training(arguments)
         case ["slsam", *arguments] if arguments:
             return _check_module("slsam_ds", arguments)
         case ["python", "-m", module, *arguments] if module.partition(".")[0] in _OURS:
             return _check_module(module, arguments)
-        case ["python", path, *arguments] if path.startswith("launch/"):
-            return _check_script(path, arguments)
-        case [program, *arguments] if program in _LAUNCHERS and arguments:
+        case ["python", path, *_] if path.startswith("launch/"):
+            return "" if (ROOT / path).is_file() else f"{path}: no such file"
+        case [program, *arguments] if program in _LAUNCHERS and arguments not in ([], ["launch"]):
             return _check_module(_LAUNCHERS[program], arguments)
         case ["sbatch", *arguments]:
             (place,) = (place for place, word in enumerate(arguments) if word.endswith(".sbatch"))
             missing = "" if (ROOT / arguments[place]).is_file() else f"{arguments[place]}: no such file"
-            return missing or _check_script("launch/train.py", arguments[place + 1 :])
+            return missing or _check_training(arguments[place + 1 :])
         case ["make", *arguments]:
             done = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
             return done.stderr if done.returncode else ""
@@ -97,10 +102,12 @@ class _Parsed(BaseException):
         self.found = found
 
 
-def _check_script(path: str, arguments: Sequence[str]) -> str:
-    if not (ROOT / path).is_file():
-        return f"{path}: no such file"
-    return _until_parsed(arguments, lambda: runpy.run_path(str(ROOT / path), run_name="__main__")) if arguments else ""
+def _check_training(arguments: Sequence[str]) -> str:
+    """As the command does, but without the process group that it would make before."""
+    from slsam_ds.cli.settings import read_settings
+
+    helps = {"--help", "-h"} & set(arguments)
+    return "" if helps or not arguments else _until_parsed(arguments, lambda: read_settings(arguments))
 
 
 def _check_module(name: str, arguments: Sequence[str]) -> str:
@@ -126,7 +133,7 @@ def _until_parsed(arguments: Sequence[str], program: Callable[[], object]) -> st
             return _check_parsed(end.found)
         except SystemExit as end:
             return printed.getvalue() or str(end) if end.code else ""
-        except ImportError as error:
+        except (ImportError, UsageError) as error:
             return str(error)
     return ""
 
