@@ -8,9 +8,10 @@ block changes that; its options are separated by commas:
 - `setup PATH`: a Python file of the repository that runs first, as a Python block of the page would.
 - `append WORDS`: added to the block's last command, to shorten it.
 - `file NAME`: the block is written to that file. So is one whose first line is `# file: NAME`.
-- `output`: a `text` block is the output of the block above it. Without sentences in between, it is taken for that anyhow.
+- `output`: a `text` block is the output of the block above it. Where nothing stands between them, it is without saying.
 """
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -93,7 +94,8 @@ def read_blocks(page: str, text: str) -> list[Block]:
         place = f"{page}:{(token.map or [0])[0] + 1}"
         comments = _COMMENT.findall(token.content) if token.type == "html_block" else []
         if comments:
-            options = {key: value for comment in comments for key, value in _read_options(place, comment).items()}
+            for comment in comments:
+                options = (options or {}) | _read_options(place, comment)
         elif token.type == "fence":
             language = token.info.split()[0] if token.info.strip() else ""
             blocks.append(
@@ -120,7 +122,7 @@ def outputs(blocks: list[Block]) -> dict[int, str]:
     """What each block must print, by its number, where the page shows it."""
     return {
         number: after.text
-        for number, (block, after) in enumerate(zip(blocks, blocks[1:], strict=False))
+        for number, (block, after) in enumerate(itertools.pairwise(blocks))
         if _is_output(block, after) and block.is_run
     }
 
@@ -144,7 +146,8 @@ def _is_command(token: Token) -> bool:
 
 def _is_output(block: Block, text: Block) -> bool:
     shown = text.language == "text" and "skip" not in text.options and text.file is None
-    return shown and (text.follows or "output" in text.options) and block.language in RUN
+    prints = block.language in RUN and block.file is None
+    return shown and prints and (text.follows or "output" in text.options)
 
 
 def _read_options(place: str, text: str) -> dict[str, str]:
