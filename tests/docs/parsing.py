@@ -33,6 +33,8 @@ _OURS = ("slsam_ds", "benchmarks", "tests")
 _PLACEHOLDER = re.compile(r"\$\{?\w+\}?|[A-Z][A-Z_]*")
 _FURTHER_WORDS = ("FLAGS", "ARGS", "ARGUMENTS", "...")
 """They stand for any number of flags, or none."""
+_REDIRECTION = re.compile(r"\s\d?[<>]+&?\s*[^\s;&|]+")
+_BEFORE = ("nice", "env", "time", "if", "then", "else", "do", "while", "!")
 _ENDS = ("&&", "||", "|", ";", "&", "(", ")")
 
 
@@ -52,23 +54,44 @@ def wrong_with(texts: Sequence[str]) -> list[str]:
 
 
 def split_commands(text: str) -> Iterator[list[str]]:
-    """The commands of a shell text in words, without comments, redirections' files kept."""
-    for line in text.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        command: list[str] = []
-        for word in [*lexer, ";"]:
-            if word not in _ENDS:
-                command.append(word)
-            elif command:
-                yield command
-                command = []
+    """The commands of a shell text, in words: without comments, redirections and the words that control it.
+
+    Raises:
+        ValueError: A quotation has no end.
+    """
+    command: list[str] = []
+    for word in _words(text):
+        if word not in _ENDS:
+            command.append(word)
+        elif command:
+            yield command
+            command = []
+
+
+def _words(text: str) -> Iterator[str]:
+    lines = text.replace("\\\n", " ").splitlines()
+    while lines:
+        line = lines.pop(0)
+        try:
+            words = _split(line)
+        except ValueError:
+            if not lines:
+                raise
+            lines[0] = f"{line}\n{lines[0]}"  # a quotation goes on
+            continue
+        yield from [*words, ";"]
+
+
+def _split(line: str) -> list[str]:
+    lexer = shlex.shlex(_REDIRECTION.sub("", line), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return list(lexer)
 
 
 def check(words: Sequence[str]) -> str:
     """What is wrong with a command; nothing, where nothing is known of its program."""
     words = [word for word in words if word not in _FURTHER_WORDS]
-    while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("nice", "env", "time")):
+    while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in _BEFORE):
         words = words[1:]
     match words:
         case ["slsam", "train", *arguments] | ["python", "launch/train.py", *arguments]:

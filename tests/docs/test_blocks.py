@@ -165,4 +165,17 @@ def test_comments_are_read() -> None:
 def test_commands_are_found_in_sentences_and_tables() -> None:
     text = "Run `slsam\ndoctor`, not `slsam` or `make_folder x`.\n\n| a |\n|---|\n| `A=1 pytest -k x` |\n"
     assert list(read_commands("p", text)) == [("p:1", "slsam doctor"), ("p:6", "A=1 pytest -k x")]
-    assert list(split_commands("a 'b c' && d # e\nf \\\n g | h;i")) == [["a", "b c"], ["d"], ["f", "g"], ["h"], ["i"]]
+
+
+def test_commands_are_split_as_a_shell_does() -> None:
+    text = "a 'b\nc' && d # e\nf \\\n g | h;i 2>&1 > j\nfor k in l; do m 2 < n; done\n"
+    assert list(split_commands(text)) == [
+        ["a", "b\nc"],
+        ["d"],
+        ["f", "g"],
+        ["h"],
+        ["i"],
+        ["for", "k", "in", "l"],
+        ["do", "m", "2"],
+        ["done"],
+    ]
