@@ -22,6 +22,7 @@ _INTRODUCTION = f"""# Frontier: test loss against price
 Written by `python -m benchmarks.evidence.frontier`; do not edit. Every run is a line of [`{FILE}`]({FILE}); the rules
 are in [`RULES.md`](RULES.md). A row is made again by
 
+<!-- test: skip takes hours -->
 ```bash
 python -m benchmarks.evidence.frontier --tasks TASK --candidates adamw dense_sam NAME --output outputs/mine
 ```

@@ -18,6 +18,7 @@ _INTRODUCTION = f"""# Evidence
 Written by `python -m benchmarks.evidence` (`make evidence`); do not edit. Every run is a line of [`{FILE}`]({FILE}).
 A row's runs are made again, its learning rate tuned anew, by
 
+<!-- test: skip takes hours -->
 ```bash
 python -m benchmarks.evidence --tasks TASK --methods METHOD --stages tune final --output outputs/mine
 python -m benchmarks.evidence --tasks TASK --methods METHOD --base METHOD --stages tune knobs --knobs KNOB \\

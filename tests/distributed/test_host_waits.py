@@ -40,7 +40,9 @@ class Reads(TorchDispatchMode):
         is_host = operator is torch.ops.aten.lift_fresh.default or (given and all(map(self._is_on_host, given)))
         if operator in WAITS and not is_host and not self.in_model:
             self.counts[str(operator)] += 1
-        for each in tree_leaves(made) if is_host and "c10d" not in str(operator) else ():
+        if operator.namespace == "c10d" and any(map(self._is_on_host, given)):
+            self.counts["collectives of what lies on the host"] += 1
+        for each in tree_leaves(made) if is_host and operator.namespace != "c10d" else ():
             if isinstance(each, Tensor):
                 self._on_host[each] = True
         return made
