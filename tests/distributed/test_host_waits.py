@@ -1,6 +1,7 @@
-"""How often, in a step of each engine, the host waits for the device: once, for the step's numbers.
+"""What a step of each engine would do beside an accelerator: the host waits for it once, for the step's numbers, and no
+collective is given a tensor that lies on the host.
 
-Whatever waits on the host beside an accelerator is left out: step counters, and what was made of Python's numbers.
+On the host are step counters and what was made of Python's numbers, until `Tensor.to` with a device moves it.
 """
 
 from collections import Counter
@@ -18,6 +19,7 @@ from tests.distributed.training import Setup, Training, slow
 from tests.ranks import run_on_ranks
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
+TO = Tensor.to
 SAMPLE = [3, 8, 12, 20, 25, 30, 32]
 
 
@@ -50,6 +52,14 @@ class Reads(TorchDispatchMode):
     def _is_on_host(self, tensor: Tensor) -> bool:
         return tensor in self._on_host
 
+    def moved(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`Tensor.to`, but that it moves."""
+        made = TO(tensor, *args, **kwargs)
+        if any(isinstance(each, torch.device) for each in (*args, *kwargs.values())):
+            made = made.clone() if made is tensor else made
+            self._on_host.pop(made, None)
+        return made
+
     def of_model(self, function: Any) -> Any:
         def quietly(*args: Any, **kwargs: Any) -> Any:
             self.in_model = True
@@ -77,6 +87,7 @@ def count_reads(setup: Setup) -> dict[str, int]:
     def watched(*args: Any, **kwargs: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch, reads:
             patch.setattr(Tensor, "tolist", counted)
+            patch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: reads.moved(tensor, *args, **kwargs))
             return take_step(*args, **kwargs)
 
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
