@@ -88,6 +88,43 @@ RECIPES: Mapping[str, Recipe] = {
         source="ours; its price is 1 + 2/n for n samples of a rank and step",
         read="own",
     ),
+    "corrected": Recipe(
+        knobs={
+            **_DENSE,
+            "ascent_scope": "global",
+            "ascent_fraction": 0.25,
+            "descend_along": {"corrected": 1.0},
+            "rho": 0.025,
+        },
+        formula="U = all; g + h' - g': what SAM changes on a quarter of the window",
+        source="ours; its price is 1.25 where a quarter is whole micro-batches, else 1.5",
+        read="own",
+    ),
+    "corrected_rarely": Recipe(
+        knobs={
+            **_DENSE,
+            "ascent_scope": "global",
+            "ascent_fraction": 0.25,
+            "ascend_when": {"every": 5},
+            "descend_along": {"corrected": 5.0},
+            "rho": 0.025,
+        },
+        formula="U = all; g, and in every fifth step g + 5 (h' - g') with h' and g' over a quarter of the window",
+        source="ours; its price is 1.05 where a quarter is whole micro-batches, else 1.1; compare LookSAM",
+        read="own",
+    ),
+    "memory": Recipe(
+        knobs={
+            "selector": "uniform",
+            "active_layers": 0.2,
+            "ascent_source": "current",
+            "ascent_fraction": 0.25,
+            "offload_state": True,
+        },
+        formula="a fifth of the layers, drawn uniformly; g on a quarter; the state of the others waits on the host",
+        source="ours; compare LISA, Pan et al. 2024",
+        read="own",
+    ),
     "paper": Recipe(knobs=_PAPER, formula=_OF_PAPER, source=_PAPER_SOURCE, read="code"),
     "paper_vision": Recipe(
         knobs={**_PAPER, "active_layers": 0.5},
