@@ -37,20 +37,35 @@ def build_page(
     pictures: Sequence[Picture],
     tables: Iterable[Table],
     notes: Iterable[str],
+    *,
+    tables_first: bool = False,
+    refresh: float | None = None,
 ) -> str:
-    """The whole page. Names that came from a model or a folder are escaped."""
+    """The whole page. Names that came from a model or a folder are escaped.
+
+    Args:
+        title: The heading.
+        subtitle: The line below it.
+        facts: Tiles at the top.
+        pictures: Two in a row, or one that takes all of it.
+        tables: Below the pictures.
+        notes: Small print at the end.
+        tables_first: The tables stand above the pictures.
+        refresh: Seconds after which a browser loads the page again; None: it does not.
+    """
     tiles = "".join(
         f"<div class=tile><dt>{escape(fact.label)}</dt><dd><b>{escape(fact.value)}</b> {escape(fact.note)}</dd></div>"
         for fact in facts
     )
+    parts = [f"<div class=pictures>{''.join(map(_figure, pictures))}</div>", *map(_table, tables)]
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>",
-        f"<dl class=tiles>{tiles}</dl>",
-        f"<div class=pictures>{''.join(map(_figure, pictures))}</div>",
-        *map(_table, tables),
+        f"<dl class=tiles>{tiles}</dl>" if tiles else "",
+        *([*parts[1:], parts[0]] if tables_first else parts),
         *(f"<p class=note>{escape(note)}</p>" for note in notes),
     ]
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
+    reload = "" if refresh is None else f'<meta http-equiv="refresh" content="{max(round(refresh), 1)}">\n'
+    return _PAGE.format(title=escape(title), reload=reload, style=_STYLE, body="\n".join(body))
 
 
 def _figure(picture: Picture) -> str:
@@ -135,7 +150,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
+{reload}<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>
