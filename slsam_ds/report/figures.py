@@ -279,59 +279,75 @@ def _draw_seconds(figure: FigureBase, history: RunHistory, theme: Theme) -> None
 PANELS: Sequence[Panel] = (
     Panel(
         "Which layers were active",
-        "Every column is a step, or the average over several; the first layer is at the bottom. A red mark below "
-        "is a skipped step. At the right: in how many of all steps.",
+        "Look for color in every row: each layer is updated now and then. Bad: rows that stay empty, or red marks, "
+        "which are skipped steps. A column is a step, or the mean of several; the first layer is at the bottom; the "
+        "bars count all steps.",
         _draw_selection,
         wide=True,
     ),
     Panel(
         "Loss",
-        "Training loss of the step's window at the weights themselves, and where the perturbation led, in the steps "
-        "that measured it there. The band holds 80% of the steps. A red mark is a skipped step.",
+        "Look for a blue line that falls, with the orange one a little above it. Bad: lines that rise, an orange line "
+        "that jumps away (halve rho), red marks (skipped steps). Blue is the training loss at the weights, orange the "
+        "same at the perturbed weights; the band holds 80% of the steps.",
         _draw_loss,
         wide=True,
     ),
     Panel(
         "Inclusion probabilities",
-        "How likely the selector was to choose a layer, before it drew; they sum to the number of active layers.",
+        "Look for shades that move apart slowly as the selector learns which layers have large gradients. Bad: a few "
+        "dark rows and the rest near zero, whose layers are hardly ever updated again. The bars are the last step's.",
         _draw_probabilities,
     ),
     Panel(
         "Gradient norms",
-        "Of the descent gradient, where a layer was active; logarithmic. At the right: median and range over the run.",
+        "Look for shades that stay alike along a row. Bad: a row or a moment that is far darker than the others "
+        "(unstable training), or that fades to nothing. The scale is logarithmic; the dots are medians.",
         _draw_grad_norms,
     ),
     Panel(
         "Rise of the loss under perturbation",
-        "What the ascent climbed, relative to the loss at the weights. A few percent is usual; where it jumps, "
-        "halve rho; near zero, the perturbation does nothing.",
+        "Look for a few percent, which is what the perturbation climbed. Bad: jumps (halve rho), or values near zero "
+        "(the perturbation does nothing).",
         _draw_rise,
     ),
     Panel(
         "Size of the perturbation",
-        "Norm of the change really made to the weights. In bf16 rounding adds noise to it: it may exceed rho.",
+        "Look for a line at the dashed rho. Bad: a line far below it, or at zero. In bf16, rounding adds noise: "
+        "somewhat above rho is usual.",
         _draw_radius,
     ),
     Panel(
         "How much of the perturbation arrived",
-        "The change made, projected on the one asked for: 1 where all of it reached the weights.",
+        "Look for values near 1: the low-precision weights moved as asked. Bad: values well below 1, where rounding "
+        "lost part of the perturbation.",
         _draw_projection,
     ),
     Panel(
-        "Active parameters", "Share of the weights that a step trains; the dashed line is the mean.", _draw_active_share
+        "Active parameters",
+        "Look for the share of weights that you want to train per step; the dashed line is its mean. Bad: a mean far "
+        "from what active_layers says, because large or small layers are preferred.",
+        _draw_active_share,
     ),
     Panel(
         "Price of a step",
-        "FLOPs of forward and backward relative to a step of AdamW; how they are known, see below.",
+        "Look for the line between the dashed ones: forward and backward FLOPs relative to AdamW's. Bad: a price "
+        "near dense SAM's, if you wanted to save. How it is known is said below.",
         _draw_price,
     ),
-    Panel("Seconds per step", "Wall clock of the first rank. Steps far above the others are cut off.", _draw_seconds),
+    Panel(
+        "Seconds per step",
+        "Look for a level line. Bad: a line that climbs, or long stretches of slow steps: something else needs the "
+        "machine. It is the first rank's clock; single steps far above the others are cut off.",
+        _draw_seconds,
+    ),
 )
 
 
 _PERTURBED = Panel(
     "Which layers were perturbed",
-    "Drawn as the picture above, which shows the layers that were updated.",
+    "Look for the layers that the recipe says should be perturbed. Bad: rows that stay empty although they should not. "
+    "It is drawn like the picture above, which shows the layers that were updated.",
     _draw_perturbed,
     wide=True,
 )

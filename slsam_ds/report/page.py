@@ -38,6 +38,7 @@ def build_page(
     tables: Iterable[Table],
     notes: Iterable[str],
     *,
+    introduction: str = "",
     tables_first: bool = False,
     refresh: float | None = None,
 ) -> str:
@@ -50,6 +51,7 @@ def build_page(
         pictures: Two in a row, or one that takes all of it.
         tables: Below the pictures.
         notes: Small print at the end.
+        introduction: What one has to know to read the page.
         tables_first: The tables stand above the pictures.
         refresh: Seconds after which a browser loads the page again; None: it does not.
     """
@@ -60,6 +62,7 @@ def build_page(
     parts = [f"<div class=pictures>{''.join(map(_figure, pictures))}</div>", *map(_table, tables)]
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>",
+        f"<p class=introduction>{escape(introduction)}</p>" if introduction else "",
         f"<dl class=tiles>{tiles}</dl>" if tiles else "",
         *([*parts[1:], parts[0]] if tables_first else parts),
         *(f"<p class=note>{escape(note)}</p>" for note in notes),
@@ -139,6 +142,7 @@ tbody th { font-weight: 500; }
 thead th { position: sticky; top: 0; z-index: 1; background: var(--card); color: var(--muted); font-weight: 500; }
 th:first-child { position: sticky; left: 0; z-index: 1; background: var(--card); }
 thead th:first-child { z-index: 2; }
+.introduction { max-width: 60rem; margin: 0 0 1.25rem; }
 .note { color: var(--muted); font-size: .875rem; max-width: 60rem; }
 @media (max-width: 760px) { .pictures { grid-template-columns: minmax(0, 1fr); } body { padding: 1rem .6rem 2rem; }
   .tile, figure, section { padding: .7rem .7rem; } }

@@ -11,6 +11,13 @@ from slsam_ds.report.page import Picture, build_page
 from slsam_ds.report.runs import Run
 from slsam_ds.report.tables import layer_table, progress_table
 
+_INTRODUCTION = (
+    "SL-SAM trains a few layers of a model in each step. It measures the gradient, moves the weights of these layers a "
+    "little in the direction in which the loss rises (the perturbation, of length rho), measures the gradient again "
+    "there, moves the weights back, and updates the same layers with the second gradient. A selector draws the layers, "
+    "and prefers those whose gradients are large. This favors weights around which the loss is flat."
+)
+
 PICTURE_FILE = "slsam_report.png"
 PAGE_FILE = "slsam_report.html"
 COMPARISON_PICTURE_FILE = "slsam_comparison.png"
@@ -47,7 +54,16 @@ def write_report(history: RunHistory, name: str, target: Path, *, refresh: float
     tables = (progress_table(history), layer_table(history))
     if refresh is not None:
         subtitle += f". The run goes on; this page loads itself again every {refresh:g} seconds"
-    page = build_page(title, subtitle, run_facts(history), pictures, tables, [PRICE_ASSUMPTIONS], refresh=refresh)
+    page = build_page(
+        title,
+        subtitle,
+        run_facts(history),
+        pictures,
+        tables,
+        [PRICE_ASSUMPTIONS],
+        introduction=_INTRODUCTION,
+        refresh=refresh,
+    )
     _write(target / PICTURE_FILE, draw_report(history, title, subtitle))
     _write(target / PAGE_FILE, page.encode("utf-8"))
 

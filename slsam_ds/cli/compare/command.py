@@ -110,7 +110,8 @@ def _add_common(parser: argparse.ArgumentParser, output_dir: Path) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())}; flags of the training stand behind --", file=sys.stderr)
+        hint = "; flags of the training stand behind --" if message.startswith("unrecognized") else ""
+        print(f"error: {' '.join(message.split())}{hint}", file=sys.stderr)
         raise SystemExit(_EXIT_CODE)
 
 
