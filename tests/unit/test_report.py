@@ -61,7 +61,7 @@ SKIPPED = {
 
 
 def write_run(folder: Path, steps: list[dict[str, Any]], layers: Any = None, *, tail: str = "") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYERS_FILE).write_text(json.dumps(make_layers() if layers is None else layers))
     (folder / STEPS_FILE).write_text("".join(json.dumps(step) + "\n" for step in steps) + tail)
     return folder
