@@ -151,6 +151,8 @@ def _named(prefix: str, run: Run, kind: str) -> dict[str, Any]:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -15,7 +15,8 @@ from slsam_ds.report.figures import COUNT, HEIGHT, LIGHT, PERCENT, PLAIN, WIDE, 
 from slsam_ds.report.history import Floats
 from slsam_ds.report.runs import Run
 
-_MAX_POINTS = 160
+_MAX_POINTS = 80
+_LEGEND = 60  # characters of a line of the legend, in the narrow picture
 _WINDOWS = 8  # a training loss is averaged over this part of the run
 
 
@@ -46,14 +47,16 @@ def draw_comparison(runs: Sequence[Run], theme: Theme = LIGHT) -> bytes:
         figure = Figure(figsize=(2 * WIDTH, HEIGHT + 0.9), layout="constrained")
         for axes, panel in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
             panel.draw(axes, runs, theme)
-            axes.set_title(panel.title)
+            axes.set_title(f"{panel.title} (dots: held out; lines: training)")
         _legend(figure, axes)
         return picture_of(figure)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 4), handlelength=1.6)
+    longest = max(map(len, labels), default=0) + 8  # the handle, and what is between two
+    columns = max(min(len(labels), _LEGEND // longest), 1)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.6)
 
 
 def _colors(theme: Theme, runs: Sequence[Run]) -> list[str]:
@@ -77,11 +80,11 @@ def _draw_loss_along(axes: Axes, runs: Sequence[Run], theme: Theme, along: Calla
         if not spent[-1]:  # a run without prices has no place on that axis
             continue
         smooth = _averaged(history.loss_at_weights)
-        axes.plot(spent, smooth, color=color, alpha=0.55, linewidth=1.3, label=f"{run.name}, training")
+        axes.plot(spent, smooth, color=color, alpha=0.55, linewidth=1.3, label=run.name)
         if run.held_out:
             places = np.interp([step for step, _ in run.held_out], [0, *history.steps], [0.0, *spent])
             losses = [loss for _, loss in run.held_out]
-            axes.plot(places, losses, "o--", color=color, linewidth=1.1, markersize=5, label=f"{run.name}, held out")
+            axes.plot(places, losses, "o--", color=color, linewidth=1.1, markersize=5)
     axes.set_ylabel("loss")
     axes.yaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -109,8 +112,10 @@ def _curves(
             bins = StepBins(run.history.steps, _MAX_POINTS)
             means = bins.means(read(run))
             known = ~np.isnan(means)
+            if not known.any():
+                continue
             marker = "o" if known.sum() <= 40 else ""
-            axes.plot(bins.centers[known], means[known], marker, ls="-", color=color, label=run.name, markersize=3)
+            axes.plot(bins.centers[known], means[known], marker=marker, color=color, label=run.name, markersize=3)
         if from_zero:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
@@ -124,8 +129,8 @@ def _curves(
 COMPARISON_PANELS: Sequence[ComparisonPanel] = (
     ComparisonPanel(
         "Loss by step",
-        "Look for the run whose dots, the held-out losses, end lowest. Bad: held-out losses that rise while the line, "
-        "the training loss averaged over an eighth of the run, still falls.",
+        "Look for the run whose dots end lowest: they are held-out losses, joined by dashes. Bad: dots that rise while "
+        "the solid line, the training loss averaged over an eighth of the run, still falls.",
         _draw_loss,
     ),
     ComparisonPanel(
@@ -148,8 +153,8 @@ COMPARISON_PANELS: Sequence[ComparisonPanel] = (
     ),
     ComparisonPanel(
         "Price of a step",
-        "FLOPs of forward and backward; a step of AdamW is 1, one of dense SAM 2. Bad: a price above what the run "
-        "should cost.",
+        "Look for the price that you meant to pay, in FLOPs of forward and backward: a step of AdamW costs 1, one of "
+        "dense SAM 2. Bad: a price above that.",
         _curves(lambda run: run.history.price),
     ),
     ComparisonPanel(
