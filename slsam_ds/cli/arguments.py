@@ -193,7 +193,7 @@ class SLSAMArguments:
         default=False,
         metadata={
             "help": "Count the bytes that each step sends and holds on the first rank, for slsam_steps.jsonl and slsam "
-            "report. Takes about a hundredth of the time."
+            "report, which slows it down a little."
         },
     )
 

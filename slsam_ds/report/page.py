@@ -146,7 +146,7 @@ thead th:first-child { z-index: 2; }
 .note { color: var(--muted); font-size: .875rem; max-width: 60rem; }
 @media (max-width: 760px) { .pictures { grid-template-columns: minmax(0, 1fr); } body { padding: 1rem .6rem 2rem; }
   .tile, figure, section { padding: .7rem .7rem; } th, td { padding: .3rem .4rem; }
-  tbody th { white-space: normal; min-width: 7.5rem; } }
+  tbody th { white-space: normal; min-width: 7.5rem; } thead th { white-space: normal; vertical-align: bottom; } }
 """
 
 _PAGE = """<!doctype html>
