@@ -103,7 +103,7 @@ def test_trainings_are_compared_and_may_be_repeated(
     out = tmp_path / "out"
     for _ in range(2):
         assert main(["adamw", "defaults", "--output_dir", str(out)]) == 0
-        printed = capsys.readouterr().out
+        printed = " ".join(capsys.readouterr().out.split())
         assert "talk" not in printed
         assert printed.count("held-out loss after") == 1
         assert "defaults ends at the lowest held-out loss, 0.1250 below adamw" in printed

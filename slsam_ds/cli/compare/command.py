@@ -4,6 +4,7 @@ import argparse
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ EVIDENCE = (
     "docs/evidence/README.md."
 )
 
+_WIDTH = 100  # characters of a line of text
 _EXIT_CODE, _STOPPED = 2, 130  # what argparse, and what a shell returns
 
 _DESCRIPTION = """
@@ -135,7 +137,9 @@ def _show(methods: Sequence[Method], output_dir: Path) -> int:
     except RecordsError as error:
         return _refuse(str(error))
     told = [sentence for sentence in (what_one_sees(runs), what_differs_at_the_start(runs)) if sentence]
-    print(f"\n{numbers_table(runs)}\n\n{BASIS}\n\n{' '.join([*told, EVIDENCE])}\n")
+    paragraphs = (" ".join([*told, EVIDENCE]), BASIS)
+    print(f"\n{numbers_table(runs)}\n")
+    print("\n\n".join(textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs), end="\n\n")
     try:
         write_comparison(runs, output_dir)
     except ModuleNotFoundError:
