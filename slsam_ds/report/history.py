@@ -147,7 +147,9 @@ def read_history(output_dir: str | Path) -> RunHistory:
         raise RecordsError(f"{folder}: no such folder; give the --output_dir of a run")
     for name in (LAYERS_FILE, STEPS_FILE):
         if not (folder / name).is_file():
-            raise RecordsError(f"{folder}: holds no {name}; give the --output_dir of a run that has started to train")
+            runs = " ".join(str(path.parent) for path in sorted(folder.glob(f"*/{LAYERS_FILE}")))
+            hint = f"its runs are {runs}" if runs else "give the --output_dir of a run that has started to train"
+            raise RecordsError(f"{folder}: holds no {name}; {hint}")
     try:
         layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not JSON, or not even text

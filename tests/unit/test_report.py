@@ -369,6 +369,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     [
         (lambda folder: folder / "none", "none: no such folder; give the --output_dir of a run"),
         (lambda folder: folder, f"holds no {LAYERS_FILE}; give the --output_dir of a run that has started to train"),
+        (lambda folder: write_run(folder / "b", []).parent, "holds no slsam_layers.json; its runs are "),
         (lambda folder: write_run(folder, []), "holds no step yet"),
     ],
 )
