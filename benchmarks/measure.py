@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.engine_costs import Memory, num_bytes
 from benchmarks.modes import LossFunction, Mode, Ours, Step, Training, build, num_weights, optimizer_bytes
 from benchmarks.prices import count_costs
 from benchmarks.setup import Setup, Window
+from slsam_ds.cli.metering import Memory, num_bytes
 from slsam_ds.model.micro_batches import model_loss
 from slsam_ds.pricing.cost import CostModel
+from slsam_ds.records.traffic import Traffic
 from tests.ranks import run_on_ranks
-from tests.traffic import Traffic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,10 +193,10 @@ def count_bytes(training: Training, window: Window, found: Measured, loss_fn: Lo
 
 def counted_step(training: Training, window: Window, setup: Setup, found: Measured) -> tuple[float, Step]:
     """FLOPs of a step, on this rank; what it keeps and sends goes to `found`."""
-    memory = Memory(training)
+    memory = Memory(training.model, training.slsam.engine if isinstance(training, Ours) else None)
     watched = memory.watch() if isinstance(training, Ours) else contextlib.nullcontext()
     with Peak(setup) as peak, FlopCounterMode(display=False) as flops, watched:
-        step = count_bytes(training, window, found, memory.loss)
+        step = count_bytes(training, window, found, memory.watching(model_loss))
     found.activations.append(memory.peak["activations"])
     found.gradients.append(training.gradient_bytes() or memory.peak["gradients"])
     found.peak.append(peak.bytes)

@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import slsam_ds
-from benchmarks.engine_costs import num_bytes
 from benchmarks.setup import Setup, Window
 from benchmarks.two_call_sam import TwoCallSAM
+from slsam_ds.cli.metering import num_bytes
+from slsam_ds.estimate.memory import stock_gradients
 from slsam_ds.pricing.cost import CostModel, Workload
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -148,7 +149,7 @@ class Stock:
         if self._setup.engine in ("local", "zero0", "zero1"):
             return whole
         bucket = self._config["zero_optimization"].get("reduce_bucket_size", whole) * self._setup.torch_dtype.itemsize
-        return max(min(whole, bucket), whole // self._setup.world_size)
+        return stock_gradients(whole, bucket=bucket, world_size=self._setup.world_size)
 
 
 class TwoCalls:

@@ -11,12 +11,12 @@ import psutil  # type: ignore[import-untyped]
 import torch
 import torch.distributed as dist
 
-from benchmarks.engine_costs import num_bytes
 from benchmarks.gpu.job import Job, has_fsdp2
 from benchmarks.measure import Peak, timed_step
 from benchmarks.modes import Ours, optimizer_bytes
 from benchmarks.setup import Setup
 from slsam_ds.cli import estimate
+from slsam_ds.cli.metering import num_bytes
 
 _TOY = Setup(
     blocks=8, hidden=128, heads=4, key_value_heads=2, vocabulary=1024, batch=1, length=64, checkpointed=True

@@ -189,6 +189,13 @@ class SLSAMArguments:
             "update_scale, other_parameters, seed.",
         },
     )
+    measure: bool = field(
+        default=False,
+        metadata={
+            "help": "Count the bytes that each step sends and holds on the first rank, for slsam_steps.jsonl and slsam "
+            "report, which slows it down a little."
+        },
+    )
 
 
 TRAINING_TITLE = "training (the usual ones of transformers.TrainingArguments; all: --help_all)"

@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     "recipes": Command("slsam_ds.cli.recipes", "show the presets: published methods and our own"),
     "train": Command("slsam_ds.cli.command_line", "fine-tune a causal language model, as launch/train.py does"),
     "run": Command("slsam_ds.cli.run", "run a training script as it is, with SL-SAM in its Trainers"),
+    "compare": Command("slsam_ds.cli.compare.command", "train by several methods from one start, and compare them"),
     "report": Command("slsam_ds.report.command", "show what a run did, in tables and pictures"),
     "to_stock": Command("slsam_ds.engines.deepspeed.to_stock", "write a DeepSpeed checkpoint for runs without SL-SAM"),
 }

@@ -13,6 +13,7 @@ from slsam_ds.cli.arguments import DataArguments
 from slsam_ds.cli.chat import use_template
 from slsam_ds.cli.data import Columns, Encoder, choose_columns
 from slsam_ds.cli.labels import IGNORED
+from slsam_ds.cli.metering import MeteredTrainer
 from slsam_ds.cli.models import choose_max_length, load_model
 from slsam_ds.cli.packing import PackedCollator
 from slsam_ds.cli.preemption import EXIT_CODE, stopping_on_signal
@@ -88,7 +89,7 @@ def build_trainer(settings: Settings) -> SLSAMTrainer:
             )
         padding = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         with refusals(ValueError, OSError):  # the second: --push_to_hub makes its repository now
-            trainer = SLSAMTrainer(
+            trainer = (MeteredTrainer if settings.measure else SLSAMTrainer)(
                 model=model,
                 args=args,
                 slsam=settings.slsam,

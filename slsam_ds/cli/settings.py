@@ -45,6 +45,7 @@ class Settings:
         slsam: The knobs: the JSON's block with `--slsam` laid over it.
         training: Everything else.
         checkpoint: Folder to resume from.
+        measure: Count what steps send and hold.
     """
 
     model: ModelArguments
@@ -52,6 +53,7 @@ class Settings:
     slsam: SLSAMConfig
     training: TrainingArguments
     checkpoint: str | None
+    measure: bool = False
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
@@ -80,7 +82,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
     ):
         if given.use_cpu:
             join_ranks(backend=given.ddp_backend, timeout=given.ddp_timeout)
-        model, data, _, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
+        model, data, ours, training = parser.parse_args_into_dataclasses(args=list(argv), look_for_args_file=False)[:4]
     _check_training(training)
     if training.hub_token is not None:  # the trainer writes its arguments, all of them, beside every checkpoint
         os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
@@ -88,7 +90,14 @@ def read_settings(argv: Sequence[str]) -> Settings:
         # Else the first rank would read for all, and could not: it joins batches of different lengths.
         training.accelerator_config.dispatch_batches = False
     _make_output_dir(training.output_dir)
-    return Settings(model=model, data=data, slsam=slsam, training=training, checkpoint=_find_checkpoint(training))
+    return Settings(
+        model=model,
+        data=data,
+        slsam=slsam,
+        training=training,
+        checkpoint=_find_checkpoint(training),
+        measure=ours.measure,
+    )
 
 
 def _launcher_section(deepspeed: str | None) -> Mapping[str, Any] | None:

@@ -125,3 +125,16 @@ def _optimizer(step: StepUse, updated: float) -> tuple[float, float]:
         fetched = updated * part * (_MOMENTS + (FP32 if has_masters else 0))
         return fetched, masters + waiting
     return masters + waiting, 0.0
+
+
+def stock_gradients(whole: int, *, bucket: int, world_size: int) -> int:
+    """Bytes of gradients that ZeRO-2 and ZeRO-3 hold at least in a step without SL-SAM.
+
+    Backward fills a bucket, reduces it, and keeps this rank's share.
+
+    Args:
+        whole: Of all gradients.
+        bucket: That are reduced at once.
+        world_size: Ranks.
+    """
+    return max(min(whole, bucket), whole // world_size)

@@ -32,8 +32,9 @@ from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import regroup
 from slsam_ds.model.state_home import load_at_home
 from slsam_ds.passes import ForwardBackward
+from slsam_ds.plan import StepResult
 from slsam_ds.protocol import Engine
-from slsam_ds.records.files import StepWriter, write_layers
+from slsam_ds.records.files import StepWriter, write_layers, write_settings
 from slsam_ds.records.metrics import MetricMeans, step_metrics
 from slsam_ds.slsam import SLSAM
 from slsam_ds.state.files import SPLIT_VERSION, check_state, read_state, write_state
@@ -42,6 +43,14 @@ if TYPE_CHECKING:
     from transformers import Trainer as _TrainerMethods
 else:
     _TrainerMethods = object  # the mixin stands before a trainer, whichever it is
+
+_TOLD_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "bf16", "fp16",
+    "seed", "data_seed",
+)  # fmt: skip
+"""Of the trainer's arguments, those that `slsam_settings.json` tells: what a run learns depends on them, and none is
+secret."""
 
 
 class SLSAMMixin(_TrainerMethods):
@@ -254,13 +263,17 @@ class SLSAMMixin(_TrainerMethods):
             self._is_repeated = None
             self.current_gradient_accumulation_steps = noted[-1].num_fetched
         self.was_stopped |= result.stop_requested
-        record = result.to_record()
+        record = self.step_record(result)
         self._slsam_metrics.add(step_metrics(record, self.slsam.layers.numels))
         if self._step_writer is not None:
             self._step_writer.write(record)
         self._grad_norm = result.grad_norm
         loss = result.loss if result.ascent_loss is None else result.ascent_loss
         return torch.tensor(loss, device=self.args.device)
+
+    def step_record(self, result: StepResult) -> dict[str, Any]:
+        """The line of `slsam_steps.jsonl` about a step. A derived trainer may add to it."""
+        return result.to_record()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own, with the means of `slsam_ds.records.metrics` since the last training loss."""
@@ -318,9 +331,24 @@ class SLSAMMixin(_TrainerMethods):
         self._compiled.enter_context(compiled_blocks(self.slsam.layers, **self._compile_settings))
         if self.is_world_process_zero():
             write_layers(self.args.output_dir, self.slsam.layers.describe())
+            self._write_settings(total_steps, has_ended=False)
             self._step_writer = StepWriter(self.args.output_dir, first_step=self.slsam.num_steps + 1)
 
-    def _end_slsam(self) -> None:
+    def _write_settings(self, total_steps: int, *, has_ended: bool) -> None:
+        setup = {"world_size": self.args.world_size, **self._setup()}
+        training = {name: getattr(self.args, name) for name in _TOLD_SETTINGS} | setup
+        values = {name: getattr(value, "value", value) for name, value in training.items()}
+        write_settings(
+            self.args.output_dir,
+            slsam=self.slsam_config.to_dict(),
+            training=values,
+            total_steps=total_steps,
+            has_ended=has_ended,
+        )
+
+    def _end_slsam(self, total_steps: int) -> None:
+        if self._step_writer is not None:
+            self._write_settings(total_steps, has_ended=True)
         self._compiled.close()
         if self._step_writer is not None:
             self._step_writer.close()
@@ -409,7 +437,7 @@ class _SLSAMCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._end_slsam()
+        self._trainer._end_slsam(state.max_steps)
         check_steps_taken(state.global_step, kwargs["train_dataloader"])
 
 

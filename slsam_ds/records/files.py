@@ -1,4 +1,4 @@
-"""What a run leaves behind for people and programs to read: `slsam_layers.json` and `slsam_steps.jsonl`."""
+"""What a run leaves behind for people and programs to read: its layers, its steps and its settings."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from typing import Any
 
 LAYERS_FILE = "slsam_layers.json"
 STEPS_FILE = "slsam_steps.jsonl"
+SETTINGS_FILE = "slsam_settings.json"
 
 
 def write_layers(output_dir: str | Path, layers: Sequence[Mapping[str, Any]]) -> None:
@@ -15,6 +16,39 @@ def write_layers(output_dir: str | Path, layers: Sequence[Mapping[str, Any]]) ->
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYERS_FILE).write_text(json.dumps(layers, indent=1) + "\n", encoding="utf-8")
+
+
+def write_settings(
+    output_dir: str | Path,
+    *,
+    slsam: Mapping[str, Any],
+    training: Mapping[str, Any],
+    total_steps: int,
+    has_ended: bool,
+) -> None:
+    """Write what a run was told, as one JSON object.
+
+    Args:
+        output_dir: Where the run's other files are.
+        slsam: SL-SAM's knobs.
+        training: The trainer's settings.
+        total_steps: Length of the run.
+        has_ended: No step follows.
+    """
+    path = Path(output_dir) / SETTINGS_FILE
+    settings = {"slsam": slsam, "training": training, "total_steps": total_steps, "has_ended": has_ended}
+    temporary = path.with_suffix(".tmp")  # a report may read it at any moment
+    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_settings(output_dir: str | Path) -> dict[str, Any]:
+    """What `write_settings` wrote; empty where there is nothing to be read."""
+    try:
+        settings = json.loads((Path(output_dir) / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 class StepWriter:

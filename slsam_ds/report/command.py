@@ -1,22 +1,31 @@
 """The command: reads the records, prints the tables, writes the pictures and the page."""
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
-from slsam_ds.report.facts import PRICE_ASSUMPTIONS, facts_as_text, run_facts
-from slsam_ds.report.history import RecordsError, RunHistory, read_history
-from slsam_ds.report.page import Picture, build_page
+from slsam_ds.report.comparison import numbers_table, settings_table, what_differs_at_the_start, what_one_sees
+from slsam_ds.report.facts import facts_as_text
+from slsam_ds.report.history import RecordsError, RunHistory
+from slsam_ds.report.runs import Run, read_runs
 from slsam_ds.report.tables import layer_table, progress_table
-
-PICTURE_FILE = "slsam_report.png"
-PAGE_FILE = "slsam_report.html"
+from slsam_ds.report.writing import (
+    COMPARISON_PAGE_FILE,
+    COMPARISON_PICTURE_FILE,
+    PAGE_FILE,
+    PICTURE_FILE,
+    write_comparison,
+    write_report,
+)
 
 _EXIT_CODE = 2  # what argparse returns on a usage error
+_SECONDS = 10.0
 
 _DESCRIPTION = f"""
 Show what a run with SL-SAM did. Reads {LAYERS_FILE} and {STEPS_FILE} in OUTPUT_DIR (the
@@ -29,13 +38,20 @@ into the same folder. Which layers were chosen and how likely that was, their gr
 and how far the perturbation raised it, how much of the perturbation reached the weights, the share of
 weights trained, an estimate of the price against AdamW and dense SAM, skipped steps, and seconds.
 
-A run may still be going on: what it has recorded so far is shown; run this again for more.
+With several folders, the runs are shown side by side: curves in one picture, final numbers, and the
+settings that differ, in {COMPARISON_PAGE_FILE} and {COMPARISON_PICTURE_FILE}, in the folder that all of
+them are in.
+
+A run may still be going on: what it has recorded so far is shown. With --follow the page is written
+again and again until the run has ended, and a browser that shows it loads it again.
 """
 
 _EPILOG = """
 examples:
-  slsam report outputs/demo
-  slsam report outputs/demo --to public/demo
+  slsam report outputs/run
+  slsam report outputs/run --to public/run
+  slsam report outputs/demo/adamw outputs/demo/defaults
+  slsam report outputs/run --follow
 
 Needs matplotlib: pip install "slsam-ds[report]".
 """
@@ -47,20 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 where the input cannot be used, after one sentence on stderr.
     """
-    parser = _Parser(
-        prog="slsam report",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="folder that the run writes into")
-    parser.add_argument("--to", metavar="DIR", type=Path, help="write here instead; made where missing")
-    parsed = parser.parse_args(arguments)
-    target = parsed.to or parsed.output_dir
+    parsed = _make_parser().parse_args(arguments)
+    folders: list[Path] = parsed.output_dirs
+    target = parsed.to or _common_folder(folders)
     try:
-        history = read_history(parsed.output_dir)
-        print(describe(history))
-        write_report(history, parsed.output_dir.resolve().name, target)
+        if parsed.follow is not None:
+            return _follow(folders, target, parsed.follow)
+        runs = read_runs(folders)
+        print(describe(runs[0].history) if len(runs) == 1 else describe_comparison(runs))
+        written = _write(runs, target)
     except RecordsError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -69,13 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse('the pictures need matplotlib: pip install "slsam-ds[report]", or pip install matplotlib')
     except OSError as error:
         return _refuse(f"{error.filename or target}: {error.strerror or error}")
-    print(f"\nPictures: {target / PICTURE_FILE}\nPage: {target / PAGE_FILE}")
+    page, picture = written
+    print(f"\nPictures: {picture}\nPage: {page}")
     return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(" ".join(message.split()))  # arguments may hold line breaks
 
 
 def describe(history: RunHistory) -> str:
@@ -84,48 +91,110 @@ def describe(history: RunHistory) -> str:
     return f"{layer_table(history)}\n\n{progress_table(history)}\n\n{facts}"
 
 
-def write_report(history: RunHistory, name: str, target: Path) -> None:
-    """Write picture and page into a folder, which is made where missing.
+def describe_comparison(runs: Sequence[Run]) -> str:
+    """Several runs as text."""
+    tables = [str(table) for table in (settings_table(runs), numbers_table(runs)) if table.rows]
+    told = [sentence for sentence in (what_one_sees(runs), what_differs_at_the_start(runs)) if sentence]
+    return "\n\n".join([*tables, *told])
 
-    Args:
-        history: The run.
-        name: What to call it.
-        target: The folder.
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="slsam report",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "output_dirs",
+        metavar="OUTPUT_DIR",
+        nargs="+",
+        type=Path,
+        help="what a run writes into; several: compare",
+    )
+    parser.add_argument("--to", metavar="DIR", type=Path, help="write here instead; made where missing")
+    parser.add_argument(
+        "--follow",
+        metavar="SECONDS",
+        nargs="?",
+        type=_interval,
+        const=_SECONDS,
+        help=f"write the page again every so many seconds (default: {_SECONDS:g}), until the run has ended or Ctrl-C",
+    )
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.split()))  # arguments may hold line breaks
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: choose a number of seconds, at least 1")
+    return seconds
+
+
+def _common_folder(folders: Sequence[Path]) -> Path:
+    """Where the page goes that nobody has named a folder for."""
+    if len(folders) == 1:
+        return folders[0]
+    return Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+
+
+def _write(runs: Sequence[Run], target: Path, refresh: float | None = None) -> tuple[Path, Path]:
+    """Write page and picture, and return their paths."""
+    if len(runs) > 1:
+        write_comparison(runs, target, refresh=refresh)
+        return target / COMPARISON_PAGE_FILE, target / COMPARISON_PICTURE_FILE
+    write_report(runs[0].history, runs[0].name, target, refresh=refresh)
+    return target / PAGE_FILE, target / PICTURE_FILE
+
+
+def _follow(folders: Sequence[Path], target: Path, seconds: float) -> int:
+    """Write the page until every run has ended.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        OSError: The files cannot be written.
+        RecordsError: There is no such folder, or what is in it is not a run's.
     """
-    from slsam_ds.report.figures import DARK, LIGHT, draw_panel, draw_report, panels_of
-
-    target.mkdir(parents=True, exist_ok=True)
-    title = f"SL-SAM: {name}"
-    first, last, num_layers = history.steps[0], history.steps[-1], len(history.names)
-    subtitle = f"Steps {first:,} to {last:,}" if last > first else f"Step {first:,}"
-    subtitle = f"{subtitle}, {num_layers} layers, {history.numels.sum():,} weights"
-    pictures = [
-        Picture(
-            panel.title,
-            panel.caption,
-            *(draw_panel(panel, history, theme) for theme in (LIGHT, DARK)),
-            *(draw_panel(panel, history, theme, wide=True) for theme in (LIGHT, DARK) if panel.wide),
-        )
-        for panel in panels_of(history)
-    ]
-    tables = (progress_table(history), layer_table(history))
-    page = build_page(title, subtitle, run_facts(history), pictures, tables, [PRICE_ASSUMPTIONS])
-    _write(target / PICTURE_FILE, draw_report(history, title, subtitle))
-    _write(target / PAGE_FILE, page.encode("utf-8"))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All of it or nothing: a page that is open in a browser may be loaded again at any moment."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    page: Path | None = None
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        while True:
+            try:
+                runs = read_runs(folders)
+            except RecordsError:
+                # A run that reads its model has recorded nothing yet.
+                if page is not None or not all(folder.is_dir() for folder in folders):
+                    raise
+                print("Waiting for the first step ...", flush=True)
+                while not all((folder / STEPS_FILE).is_file() and _has_step(folder) for folder in folders):
+                    time.sleep(min(seconds, 1.0))
+                continue
+            ended = all(run.has_ended for run in runs)
+            written, _ = _write(runs, target, refresh=None if ended else seconds)
+            if page is None:
+                print(f"Page: {written}\nIt is written every {seconds:g} s until the run has ended; Ctrl-C stops.")
+            page = written
+            if ended:
+                print("The run has ended.")
+                return 0
+            sys.stdout.flush()
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        if page is not None:
+            _write(read_runs(folders), target)  # once more, as a page that a browser does not load again
+        print("\nStopped following; the run goes on.")
+        return 0
+
+
+def _has_step(folder: Path) -> bool:
+    """Whether the first line is there, which is written at once."""
+    with (folder / STEPS_FILE).open("rb") as lines:
+        return lines.readline().endswith(b"\n")
 
 
 def _refuse(sentence: str) -> int:

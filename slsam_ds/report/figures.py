@@ -21,7 +21,7 @@ from slsam_ds.report.bins import StepBins
 from slsam_ds.report.facts import DENSE_SAM_PRICE, active_shares, loss_rises
 from slsam_ds.report.history import Floats, RunHistory
 
-_WIDTH, _HEIGHT, _WIDE = 5.5, 2.9, 11.0  # inches; small ones are for a phone as well
+WIDTH, HEIGHT, WIDE = 5.5, 2.9, 11.0  # inches; small ones are for a phone as well
 _DPI = 160
 _MAX_COLUMNS = 320  # of a heat map
 _MAX_POINTS = 160  # of a curve
@@ -44,6 +44,7 @@ class Theme:
     selection: tuple[str, ...]
     probability: tuple[str, ...]
     norm: tuple[str, ...]
+    series: tuple[str, ...]
 
     def style(self) -> dict[str, Any]:
         """As matplotlib's settings."""
@@ -92,6 +93,7 @@ LIGHT = Theme(
     selection=("#f4f7fd", "#b9cff6", "#5e8ff0", "#2757b8", "#14316e"),
     probability=("#f2faf8", "#b4e2d7", "#4fb8a3", "#17826f", "#0a4a40"),
     norm=("#fdf6ee", "#fbd3a2", "#f29a4a", "#c7571b", "#6d2410"),
+    series=("#667085", "#2f6bd8", "#d9731a", "#17826f", "#8e44ad", "#cc2f45"),
 )
 DARK = Theme(
     background="#171c25",
@@ -104,6 +106,7 @@ DARK = Theme(
     selection=("#1e2531", "#2a4478", "#3f74d6", "#83b0ff", "#dce9ff"),
     probability=("#1d2830", "#1d5a54", "#2a9a87", "#6fd8c3", "#dcfaf3"),
     norm=("#292521", "#6b3a1c", "#bf6423", "#f5a353", "#ffe6c7"),
+    series=("#98a3b5", "#6ea0ff", "#f5a353", "#4fc9b0", "#c792ea", "#ff6b7d"),
 )
 
 
@@ -120,9 +123,9 @@ class Panel:
 def draw_panel(panel: Panel, history: RunHistory, theme: Theme, *, wide: bool = False) -> bytes:
     """One panel, without its title, as PNG."""
     with rc_context(theme.style()):
-        figure = Figure(figsize=(_WIDE if wide else _WIDTH, _HEIGHT), layout="constrained")
+        figure = Figure(figsize=(WIDE if wide else WIDTH, HEIGHT), layout="constrained")
         panel.draw(figure, history, theme)
-        return _png(figure)
+        return picture_of(figure)
 
 
 def draw_report(history: RunHistory, title: str, subtitle: str, theme: Theme = LIGHT) -> bytes:
@@ -133,8 +136,8 @@ def draw_report(history: RunHistory, title: str, subtitle: str, theme: Theme = L
     num_rows = len(wide) + -(-len(narrow) // 2)
     header = 0.9
     with rc_context(theme.style()):
-        figure = Figure(figsize=(2 * _WIDTH + 0.4, header + num_rows * (_HEIGHT + 0.45)), layout="constrained")
-        heights = [header] + [_HEIGHT + 0.45] * num_rows
+        figure = Figure(figsize=(2 * WIDTH + 0.4, header + num_rows * (HEIGHT + 0.45)), layout="constrained")
+        heights = [header] + [HEIGHT + 0.45] * num_rows
         rows = figure.subfigures(num_rows + 1, 1, height_ratios=heights, hspace=0.02)
         rows[0].text(0.012, 0.72, title, size=18, weight="bold", va="center")
         rows[0].text(0.012, 0.28, subtitle, size=10.5, color=theme.muted, va="center")
@@ -144,18 +147,19 @@ def draw_report(history: RunHistory, title: str, subtitle: str, theme: Theme = L
         for place, panel in zip(places, wide + narrow, strict=False):
             panel.draw(place, history, theme)
             place.axes[0].set_title(panel.title)
-        return _png(figure)
+        return picture_of(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def picture_of(figure: Figure) -> bytes:
+    """As PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return buffer.getvalue()
 
 
-_COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
-_PLAIN = FuncFormatter(lambda value, _: f"{value:.4g}")
-_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
+COUNT = FuncFormatter(lambda value, _: f"{value:,.0f}")
+PLAIN = FuncFormatter(lambda value, _: f"{value:.4g}")
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.3g}%")
 
 
 def _draw_selection(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
@@ -175,7 +179,7 @@ def _draw_layers(figure: FigureBase, history: RunHistory, theme: Theme, layers: 
     _mark_skipped(axes, history, theme)
     _bars(side, layers.mean(axis=0).tolist(), theme.blue)
     side.set_xlabel("of all steps")
-    side.xaxis.set_major_formatter(_PERCENT)
+    side.xaxis.set_major_formatter(PERCENT)
 
 
 def _draw_probabilities(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
@@ -223,7 +227,7 @@ def _draw_rise(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
     axes = _curve_axes(figure, history)
     _curve(axes, history, loss_rises(history), theme.orange)
     axes.axhline(0, color=theme.muted, linewidth=0.9)
-    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def _draw_radius(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
@@ -250,7 +254,7 @@ def _draw_active_share(figure: FigureBase, history: RunHistory, theme: Theme) ->
     _curve(axes, history, shares, theme.blue, banded=False)
     axes.axhline(shares.mean(), color=theme.muted, linewidth=0.9, linestyle=_DASHES)
     _from_zero(axes, shares)
-    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(PERCENT)
 
 
 def _draw_price(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
@@ -275,59 +279,75 @@ def _draw_seconds(figure: FigureBase, history: RunHistory, theme: Theme) -> None
 PANELS: Sequence[Panel] = (
     Panel(
         "Which layers were active",
-        "Every column is a step, or the average over several; the first layer is at the bottom. A red mark below "
-        "is a skipped step. At the right: in how many of all steps.",
+        "Look for color in every row: each layer is updated now and then. Bad: rows that stay empty, or red marks, "
+        "which are skipped steps. A column is a step, or the mean of several; the first layer is at the bottom; the "
+        "bars count all steps.",
         _draw_selection,
         wide=True,
     ),
     Panel(
         "Loss",
-        "Training loss of the step's window at the weights themselves, and where the perturbation led, in the steps "
-        "that measured it there. The band holds 80% of the steps. A red mark is a skipped step.",
+        "Look for a blue line that falls, with the orange one a little above it. Bad: lines that rise, an orange line "
+        "that jumps away (halve rho), red marks (skipped steps). Blue is the training loss at the weights, orange the "
+        "same at the perturbed weights; the band holds 80% of the steps.",
         _draw_loss,
         wide=True,
     ),
     Panel(
         "Inclusion probabilities",
-        "How likely the selector was to choose a layer, before it drew; they sum to the number of active layers.",
+        "Look for shades that move apart slowly as the selector learns which layers have large gradients. Bad: a few "
+        "dark rows and the rest near zero, whose layers are hardly ever updated again. The bars are the last step's.",
         _draw_probabilities,
     ),
     Panel(
         "Gradient norms",
-        "Of the descent gradient, where a layer was active; logarithmic. At the right: median and range over the run.",
+        "Look for shades that stay alike along a row. Bad: a row or a moment that is far darker than the others "
+        "(unstable training), or that fades to nothing. The scale is logarithmic; the dots are medians.",
         _draw_grad_norms,
     ),
     Panel(
         "Rise of the loss under perturbation",
-        "What the ascent climbed, relative to the loss at the weights. A few percent is usual; where it jumps, "
-        "halve rho; near zero, the perturbation does nothing.",
+        "Look for a few percent, which is what the perturbation climbed. Bad: jumps (halve rho), or values near zero "
+        "(the perturbation does nothing).",
         _draw_rise,
     ),
     Panel(
         "Size of the perturbation",
-        "Norm of the change really made to the weights. In bf16 rounding adds noise to it: it may exceed rho.",
+        "Look for a line at the dashed rho. Bad: a line far below it, or at zero. In bf16, rounding adds noise: "
+        "somewhat above rho is usual.",
         _draw_radius,
     ),
     Panel(
         "How much of the perturbation arrived",
-        "The change made, projected on the one asked for: 1 where all of it reached the weights.",
+        "Look for values near 1: the low-precision weights moved as asked. Bad: values well below 1, where rounding "
+        "lost part of the perturbation.",
         _draw_projection,
     ),
     Panel(
-        "Active parameters", "Share of the weights that a step trains; the dashed line is the mean.", _draw_active_share
+        "Active parameters",
+        "Look for the share of weights that you want to train per step; the dashed line is its mean. Bad: a mean far "
+        "from what active_layers says, because large or small layers are preferred.",
+        _draw_active_share,
     ),
     Panel(
         "Price of a step",
-        "FLOPs of forward and backward relative to a step of AdamW; how they are known, see below.",
+        "Look for the line between the dashed ones: forward and backward FLOPs relative to AdamW's. Bad: a price "
+        "near dense SAM's, if you wanted to save. How it is known is said below.",
         _draw_price,
     ),
-    Panel("Seconds per step", "Wall clock of the first rank. Steps far above the others are cut off.", _draw_seconds),
+    Panel(
+        "Seconds per step",
+        "Look for a level line. Bad: a line that climbs, or long stretches of slow steps: something else needs the "
+        "machine. It is the first rank's clock; single steps far above the others are cut off.",
+        _draw_seconds,
+    ),
 )
 
 
 _PERTURBED = Panel(
     "Which layers were perturbed",
-    "Drawn as the picture above, which shows the layers that were updated.",
+    "Look for the layers that the recipe says should be perturbed. Bad: rows that stay empty although they should not. "
+    "It is drawn like the picture above, which shows the layers that were updated.",
     _draw_perturbed,
     wide=True,
 )
@@ -383,7 +403,7 @@ def _heat_map(
     if isinstance(scale, LogNorm):
         bar.set_ticks(LogLocator(subs=(1.0, 2.0, 5.0)), minor=False)
         bar.minorticks_off()
-    bar.ax.yaxis.set_major_formatter(_PLAIN)
+    bar.ax.yaxis.set_major_formatter(PLAIN)
     return axes, side
 
 
@@ -397,7 +417,7 @@ def _label_steps(axes: Axes, history: RunHistory) -> None:
     axes.set_xlabel("step")
     num_labels = 6 if history.steps[-1] < 10_000 else 4
     axes.xaxis.set_major_locator(MaxNLocator(num_labels, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(_COUNT)
+    axes.xaxis.set_major_formatter(COUNT)
 
 
 def _curve_axes(figure: FigureBase, history: RunHistory) -> Axes:
@@ -405,7 +425,7 @@ def _curve_axes(figure: FigureBase, history: RunHistory) -> Axes:
     assert isinstance(axes, Axes)
     axes.set_xlim(history.steps[0] - 0.5, history.steps[-1] + 0.5)
     _label_steps(axes, history)
-    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_major_formatter(PLAIN)
     return axes
 
 

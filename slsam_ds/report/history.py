@@ -16,8 +16,12 @@ Floats = NDArray[np.floating[Any]]
 
 _NUMBERS = (
     "loss", "ascent_loss", "rho", "perturbation_norm", "perturbation_projection", "mask_density", "price", "seconds",
+    "reduced_bytes", "gathered_bytes", "gradient_bytes", "activation_bytes",
 )  # fmt: skip
-_OPTIONAL = ("price", "mask_density")  # records of 0.1.0 lack the one, those of runs without a mask the other
+# Records of 0.1.0 lack the first, those of runs without a mask the second, and without `--measure` the others.
+_OPTIONAL = (
+    "price", "mask_density", "reduced_bytes", "gathered_bytes", "gradient_bytes", "activation_bytes",
+)  # fmt: skip
 
 
 class RecordsError(ValueError):
@@ -45,6 +49,10 @@ class RunHistory:
         mask_density: Share of the perturbed layers' elements that the mask let move.
         price: FLOPs relative to a step of AdamW.
         seconds: Wall-clock time.
+        reduced_bytes: That the first rank handed to reductions.
+        gathered_bytes: That it received by gatherings.
+        gradient_bytes: Of gradients that it held at once, at most.
+        activation_bytes: That a micro-batch's forward saved for its backward, at most.
     """
 
     names: tuple[str, ...]
@@ -63,6 +71,10 @@ class RunHistory:
     mask_density: Floats
     price: Floats
     seconds: Floats
+    reduced_bytes: Floats
+    gathered_bytes: Floats
+    gradient_bytes: Floats
+    activation_bytes: Floats
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -135,7 +147,9 @@ def read_history(output_dir: str | Path) -> RunHistory:
         raise RecordsError(f"{folder}: no such folder; give the --output_dir of a run")
     for name in (LAYERS_FILE, STEPS_FILE):
         if not (folder / name).is_file():
-            raise RecordsError(f"{folder}: holds no {name}; give the --output_dir of a run that has started to train")
+            runs = " ".join(str(path.parent) for path in sorted(folder.glob(f"*/{LAYERS_FILE}")))
+            hint = f"its runs are {runs}" if runs else "give the --output_dir of a run that has started to train"
+            raise RecordsError(f"{folder}: holds no {name}; {hint}")
     try:
         layers = json.loads((folder / LAYERS_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # not JSON, or not even text

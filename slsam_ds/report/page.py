@@ -37,20 +37,38 @@ def build_page(
     pictures: Sequence[Picture],
     tables: Iterable[Table],
     notes: Iterable[str],
+    *,
+    introduction: str = "",
+    tables_first: bool = False,
+    refresh: float | None = None,
 ) -> str:
-    """The whole page. Names that came from a model or a folder are escaped."""
+    """The whole page. Names that came from a model or a folder are escaped.
+
+    Args:
+        title: The heading.
+        subtitle: The line below it.
+        facts: Tiles at the top.
+        pictures: Two in a row, or one that takes all of it.
+        tables: Below the pictures.
+        notes: Small print at the end.
+        introduction: What one has to know to read the page.
+        tables_first: The tables stand above the pictures.
+        refresh: Seconds after which a browser loads the page again; None: it does not.
+    """
     tiles = "".join(
         f"<div class=tile><dt>{escape(fact.label)}</dt><dd><b>{escape(fact.value)}</b> {escape(fact.note)}</dd></div>"
         for fact in facts
     )
+    parts = [f"<div class=pictures>{''.join(map(_figure, pictures))}</div>", *map(_table, tables)]
     body = [
         f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>",
-        f"<dl class=tiles>{tiles}</dl>",
-        f"<div class=pictures>{''.join(map(_figure, pictures))}</div>",
-        *map(_table, tables),
+        f"<p class=introduction>{escape(introduction)}</p>" if introduction else "",
+        f"<dl class=tiles>{tiles}</dl>" if tiles else "",
+        *([*parts[1:], parts[0]] if tables_first else parts),
         *(f"<p class=note>{escape(note)}</p>" for note in notes),
     ]
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body))
+    reload = "" if refresh is None else f'<meta http-equiv="refresh" content="{max(round(refresh), 1)}">\n'
+    return _PAGE.format(title=escape(title), reload=reload, style=_STYLE, body="\n".join(body))
 
 
 def _figure(picture: Picture) -> str:
@@ -124,9 +142,11 @@ tbody th { font-weight: 500; }
 thead th { position: sticky; top: 0; z-index: 1; background: var(--card); color: var(--muted); font-weight: 500; }
 th:first-child { position: sticky; left: 0; z-index: 1; background: var(--card); }
 thead th:first-child { z-index: 2; }
+.introduction { max-width: 60rem; margin: 0 0 1.25rem; }
 .note { color: var(--muted); font-size: .875rem; max-width: 60rem; }
 @media (max-width: 760px) { .pictures { grid-template-columns: minmax(0, 1fr); } body { padding: 1rem .6rem 2rem; }
-  .tile, figure, section { padding: .7rem .7rem; } }
+  .tile, figure, section { padding: .7rem .7rem; } th, td { padding: .3rem .4rem; }
+  tbody th { white-space: normal; min-width: 7.5rem; } thead th { white-space: normal; vertical-align: bottom; } }
 """
 
 _PAGE = """<!doctype html>
@@ -135,7 +155,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
+{reload}<title>{title}</title>
 <style>{style}</style>
 </head>
 <body>

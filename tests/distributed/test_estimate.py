@@ -18,10 +18,10 @@ from slsam_ds.estimate.memory import memory
 from slsam_ds.estimate.sharding import RunSetup, StepUse
 from slsam_ds.estimate.traffic import gathered, reduced
 from slsam_ds.model.layers import map_layers
+from slsam_ds.records.traffic import Traffic
 from tests.distributed.training import LlamaSetup, Setup, Training, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
-from tests.traffic import Traffic
 
 WORLD_SIZE = 2
 NUM_LEARNING = 3  # DeepSpeed gathers a few things at the first step only, and learns in which order

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from slsam_ds import SLSAM
+from slsam_ds.records.traffic import Traffic
 from tests.distributed.training import LlamaSetup, Setup, Training, follow_reference, max_error, slow
 from tests.models import SAMPLES, window
 from tests.ranks import run_on_ranks
-from tests.traffic import Traffic
 
 TOLERANCE = 1e-6  # as in test_reference.py
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from slsam_ds.records.traffic import Traffic
 from tests.distributed.training import ALSO_ZERO1, LlamaSetup, Setup, Training, slow
 from tests.ranks import run_on_ranks
-from tests.traffic import Traffic
 
 EQUAL_LAYERS = {"other_parameters": "freeze"}  # the four blocks of the model are the arms
 TOLERANCE = 0.02  # statistics and the agreement check are a few numbers per step, whatever the layers' size

@@ -1,6 +1,7 @@
 """`python -m slsam_ds.report`: what it computes, draws and writes, and what it refuses."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 
 from slsam_ds.cli.summary import summarize
-from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, read_steps
+from slsam_ds.records.files import LAYERS_FILE, SETTINGS_FILE, STEPS_FILE, read_steps
 from slsam_ds.report.bins import StepBins
-from slsam_ds.report.command import PAGE_FILE, PICTURE_FILE, main
+from slsam_ds.report.command import main
+from slsam_ds.report.comparison import numbers_table, settings_table, what_differs_at_the_start, what_one_sees
 from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, run_facts
 from slsam_ds.report.history import RecordsError, RunHistory, read_history
+from slsam_ds.report.runs import TRAINER_STATE_FILE, read_runs
 from slsam_ds.report.tables import layer_table, progress_table
+from slsam_ds.report.writing import COMPARISON_PAGE_FILE, COMPARISON_PICTURE_FILE, PAGE_FILE, PICTURE_FILE
 
 NUMELS = (10, 20, 30, 40)
 
@@ -57,7 +61,7 @@ SKIPPED = {
 
 
 def write_run(folder: Path, steps: list[dict[str, Any]], layers: Any = None, *, tail: str = "") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / LAYERS_FILE).write_text(json.dumps(make_layers() if layers is None else layers))
     (folder / STEPS_FILE).write_text("".join(json.dumps(step) + "\n" for step in steps) + tail)
     return folder
@@ -365,6 +369,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     [
         (lambda folder: folder / "none", "none: no such folder; give the --output_dir of a run"),
         (lambda folder: folder, f"holds no {LAYERS_FILE}; give the --output_dir of a run that has started to train"),
+        (lambda folder: write_run(folder / "b", []).parent, "holds no slsam_layers.json; its runs are "),
         (lambda folder: write_run(folder, []), "holds no step yet"),
     ],
 )
@@ -416,3 +421,155 @@ def test_as_a_command(tmp_path: Path) -> None:
 def test_steps_can_be_read_one_at_a_time(tmp_path: Path) -> None:
     run = write_run(tmp_path, [make_step(1)], tail="\x00\x00")
     assert [record["step"] for record in read_steps(run)] == [1]
+
+
+SETTINGS = {"slsam": {"rho": 0.05, "selector": "exp3m"}, "training": {"seed": 42}, "total_steps": 20, "has_ended": True}
+
+
+def write_settled_run(folder: Path, *, loss: float, settings: dict[str, Any] = SETTINGS, **changes: Any) -> Path:
+    """A run of 20 steps that measured its costs and its held-out loss."""
+    costs = {"reduced_bytes": 3e6, "gathered_bytes": 1e6, "gradient_bytes": 2e6, "activation_bytes": 8e6}
+    steps = [make_step(step, **{**costs, **changes}) for step in range(1, 21)]
+    steps[0] |= {"reduced_bytes": 9e9, "activation_bytes": 9e9}  # the first step sets things up
+    run = write_run(folder, steps)
+    (run / SETTINGS_FILE).write_text(json.dumps(settings))
+    log = [{"step": 0, "eval_loss": 2.5}, {"step": 10, "loss": 2.0}, {"step": 20, "eval_loss": loss}]
+    (run / TRAINER_STATE_FILE).write_text(json.dumps({"log_history": log}))
+    return run
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> list[Path]:
+    plain = {"active": [0, 1, 2, 3], "rho": 0.0, "ascent_loss": None, "perturbation_projection": None, "price": 1.0}
+    settings = SETTINGS | {"slsam": {"rho": 0.0, "selector": "all"}}
+    adamw = write_settled_run(tmp_path / "adamw", loss=2.0, settings=settings, **plain, reduced_bytes=7e6, seconds=3.0)
+    return [adamw, write_settled_run(tmp_path / "defaults", loss=2.125)]
+
+
+def test_several_runs_stand_side_by_side(two_runs: list[Path]) -> None:
+    runs = read_runs(two_runs)
+    assert [run.name for run in runs] == ["adamw", "defaults"]
+    assert runs[1].held_out == ((0, 2.5), (20, 2.125))
+    rows = {row[0]: row[1:] for row in numbers_table(runs).rows}
+    assert numbers_table(runs).header == ("", "adamw", "defaults", "defaults / adamw")
+    assert rows["held-out loss before"] == ("2.5000", "2.5000", "+0.0000")
+    assert rows["held-out loss after"] == ("2.0000", "2.1250", "+0.1250")
+    assert rows["seconds per step"] == ("3", "1.5", "0.50")
+    assert rows["sent per step, MB"] == ("8", "4", "0.50")
+    assert rows["gradients held, MB: largest step"] == ("2", "2", "1.00")
+    assert rows["layers updated per step"] == ("100.0%", "50.0%", "0.50")
+    assert "skipped steps" not in rows
+    different = settings_table(runs)
+    assert different.rows == (("slsam.rho", "0", "0.05"), ("slsam.selector", "all", "exp3m"))
+    assert what_one_sees(runs) == (
+        "adamw ends at the lowest held-out loss, 0.1250 below defaults; a step of defaults takes 0.50 of the time and "
+        "0.50 of the bytes of one of adamw."
+    )
+    assert what_one_sees(runs[::-1]).startswith("adamw ends at the lowest")  # whatever the order
+    assert what_differs_at_the_start(runs) == ""
+
+
+def test_a_comparison_tells_what_it_does_not_know(two_runs: list[Path], tmp_path: Path) -> None:
+    (two_runs[1] / TRAINER_STATE_FILE).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    other = write_run(tmp_path / "elsewhere" / "adamw", [make_step(1)])
+    runs = read_runs([*two_runs, other])
+    assert [run.name for run in runs] == [str(two_runs[0]), "defaults", str(other)]
+    assert what_one_sees(runs) == ""
+    rows = {row[0]: row[1:] for row in numbers_table(runs).rows}
+    assert rows["held-out loss after"] == ("2.0000", "", "")
+    assert rows["sent per step, MB"] == ("8", "4", "")
+
+
+def test_an_earlier_runs_evaluations_are_not_this_ones(two_runs: list[Path]) -> None:
+    os.utime(two_runs[0] / TRAINER_STATE_FILE, (0, 0))
+    assert read_runs(two_runs)[0].held_out == ()
+
+
+def test_runs_that_start_apart_are_named(two_runs: list[Path]) -> None:
+    (two_runs[0] / TRAINER_STATE_FILE).write_text(json.dumps({"log_history": [{"step": 0, "eval_loss": 2.25}]}))
+    told = what_differs_at_the_start(read_runs(two_runs))
+    assert told == "The runs did not start alike: held-out losses before are 2.2500, 2.5000."
+
+
+def test_several_runs_have_one_page(two_runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main([*map(str, two_runs)]) == 0
+    folder = two_runs[0].parent
+    assert sorted(path.name for path in folder.glob("slsam_*")) == [COMPARISON_PAGE_FILE, COMPARISON_PICTURE_FILE]
+    printed = capsys.readouterr().out
+    assert "Settings that differ" in printed
+    assert "0.1250 below defaults" in printed
+    page = (folder / COMPARISON_PAGE_FILE).read_text(encoding="utf-8")
+    assert "slsam.selector" in page
+    assert 'http-equiv="refresh"' not in page
+    assert page.count("<figure") == 6
+    assert all(caption.startswith("Look for") and "Bad:" in caption for caption in captions_of(page))
+
+
+def captions_of(page: str) -> list[str]:
+    return re.findall("<figcaption>(.*?)</figcaption>", page)
+
+
+def test_each_picture_says_what_is_good_and_what_is_bad(report: tuple[Path, Path]) -> None:
+    captions = captions_of((report[1] / PAGE_FILE).read_text(encoding="utf-8"))
+    assert len(captions) == 10
+    assert all(caption.startswith("Look for") and "Bad:" in caption for caption in captions)
+
+
+def test_a_page_follows_its_run_to_the_end(
+    two_runs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    run = two_runs[1]
+    (run / SETTINGS_FILE).write_text(json.dumps(SETTINGS | {"has_ended": False}))
+    pages = []
+
+    def sleep(seconds: float) -> None:
+        """A step later, or once more at the end."""
+        assert seconds == 2
+        pages.append((run / PAGE_FILE).read_text(encoding="utf-8"))
+        if len(pages) == 2:
+            (run / SETTINGS_FILE).write_text(json.dumps(SETTINGS))
+            return
+        with (run / STEPS_FILE).open("a") as steps:
+            steps.write(json.dumps(make_step(21)) + "\n")
+
+    monkeypatch.setattr("slsam_ds.report.command.time.sleep", sleep)
+    assert main([str(run), "--follow", "2"]) == 0
+    assert [f"Steps 1 to {last}" in page for page, last in zip(pages, (20, 21), strict=True)] == [True, True]
+    assert all('<meta http-equiv="refresh" content="2">' in page for page in pages)
+    assert 'http-equiv="refresh"' not in (run / PAGE_FILE).read_text(encoding="utf-8")
+    assert "The run has ended." in capsys.readouterr().out
+
+
+def test_following_waits_for_the_first_step_and_stops_by_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    waits = iter([lambda: write_run(tmp_path, [make_step(1)]), None])
+
+    def sleep(seconds: float) -> None:
+        do = next(waits)
+        if do is None:
+            raise KeyboardInterrupt
+        do()
+
+    monkeypatch.setattr("slsam_ds.report.command.time.sleep", sleep)
+    assert main([str(tmp_path), "--follow"]) == 0
+    assert 'http-equiv="refresh"' not in (tmp_path / PAGE_FILE).read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Waiting for the first step")
+    assert "Stopped following" in printed
+
+
+@pytest.mark.parametrize("seconds", ["0", "soon", "inf"])
+def test_a_bad_interval_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["somewhere", "--follow", seconds])
+    assert f"{seconds}: choose a number of seconds, at least 1" in capsys.readouterr().err
+
+
+def test_what_is_not_a_run_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none"), "--follow"]) == 2
+    assert "no such folder" in capsys.readouterr().err

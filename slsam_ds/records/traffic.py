@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within, counts this rank's payload bytes of every collective, by kind.
 
     It sees the c10d operators, which the functions of torch.distributed, DeepSpeed and FSDP all end in.
@@ -19,7 +19,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
