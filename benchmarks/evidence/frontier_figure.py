@@ -1,5 +1,6 @@
 """The picture of the frontier: test loss against FLOPs, time and memory, AdamW's own over its number of steps in it."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence.candidates import CANDIDATES
 from benchmarks.evidence.frontier_report import DENSE, REFERENCE, finals, losses_on_test
+from benchmarks.evidence.long_tasks import LONG_TASKS
 from benchmarks.evidence.paired import difference
 from benchmarks.evidence.step_costs import StepCost
 from benchmarks.evidence.trials import Outcome, Setting, Trials
 from slsam_ds.report.figures import LIGHT
 
-_DPI = 110
+_DPI, _COLUMNS = 110, 3
 _WIDTH_OF_A_NAME = 0.2
 """As a share of the axis."""
 
@@ -51,6 +53,31 @@ def draw_frontier(path: Path, trials: Trials, task: str, costs: Mapping[str, Ste
             axes.set_xlabel(title)
         panels[0].set_ylabel("test loss, checkpoint chosen by validation data")
         figure.suptitle(f"{task}: bars are standard errors of the difference from AdamW", fontsize=9)
+        figure.savefig(path, dpi=_DPI)
+
+
+def draw_summary(path: Path, trials: Trials, tasks: Sequence[str]) -> None:
+    """Test loss against FLOPs, a panel a task, at the height where the recipes are."""
+    flops = next(iter(_prices({}).values()))
+    rows = math.ceil(len(tasks) / _COLUMNS)
+    columns = min(len(tasks), _COLUMNS)
+    with rc_context(LIGHT.style()):
+        figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, task in zip(panels, tasks, strict=False):
+            points = [point for point in _points(trials, task) if len(point.outcomes) > 1]
+            axes.margins(x=0.2, y=0.2)
+            _draw(axes, points, flops)
+            heights = axes.get_ylim()
+            _draw_adamw(axes, trials, task, flops)
+            axes.set_ylim(*heights)
+            axes.set_title(LONG_TASKS[task].title, fontsize=9)
+            axes.set_xlim(left=0)
+            axes.set_xlabel("FLOPs (AdamW: 1)")
+            axes.set_ylabel("test loss")
+        for axes in panels:
+            axes.set_visible(False)
+        figure.suptitle("Lower is better; the dashed line is AdamW with fewer steps", fontsize=9)
         figure.savefig(path, dpi=_DPI)
 
 

@@ -14,7 +14,9 @@ from benchmarks.evidence.step_costs import FILE as COSTS
 from benchmarks.evidence.step_costs import StepCost, read_costs
 from benchmarks.evidence.trials import FILE, TUNING_SEED, Checkpoint, Outcome, Setting, Trials
 
-REPORT = "frontier.md"
+REPORT, PICTURE = "frontier.md", "frontier.png"
+_SUMMARISED = 8
+"""Seeds that a recipe has on a task where it is a row of the summary."""
 REFERENCE, DENSE = "adamw", "dense_sam"
 
 _INTRODUCTION = f"""# Frontier: test loss against price
@@ -35,6 +37,9 @@ mean of the last quarter's weights. Differences are of the chosen ones, seed by 
 best setting has a neighbour that was not tried. *tuned* is the number of trials that chose it; with 0, it is dense
 SAM's, the radius in proportion.
 """
+
+_SUMMARY = f"""AdamW's test loss; and of each recipe with {_SUMMARISED} seeds or more, its test loss less AdamW's, ± the
+standard error. Below 0 is better."""
 
 
 def tuned_losses(trials: Trials, task: str, candidate: str) -> dict[Setting, float]:
@@ -88,12 +93,16 @@ def write_report(folder: Path, trials: Trials) -> Path:
     Returns:
         The report's path.
     """
-    from benchmarks.evidence.frontier_figure import draw_frontier
+    from benchmarks.evidence.frontier_figure import draw_frontier, draw_summary
 
     trials.read()  # what other processes have added
     costs = read_costs(folder)
     parts = [_INTRODUCTION, "## Which tasks decide\n\n" + _headroom_table(trials)]
     folder.mkdir(parents=True, exist_ok=True)
+    summarised = [name for name in LONG_TASKS if _is_summarised(trials, name, DENSE)]
+    if summarised:
+        draw_summary(folder / PICTURE, trials, summarised)
+        parts += ["## All tasks", _SUMMARY, _summary_table(trials, summarised), f"![{PICTURE}]({PICTURE})"]
     for name, task in LONG_TASKS.items():
         if any(finals(trials, name, candidate) for candidate in CANDIDATES):
             picture = f"frontier-{name}.png"
@@ -107,6 +116,26 @@ def write_report(folder: Path, trials: Trials) -> Path:
 def task_table(trials: Trials, task: str) -> str:
     """What every candidate learned on a task, in Markdown."""
     return _table(trials, task, {})
+
+
+def _is_summarised(trials: Trials, task: str, candidate: str) -> bool:
+    return len(finals(trials, task, candidate)) >= _SUMMARISED
+
+
+def _summary_table(trials: Trials, tasks: Sequence[str]) -> str:
+    """How far each recipe's loss is below AdamW's on each task, where it has enough seeds."""
+    lines = [f"| recipe | FLOPs | {' | '.join(f'`{task}`' for task in tasks)} |", "|---" * (len(tasks) + 2) + "|"]
+    for name, candidate in CANDIDATES.items():
+        outcomes = {task: finals(trials, task, name) for task in tasks if _is_summarised(trials, task, name)}
+        if not outcomes:
+            continue
+        cells = []
+        for task in tasks:
+            losses, adamw = (losses_on_test(some) for some in (outcomes.get(task, []), finals(trials, task, REFERENCE)))
+            cells.append(_mean(losses) if name == REFERENCE else str(difference(losses, adamw) or ""))
+        flops = statistics.fmean(one.flops for some in outcomes.values() for one in some)
+        lines.append(f"| `{name}`: {candidate.title} | {flops:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _headroom_table(trials: Trials) -> str:
