@@ -96,6 +96,8 @@ def read_blocks(page: str, text: str) -> list[Block]:
         if comments:
             for comment in comments:
                 options = (options or {}) | _read_options(place, comment)
+        elif token.type == "fence" and token.info.startswith("{"):
+            follows = False  # a directive of the site
         elif token.type == "fence":
             language = token.info.split()[0] if token.info.strip() else ""
             blocks.append(
@@ -115,7 +117,8 @@ def read_commands(page: str, text: str) -> Iterator[tuple[str, str]]:
     for token in MarkdownIt().enable("table").parse(text):
         for child in token.children or ():
             if _is_command(child):
-                yield f"{page}:{(token.map or [0])[0] + 1}", child.content
+                names_one = re.fullmatch(r"slsam \w+", child.content) is not None
+                yield f"{page}:{(token.map or [0])[0] + 1}", child.content + " --help" * names_one
 
 
 def outputs(blocks: list[Block]) -> dict[int, str]:
