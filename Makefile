@@ -47,7 +47,7 @@ $(INSTALLED): pyproject.toml Makefile $(CONSTRAINTS)
 	touch $@
 
 demo: $(INSTALLED)  ## a small pretrained model by AdamW and by SL-SAM under ZeRO-2, compared; flags by ARGS="..."
-	slsam compare adamw defaults --num_accelerators 2 --output_dir outputs/demo -- \
+	slsam compare adamw adamw_price --num_accelerators 2 --output_dir outputs/demo -- \
 		--deepspeed ds_configs/zero2.json --max_steps $(DEMO_STEPS) $(ARGS)
 
 test: $(INSTALLED)  ## all tests but the slow ones: eight minutes on two cores
