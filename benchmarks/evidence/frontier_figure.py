@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.candidates import CANDIDATES
-from benchmarks.evidence.frontier_report import DENSE, REFERENCE, finals, losses_on_test
+from benchmarks.evidence.frontier_report import DENSE, REFERENCE, SUMMARISED, finals, losses_on_test
 from benchmarks.evidence.long_tasks import LONG_TASKS
 from benchmarks.evidence.paired import difference
 from benchmarks.evidence.step_costs import StepCost
@@ -65,7 +65,7 @@ def draw_summary(path: Path, trials: Trials, tasks: Sequence[str]) -> None:
         figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for axes, task in zip(panels, tasks, strict=False):
-            points = [point for point in _points(trials, task) if len(point.outcomes) > 1]
+            points = [point for point in _points(trials, task) if len(point.outcomes) >= SUMMARISED]
             axes.margins(x=0.2, y=0.2)
             _draw(axes, points, flops)
             heights = axes.get_ylim()

@@ -15,7 +15,7 @@ from benchmarks.evidence.step_costs import StepCost, read_costs
 from benchmarks.evidence.trials import FILE, TUNING_SEED, Checkpoint, Outcome, Setting, Trials
 
 REPORT, PICTURE = "frontier.md", "frontier.png"
-_SUMMARISED = 8
+SUMMARISED = 8
 """Seeds that a recipe has on a task where it is a row of the summary."""
 REFERENCE, DENSE = "adamw", "dense_sam"
 
@@ -38,7 +38,7 @@ best setting has a neighbour that was not tried. *tuned* is the number of trials
 SAM's, the radius in proportion.
 """
 
-_SUMMARY = f"""AdamW's test loss; and of each recipe with {_SUMMARISED} seeds or more, its test loss less AdamW's, ± the
+_SUMMARY = f"""AdamW's test loss; and of each recipe with {SUMMARISED} seeds or more, its test loss less AdamW's, ± the
 standard error. Below 0 is better."""
 
 
@@ -119,7 +119,7 @@ def task_table(trials: Trials, task: str) -> str:
 
 
 def _is_summarised(trials: Trials, task: str, candidate: str) -> bool:
-    return len(finals(trials, task, candidate)) >= _SUMMARISED
+    return len(finals(trials, task, candidate)) >= SUMMARISED
 
 
 def _summary_table(trials: Trials, tasks: Sequence[str]) -> str:
