@@ -42,7 +42,7 @@ def _rest(sections: Sections) -> Iterator[str]:
     ours = [one for one in rows(comparison or {"groups": []}) if one.one.mode.startswith("SL-SAM")]
     if ours:
         worst = max(ours, key=lambda one: one.excess)
-        name = f"wall-clock ratio over FLOP ratio, the worst of the SL-SAM rows ({worst.one.mode})"
+        name = f"wall-clock ratio over FLOP ratio, largest of the SL-SAM rows ({worst.one.mode})"
         yield _line(name, _judged(worst.excess, 1.10), 1.10, "", None)
     exact = row(comparison, EXACT)
     if exact is not None and exact.one.activations:
@@ -61,7 +61,7 @@ def _rest(sections: Sections) -> Iterator[str]:
     if overhead is not None:
         low, high = overhead.time_range
         cell = f"{_judged(overhead.time, 1.02)} ({low:.2f}-{high:.2f})"
-        yield _line("our own overhead: rho 0, all layers, against the engine without us", cell, 1.02, "", None)
+        yield _line("overhead of `slsam_ds`: rho 0, all layers, against the engine alone", cell, 1.02, "", None)
 
 
 def _line(name: str, to_adamw: str, target: float | None, to_dense: str, dense_target: float | None) -> str:

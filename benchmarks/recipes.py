@@ -86,38 +86,40 @@ def main() -> None:
 
 _PAGE = """# Recipes
 
-Written by `python -m benchmarks.recipes`; do not edit. `python -m slsam_ds.recipes NAME` prints one in full.
+`python -m benchmarks.recipes` writes this page; do not edit it. `python -m slsam_ds.recipes NAME` prints one recipe in
+full.
 
-A recipe is switched on by `--slsam preset=NAME`, or by `"slsam": {{"preset": "NAME"}}` in the DeepSpeed JSON. Knobs
-given beside it win. g is the gradient at the weights, h the one at the perturbed weights, P is who is perturbed and U
-who is updated. Arms are blocks, embeddings and head, or every tensor by itself (`granularity: tensor`).
+Select a recipe by `--slsam preset=NAME`, or by `"slsam": {{"preset": "NAME"}}` in the DeepSpeed JSON. Settings given
+beside it take precedence. g is the gradient at the weights, and h is the gradient at the perturbed weights. P is the
+set of arms that are perturbed, and U is the set that is updated. An arm is a block, the embeddings, the head, or a
+single tensor (`granularity: tensor`).
 
-The price is the mean of {num_steps} steps on a random Llama of {num_blocks} equal blocks, as `slsam_steps.jsonl`
-records it: FLOPs, a step of AdamW being 1. P and U are shares of the weights, on average. Every recipe takes steps on
-every engine in `tests/distributed/test_presets.py`; what it is made of follows a plain reference on every engine
-(`test_choices.py`, `test_paper.py`). The last column says what of the source was read. Where it was neither its text
-nor its code, the recipe has the name of its formula.
+The price is the number of FLOPs relative to a step of AdamW, as `slsam_steps.jsonl` records it. It is the mean of
+{num_steps} steps on a random Llama of {num_blocks} equal blocks. P and U are mean shares of the weights.
+`tests/distributed/test_presets.py` runs every recipe on every engine. The choices that a recipe consists of are
+compared with a plain reference on every engine (`test_choices.py`, `test_paper.py`). The last column says which part of
+the source was read. If neither its text nor its code was read, the recipe is named after its formula.
 
 | preset | what a step computes | price | P | U | source | read |
 |---|---|---|---|---|---|---|
 {rows}
 
-## Not offered under their own names
+## Methods without a preset
 
 | method | nearest here | what is missing |
 |---|---|---|
-| LookSAM (Liu et al. 2022) | `every_fifth` | it adds what the last ascent found orthogonal to the gradient |
+| LookSAM (Liu et al. 2022) | `every_fifth` | it adds the part of the last ascent that is orthogonal to the gradient |
 | AE-SAM (Jiang et al. 2023) | `when_steep` | the same step's gradient decides, and the threshold falls over the run |
-| ESAM (Du et al. 2022) | `tensors_at_random` | it descends on the samples whose loss rises most |
+| ESAM (Du et al. 2022) | `tensors_at_random` | it descends only on the samples whose loss rises most |
 | Asynchronous SAM (arXiv 2503.11147) | `previous_gradient` | its text and code were not read |
-| mu-P2 (Haas et al. 2024) | `by_layer` | likewise |
-| LightSAM | `adam_geometry` | likewise |
+| mu-P2 (Haas et al. 2024) | `by_layer` | its text and code were not read |
+| LightSAM | `adam_geometry` | its text and code were not read |
 | GCSAM | none | it centres gradients by rows of matrices, which flat shards do not keep |
-| GSAM, WSAM, bSAM | none | not built |
+| GSAM, WSAM, bSAM | none | not implemented |
 
 ## Settings of the authors
 
-Nothing sets these; give them to the trainer.
+The presets do not set these. Pass them to the trainer.
 
 {training}
 """

@@ -15,11 +15,11 @@ REPORT = "README.md"
 
 _INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks` (`make bench` on the CPU); do not edit. Raw numbers are in the JSON file of each
-section. Every mode trains a model of its own in the same processes. Rounds take one step of each mode, in an order
-drawn anew, so that whatever else the machine does falls on all alike. Ratios of times are ratios of means (what a run
-pays) with the range that 9 of 10 draws of the rounds give. **AdamW is the engine without `slsam_ds`**. FLOPs are those
-of the very steps on the clock, by the price list that `slsam_ds` counts on this model; AdamW's are 1.
+`python -m benchmarks` (`make bench` on the CPU) writes this page; do not edit it. The JSON file of each section has the
+raw numbers. Every mode trains its own model in the same processes. A round takes one step of each mode in a new random
+order, so that other load on the machine affects all modes alike. Ratios of times are ratios of means, with the range of
+9 in 10 random resamples of the rounds. **AdamW is the engine without `slsam_ds`**. FLOPs are relative to AdamW's. They
+are those of the timed steps, by the price list that `slsam_ds` counts on this model.
 """
 
 
@@ -34,7 +34,7 @@ def write_report(folder: Path) -> Path:
     """
     results = {name: result for name in SECTIONS if (result := load(folder, name)) is not None}
     found = {name: result["found"] for name, result in results.items()}
-    parts = [_INTRODUCTION, "## Targets\n\nBold: missed.\n\n" + acceptance_table(found)]
+    parts = [_INTRODUCTION, "## Targets\n\nValues in bold miss their target.\n\n" + acceptance_table(found)]
     for name, result in results.items():
         title, render = SECTIONS[name]
         where = f"`{result['command']}`, {result['date']}, {result['seconds']} s; {result['machine']}"
@@ -74,10 +74,10 @@ def _times(found: Mapping[str, Any]) -> str:
 def _memory(found: Mapping[str, Any]) -> str:
     """What each mode holds and sends, on one rank."""
     lines = [
-        "MB on one rank, largest over the counted steps; bytes sent are means. Activations are what autograd saves of "
-        "a micro-batch; gradients are those held at once (AdamW's by the size of the engine's buckets); the "
-        "optimizer's state includes master weights; the rise is that of all memory within a step, DeepSpeed's buckets "
-        "included.",
+        "MB on one rank: the largest value over the counted steps, and means for bytes sent. Activations are what "
+        "autograd saves of a micro-batch. Gradients are those held at one time (for AdamW by the size of the engine's "
+        "buckets). The optimizer's state includes master weights. The rise is that of all memory within a step, "
+        "including DeepSpeed's buckets.",
         "",
         "| mode | activations | gradients | both / AdamW | optimizer | rise in a step | reduced | gathered |",
         "|" + "---|" * 8,
@@ -97,7 +97,7 @@ def _check_of_prices(found: Mapping[str, Any]) -> str:
     worst = max(checked, key=lambda one: one.deviation or 0.0)
     steps = sum(len(one.one.counted_flops) for one in checked)
     return (
-        f"The price list against torch's FLOP counter, over {steps} whole steps: the largest difference is "
+        f"The price list was compared with torch's FLOP counter over {steps} whole steps. The largest difference is "
         f"{worst.deviation:.1e} of a step of AdamW ({worst.one.mode})."
     )
 
@@ -119,8 +119,8 @@ def _profile(found: Mapping[str, Any], folder: Path) -> str:
     modes = found["modes"]
     whole = modes["AdamW"]["seconds"]["all"]
     lines = [
-        f"{found['about']}. Seconds by part, in % of AdamW's step, whose backward includes the reduction; reductions "
-        "and statistics include waiting for the other ranks. "
+        f"{found['about']}. Values are seconds in % of AdamW's step. AdamW's backward includes the reduction. "
+        "Reductions and statistics include waiting for the other ranks. "
         '"Rest" is selection, perturbing and restoring, and barriers.',
         "",
         f"| part | {' | '.join(modes)} |",
@@ -139,7 +139,7 @@ def _sweeps(found: Mapping[str, Any], folder: Path) -> str:
 
     draw_sweeps(folder / "sweeps.png", found)
     titles = {"active": "active", "blocks": "layers", "world_size": "ranks", "window": "micro-batches"}
-    parts = [f"SL-SAM, uniform, against AdamW; where nothing else is said: {found['about']}.", "![sweeps](sweeps.png)"]
+    parts = [f"SL-SAM, uniform, against AdamW. By default: {found['about']}.", "![sweeps](sweeps.png)"]
     for name, title in titles.items():
         lines = [
             f"| {title} | width | M weights | AdamW, s | time / AdamW | FLOPs / AdamW | bytes / AdamW |",
@@ -159,8 +159,8 @@ def _sweeps(found: Mapping[str, Any], folder: Path) -> str:
 
 def _engines(found: Mapping[str, Any], folder: Path) -> str:
     lines = [
-        f"A step of {found['active']:.0%} of {found['blocks']} layers (width {found['hidden']}) against all layers on "
-        f"the same engine: two passes each, two ranks, {found['steps']} steps.",
+        f"A step of {found['active']:.0%} of {found['blocks']} layers (width {found['hidden']}) is compared with a "
+        f"step of all layers on the same engine: two passes each, two ranks, {found['steps']} steps.",
         "",
         f"| engine | {' | '.join(f'{quantity}, MB (share of dense)' for quantity in QUANTITIES)} | all traffic |",
         "|---|" + "---|" * (len(QUANTITIES) + 1),
@@ -177,8 +177,9 @@ def _engines(found: Mapping[str, Any], folder: Path) -> str:
 
 def _traffic(found: Mapping[str, Any], folder: Path) -> str:
     lines = [
-        "The layers of the comparison, at half the width, on the engines that shard weights: shares of bytes are the "
-        "same. After a warm-up, in which ZeRO-3 learns the order of its fetches for each lowest layer.",
+        "This section runs the layers of the comparison at half the width on the engines that shard weights. The width "
+        "does not change the shares of bytes. Bytes are counted after a warm-up, in which ZeRO-3 learns the order of "
+        "its fetches for each lowest layer.",
         "",
         "| engine | mode | reduced, MB | gathered, MB | all / AdamW | all / dense SAM |",
         "|---|---|---|---|---|---|",
@@ -198,7 +199,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any], Path], str]]] = {
     "short_steps": (
         "Side by side, short steps",
         lambda found, folder: (
-            "Half of the tokens: what travels weighs more against the matrix products.\n\n"
+            "This section uses half of the tokens, so communication takes a larger share of the time.\n\n"
             + _comparison(found, folder, "short_steps.png")
         ),
     ),

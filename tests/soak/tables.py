@@ -11,35 +11,35 @@ _COLUMNS = {
         "kills": "ranks killed",
         "runs": "runs",
         "resumes": "resumed from a checkpoint",
-        "lost_steps": "steps lost beyond it",
-        "different": "runs that ended otherwise",
+        "lost_steps": "steps lost beyond the checkpoint",
+        "different": "runs with other weights at the end",
     },
     "full_disk": {
         "kills": "saves that did not fit",
         "runs": "runs",
         "resumes": "resumed from a checkpoint",
-        "lost_steps": "steps lost beyond it",
-        "different": "runs that ended otherwise",
+        "lost_steps": "steps lost beyond the checkpoint",
+        "different": "runs with other weights at the end",
     },
     "bad_numbers": {
         "injected": "NaN or Inf injected",
         "skipped": "steps skipped by all ranks",
         "moved": "steps that moved a weight or the bandit",
-        "different": "runs that ended otherwise",
+        "different": "runs with other weights at the end",
     },
     "bad_inputs": {
         "tried": "tried",
-        "accepted": "fine as they were",
-        "refused": "refused with a sentence",
-        "broken": "anything else",
+        "accepted": "accepted",
+        "refused": "rejected with a clear error",
+        "broken": "any other result",
     },
     "long_run": {
         "steps": "good steps",
         "kills": "ranks killed",
         "bad_steps": "steps skipped",
-        "different": "ended otherwise",
-        "growth_mb": "memory grew by, MB",
-        "slower": "last steps over first",
+        "different": "other weights at the end",
+        "growth_mb": "memory growth, MB",
+        "slower": "time of the last steps / first steps",
     },
 }
 _TITLES = {
@@ -47,7 +47,7 @@ _TITLES = {
     "full_disk": "A checkpoint that does not fit on the disk",
     "bad_numbers": "Numbers that are not finite",
     "bad_inputs": "Settings and files that cannot be used",
-    "long_run": "A long run with kills, bad numbers and batches passed over",
+    "long_run": "A long run with kills, bad numbers and skipped batches",
 }
 
 
