@@ -142,7 +142,7 @@ class SLSAMEngine:
         load_module_only: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, with SL-SAM's state. The number of ranks may differ from when it was saved.
+        """`DeepSpeedEngine.load_checkpoint`, with SL-SAM's state. The number of ranks may have changed.
 
         One that a DeepSpeedEngine without SL-SAM has saved goes on with a fresh bandit. With `load_module_only`
         DeepSpeed's own, which leaves SL-SAM and the optimizer as they are.

@@ -125,6 +125,6 @@ def _tell_dropped(source: str, max_length: int, *, num_samples: int, num_kept: i
 def _tell_lost(source: str, num_turns: int) -> None:
     if num_turns:
         warn(
-            f"{source}: {num_turns} assistant turns are left out of the loss: the chat template writes them differently "
-            "in a longer conversation; use a template that marks them with {% generation %}"
+            f"{source}: {num_turns} assistant turns are left out of the loss: the chat template writes them "
+            "differently in a longer conversation; use a template that marks them with {% generation %}"
         )

@@ -256,6 +256,6 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
         num_steps = check_complete(folder)
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
         raise UsageError(
-            f"--max_steps {training.max_steps}: {asked} was saved at step {num_steps}, nothing is left: choose more steps"
+            f"--max_steps {training.max_steps}: {asked} was saved at step {num_steps}, nothing is left: choose more"
         )
     return str(folder)

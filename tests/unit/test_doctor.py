@@ -159,7 +159,7 @@ def test_a_machine_with_nothing_wrong() -> None:
         ({**CPU, "environment": {"DS_ACCELERATOR": "cpu"}}, "note", ["DS_ACCELERATOR=cpu", "unset it"]),
         ({**CPU, "has_driver": True}, "problem", ["2.13.0+cpu is a build for the CPU", "install a build for CUDA"]),
         ({**CPU, "has_driver": True, "torch_cuda": "13.0"}, "problem", ["finds no GPU", "CUDA_VISIBLE_DEVICES"]),
-        ({"has_backend": False}, "problem", ["nccl: torch lacks it"]),
+        ({"has_backend": False}, "problem", ["nccl: this torch lacks the backend"]),
         (
             {**NO_COMPILER, "others": [Operator("cpu_adam", "cannot be built", "not here: a C++ compiler (c++)")]},
             "note",

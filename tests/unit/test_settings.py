@@ -215,7 +215,7 @@ def test_checkpoint_is_resumed_only_where_steps_are_left(tmp_path: Path) -> None
     (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
     for asked in (str(checkpoint), "true"):
         assert read_settings([*flags, asked, "--max_steps", "5"]).checkpoint == str(checkpoint)
-        with pytest.raises(UsageError, match=r"--max_steps 4: .*checkpoint-4 was saved at step 4, so nothing is left"):
+        with pytest.raises(UsageError, match=r"--max_steps 4: .*checkpoint-4 was saved at step 4, nothing is left"):
             read_settings([*flags, asked, "--max_steps", "4"])
 
 
