@@ -38,108 +38,122 @@ OtherParameters = Literal["arms", "always", "freeze"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SLSAMConfig:
-    """What SL-SAM does in one optimizer step. Immutable; every combination is checked at construction.
+    """The settings of SL-SAM. Immutable; every combination is checked at construction.
 
     Raises:
-        ValueError: One sentence naming the key, the value given and what is allowed.
+        ValueError: A setting is not valid. The message names the key, the value given and what is allowed.
     """
 
     rho: float = 0.05
-    """Perturbation radius in parameter units (L2 over the active layers). 0 switches the ascent pass off."""
+    """Perturbation radius in parameter units (L2 norm over the active layers). 0 disables the ascent pass."""
 
     active_layers: int | float = 0.2
-    """Layers per step: a fraction in (0, 1] of all arms, or a whole number of arms. With the selectors "bernoulli" and
-    "depth", the expected number."""
+    """Number of active layers per step: a fraction in (0, 1] of all layers, or a whole number of layers. With the
+    selectors "bernoulli" and "depth" this is the expected number."""
 
     granularity: Granularity = "block"
-    """What an arm is: a block of the model, or every parameter tensor by itself."""
+    """What counts as one layer (one arm of the bandit): a "block" of the model, or a single parameter "tensor"."""
 
     selector: SelectorName = "exp3m"
-    """How layers are chosen: "exp3m", a bandit; "uniform"; "cyclic", in turn; "all"; "top_k", the largest norms last
-    seen; "bernoulli", each by itself, by the bandit of the SL-SAM paper; "depth", a lowest layer and all above it."""
+    """How layers are chosen. "exp3m": by a bandit that draws a fixed number of layers. "uniform": at random, all
+    equally likely. "cyclic": in turn. "all": all layers in every step. "top_k": those whose last known gradient norms
+    are largest. "bernoulli": each layer independently, by the bandit of the SL-SAM paper. "depth": a lowest layer is
+    drawn, and it and all layers above it are chosen."""
 
     redraw_every: int = 1
-    """Steps for which a sample stays before the next is drawn."""
+    """Number of steps for which the same layers stay selected before new ones are drawn."""
 
     perturb: PerturbSpread = "sample"
-    """Which layers are perturbed: those drawn; these and all "above" the lowest of them; "all"; or "norm_layers"."""
+    """Which layers are perturbed. "sample": those that were drawn. "above": the lowest one drawn and all layers above
+    it. "all": all layers. "norm_layers": the weights of the normalisation layers."""
 
     update: Spread = "sample"
-    """Which layers are updated: those drawn; these and all "above" the lowest of them; or "all"."""
+    """Which layers are updated: "sample", "above" or "all", as for `perturb`."""
 
     gamma: float | Literal["auto"] = 0.1
-    """EXP3 exploration in (0, 1]: every arm keeps probability ≥ k·gamma/L. "auto" needs a known run length."""
+    """Exploration of EXP3 in (0, 1]: each of the L layers keeps a probability of at least k·gamma/L, where k is the
+    number drawn per step. "auto" computes gamma from the length of the run, which must be known."""
 
     share: float = 0.001
-    """EXP3.S sharing in [0, 1): how fast old evidence is forgotten."""
+    """Sharing of EXP3.S in [0, 1): how fast the bandit forgets old rewards."""
 
     reward: Reward = "grad_norm"
-    """What the bandit maximises: the layer's descent-gradient norm; that divided by sqrt(numel), or by what a step on
-    the layer alone costs."""
+    """What the bandit maximises. "grad_norm": the norm of the layer's gradient in the descent pass. "grad_rms": that
+    norm divided by the square root of the layer's number of weights. "grad_norm_per_cost": that norm divided by the
+    cost of a step on this layer alone."""
 
     ascent_scope: AscentScope = "global"
-    """Whose data the ascent gradient averages over."""
+    """What the ascent gradient is averaged over: the whole window on all ranks ("global"), the whole window on each
+    "rank" by itself, or each "micro_batch" by itself. The last two give every rank its own perturbation."""
 
     ascent_fraction: float = 1.0
-    """Share of the window's samples used for the ascent pass, in (0, 1]; whole samples, at least one per rank."""
+    """Fraction of the window's samples that the ascent pass uses, in (0, 1]. At least one sample per rank is used."""
 
     ascent_source: str = "current"
-    """What the perturbation climbs along: "current", the gradient of a pass over the window; or, in a single pass,
-    "previous", the gradient that each layer last descended along, or "momentum", the optimizer's first moment. In a
-    single pass a layer is not perturbed the first time. "friendly": the current gradient less its running mean;
-    "random": a direction drawn anew in every step, in a single pass."""
+    """Direction of the perturbation. "current": the gradient of an ascent pass over the window. "friendly": the same
+    gradient minus its running mean. The other values need no ascent pass. "previous": the gradient of the layer's last
+    update. "momentum": the optimizer's first moment. "random": a new random direction in every step. With "previous"
+    and "momentum", a layer is not perturbed the first time it is selected."""
 
     metric: str = "euclidean"
-    """How far, and in which geometry: "euclidean"; "adaptive", by the size of each weight; "preconditioned", less where
-    Adam has seen large gradients; "by_layer", rho being a share of the norm of each layer's weights."""
+    """Geometry in which rho is measured. "euclidean": the L2 norm. "adaptive": large weights are perturbed more (ASAM).
+    "preconditioned": weights whose gradients were large, by Adam's second moment, are perturbed less. "by_layer": each
+    layer by itself; rho is a fraction of the norm of its weights."""
 
     mask: str | None = None
-    """Which elements of the perturbed layers move (Sparse SAM): null, all; "fisher", those with the largest squared
-    gradients; "dynamic", a random choice at first, whose elements with small gradients are exchanged for others."""
+    """Which elements of the perturbed layers are perturbed (Sparse SAM). null: all. "fisher": those with the largest
+    squared gradients. "dynamic": a random subset, in which elements with small gradients are replaced over time."""
 
     mask_density: float = 0.5
-    """Share of the elements that a mask lets move, in (0, 1]."""
+    """Fraction of the elements that the mask selects, in (0, 1]."""
 
     mask_every: int = 100
-    """Steps after which a layer's mask is renewed."""
+    """Number of steps after which a layer's mask is computed again."""
 
     ascend_when: str | dict[str, Any] = "always"
-    """Which steps perturb: "always"; {"every": m}: one step in m; {"last": share}: the last part of the run;
-    {"probability": q}: each with that probability; {"norm_above": c}: those after a step whose squared gradient norm
-    was c deviations above the usual. In the others rho is 0."""
+    """Which steps are perturbed; in the others rho is 0. "always": all steps. {"every": m}: one step in m.
+    {"last": f}: the last fraction f of the run. {"probability": q}: each step with probability q. {"norm_above": c}:
+    steps that follow one whose squared gradient norm was at least c standard deviations above its
+    running mean."""
 
     descend_along: str | dict[str, Any] = "perturbed"
-    """What the update follows: "perturbed", the gradient h at the perturbed point; "renormalised": h with the norm of
-    the gradient g at the weights; {"mixed": a}: (1 - a) g + a h; {"corrected": c}: g of the whole window plus c (h - g)
-    of `ascent_fraction` of it, by which SAM costs little more than the base optimizer."""
+    """The gradient that the optimizer gets, made of the gradient g at the weights and h at the perturbed weights.
+    "perturbed": h. "renormalised": h, scaled to the norm of g. {"mixed": a}: (1 - a) g + a h. {"corrected": c}: g of
+    the whole window, plus c (h - g) of `ascent_fraction` of it; this costs little more than the base optimizer."""
 
     budget: float | None = None
-    """Expected price of a step, AdamW's on the same parameters being 1, in FLOPs; replaces `active_layers`."""
+    """Expected FLOPs of a step, relative to a step of AdamW on the same parameters. Replaces `active_layers`."""
 
     update_scale: UpdateScale = "inverse_probability"
-    """Multiply this step's learning rate of layer i by min(1/p_i, 10), or leave it alone."""
+    """How the learning rate of an updated layer is scaled. "inverse_probability": by min(1/p, 10), where p is the
+    probability that the layer was updated in this step. "none": not at all."""
 
     rounding: Rounding = "stochastic"
-    """How the perturbation reaches low-precision weights."""
+    """How the perturbed weights are rounded to low precision (bf16, fp16): "stochastic" or "nearest"."""
 
     prefix_reuse: bool | Literal["auto"] = "auto"
-    """Start the descent forward at the lowest active layer. "auto" uses it wherever it is exact."""
+    """Whether the forward of the descent pass starts at the lowest active layer and reuses what the ascent pass
+    computed below it. "auto": wherever the result is exact."""
 
     other_parameters: OtherParameters = "arms"
-    """Embeddings, final norm and head: one arm before and one after the blocks, trained every step, or frozen."""
+    """What happens to parameters outside of the blocks (embeddings, final norm, head). "arms": they form two layers,
+    one before and one after the blocks, which are selected like the others. "always": they are trained in every step.
+    "freeze": they are not trained."""
 
     layers: tuple[str, ...] | None = None
-    """Module paths or regular expressions over parameter names, one per arm. None: found from the model's structure."""
+    """The layers, each as a module path or a regular expression over parameter names. None: the layers are found from
+    the model's structure."""
 
     offload_state: bool = False
-    """Keep a layer's optimizer state, master weights and previous gradient on the CPU between the steps that select
-    it."""
+    """Whether a layer's optimizer state, master weights and previous gradient stay on the CPU between the steps that
+    select the layer."""
 
     max_skipped_steps: int | None = 25
-    """Stop with an error after so many steps in a row whose loss or gradient was not finite; null: never."""
+    """Stop with an error after this many consecutive steps whose loss or gradient was not finite; null: never."""
 
     check_weights_every: int = 100
-    """Where ranks hold whole weights, compare a checksum of them every so many steps; 0: never."""
+    """Number of steps between two comparisons of the ranks' weights by checksum, where every rank holds all weights;
+    0: never."""
 
     seed: int = 0
     """Seed of the selection and of stochastic rounding."""

@@ -20,11 +20,14 @@ from slsam_ds.stock_loop import StockLoop
 
 
 class SLSAMEngine:
-    """A DeepSpeedEngine with SL-SAM's step: all but `train_step`, what a stock loop calls, and checkpoints is its own.
+    """A DeepSpeedEngine that steps with SL-SAM.
+
+    `train_step`, the methods that a stock loop calls, and checkpoints are defined here. All other attributes are
+    forwarded to the DeepSpeedEngine.
 
     Args:
         engine: The DeepSpeedEngine.
-        slsam: SL-SAM around it.
+        slsam: The `SLSAM` that takes its steps.
     """
 
     def __init__(self, engine: Any, slsam: SLSAM) -> None:
@@ -48,7 +51,7 @@ class SLSAMEngine:
         return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """`DeepSpeedEngine.forward`; in training, of a stock loop: see `backward`."""
+        """`DeepSpeedEngine.forward`. In training, its loss can be passed to `backward`."""
         return self._stock_loop.forward(args, kwargs)
 
     __call__ = forward
@@ -57,15 +60,17 @@ class SLSAMEngine:
         """Keep what `loss` was computed from until `step`: see `slsam_ds.stock_loop`.
 
         Args:
-            loss: What the engine has returned for a micro-batch, or its `.loss` or first element; nothing made of it.
-            retain_graph: There is none to retain.
+            loss: The loss that the engine returned for a micro-batch, unchanged: the output itself, its `.loss`, or its
+                first element.
+            retain_graph: Ignored; no graph is kept.
             scale_wrt_gas: Divide by the gradient accumulation, as in `DeepSpeedEngine.backward`.
 
         Returns:
-            The loss, so divided.
+            The loss, divided if `scale_wrt_gas` says so.
 
         Raises:
-            RuntimeError: Another loss, which could not be computed again; `train_step` takes it.
+            RuntimeError: The loss is not one that the engine returned, so it cannot be computed again. Use
+                `train_step(window, loss_fn=...)` instead.
         """
         return self._stock_loop.backward(loss, scale_wrt_gas=scale_wrt_gas)
 
@@ -73,10 +78,10 @@ class SLSAMEngine:
         """Count a micro-batch as `DeepSpeedEngine.step` does; at the end of a window, take SL-SAM's step.
 
         Returns:
-            What the step did; None within a window.
+            What the step did; None if the window is not complete yet.
 
         Raises:
-            RuntimeError: There was no `backward`.
+            RuntimeError: `backward` was not called before.
         """
         result = self._stock_loop.step(lr_kwargs)
         if result is not None:
@@ -99,9 +104,9 @@ class SLSAMEngine:
         save_latest: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """`DeepSpeedEngine.save_checkpoint`, and beside its files SL-SAM's state and each rank's random state.
+        """`DeepSpeedEngine.save_checkpoint`, with SL-SAM's state and each rank's random state.
 
-        The file `latest` is changed when all else is written, so that it always names a checkpoint that is whole.
+        The file `latest` is written last, so that it always names a complete checkpoint.
         """
         from slsam_ds.engines.deepspeed.checkpoint import saved_as_given, setup_of, writes_for_its_node
 
@@ -137,7 +142,7 @@ class SLSAMEngine:
         load_module_only: bool = False,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, SL-SAM's state included; any number of ranks may have saved it.
+        """`DeepSpeedEngine.load_checkpoint`, with SL-SAM's state. The number of ranks may have changed.
 
         One that a DeepSpeedEngine without SL-SAM has saved goes on with a fresh bandit. With `load_module_only`
         DeepSpeed's own, which leaves SL-SAM and the optimizer as they are.
@@ -203,18 +208,19 @@ def initialize(
     Args:
         args: As in `deepspeed.initialize`; its `deepspeed_config` names the JSON where `config` is not given.
         model: The module to train.
-        optimizer: A torch optimizer, or a function from parameter groups to one; None: the JSON's, or AdamW.
-        model_parameters: What to train, where the optimizer does not say; None: all trainable parameters.
-        training_data: As in `deepspeed.initialize`, like all that is not described here.
-        lr_scheduler: A scheduler, or a function from the optimizer to one; None: the JSON's, or none.
-        distributed_port: Likewise.
-        mpu: Likewise.
-        dist_init_required: Likewise.
-        collate_fn: Likewise.
+        optimizer: A torch optimizer, or a function from parameter groups to one. None: the optimizer of the JSON, else
+            AdamW.
+        model_parameters: What to train if `optimizer` does not say so. None: all trainable parameters.
+        training_data: As in `deepspeed.initialize`.
+        lr_scheduler: A scheduler, or a function from the optimizer to one. None: the scheduler of the JSON, if any.
+        distributed_port: As in `deepspeed.initialize`.
+        mpu: As in `deepspeed.initialize`.
+        dist_init_required: As in `deepspeed.initialize`.
+        collate_fn: As in `deepspeed.initialize`.
         config: DeepSpeed's JSON (path or dict). Its `slsam` block holds SL-SAM's knobs; "auto" values are resolved.
         mesh_param: As in `deepspeed.initialize`.
-        config_params: An older name of `config`.
-        slsam: SL-SAM's knobs, in place of the block.
+        config_params: An older name for `config`.
+        slsam: SL-SAM's settings; they replace the `slsam` block of the JSON.
         total_steps: Length of the run; `gamma="auto"` needs it, and so do some schedulers.
 
     Returns:

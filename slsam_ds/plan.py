@@ -76,12 +76,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BadNumbers:
-    """Where a step met numbers that are not finite.
+    """Where numbers that are not finite occurred in a step.
 
     Attributes:
-        during: The pass.
-        ranks: Those whose loss was not finite; none, where it is the gradient alone.
-        arms: Those whose gradient, averaged over ranks, was not finite.
+        during: The pass in which they occurred.
+        ranks: Ranks whose loss was not finite; empty if only the gradient was not.
+        arms: Layers whose gradient, averaged over ranks, was not finite.
     """
 
     during: Literal["ascent", "descent"]
@@ -112,12 +112,12 @@ class StepResult:
         mask_density: Share of the elements of the perturbed arms that the mask let move; None without a mask, or where
             nothing was perturbed.
         skipped: A non-finite loss or gradient stopped the step; weights and optimizer are as before.
-        bad_numbers: Where it was; None also where DeepSpeed alone found an overflow.
+        bad_numbers: Where the non-finite numbers were; None if there were none, or if only DeepSpeed found an overflow.
         price: FLOPs of the step, a step of AdamW on the same parameters being 1; None where it is not known.
         stop_requested: Some rank called `request_stop` before this step; the same on all ranks.
         seconds: Wall-clock time of the step on this rank.
-        ascent_seconds: Of that, the ascent with its reduction.
-        descent_seconds: And the descent.
+        ascent_seconds: The part of `seconds` that the ascent pass and its reduction took.
+        descent_seconds: The part that the descent pass and its reduction took.
     """
 
     step: int

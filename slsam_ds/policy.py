@@ -82,7 +82,9 @@ class Policy:
         """
         if active is not None:
             if perturbed is not None or updated is not None:
-                raise ValueError("active excludes perturbed and updated: give active, or both of the others")
+                raise ValueError(
+                    "active cannot be combined with perturbed and updated: give active alone, or both of the others"
+                )
             perturbed = updated = self._checked("active", active)
         elif perturbed is None and updated is None:
             return None

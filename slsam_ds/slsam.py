@@ -61,7 +61,7 @@ class SLSAM:
             `fully_shard`, or a DeepSpeedEngine that `slsam_ds.initialize` or the Trainer integration built.
         optimizer: The module's torch optimizer; its groups are split by layer. None with a DeepSpeedEngine.
         config: The knobs, or a dict of them; None: the defaults.
-        layer_map: The arms, where they were found before the model was wrapped.
+        layer_map: The layers, if they were found before the model was wrapped. None: find them.
         total_steps: Length of the run; `gamma="auto"`, `mask="dynamic"` and some values of `ascend_when` need
             it.
         max_grad_norm: Clip the gradient of the updated layers to this global norm before the update; None: do not.
@@ -106,7 +106,7 @@ class SLSAM:
         engine.end_step()
         if config.update_scale != "none" and sets_own_rate(engine.optimizer.param_groups):
             logger.warning(
-                "%s sets its own learning rate: slsam.update_scale=%s has no effect, layers that are seldom updated "
+                "%s sets its own learning rate: slsam.update_scale=%s has no effect, and rarely updated layers "
                 "learn more slowly",
                 type(engine.optimizer).__name__,
                 config.update_scale,
@@ -181,14 +181,14 @@ class SLSAM:
         Args:
             window: Micro-batches of this rank: dicts of tensors, or whatever `loss_fn` takes.
             loss_fn: Mean loss of one micro-batch; None: `model(**micro_batch).loss`.
-            active: Forces the sample: these arms are perturbed and updated. The same on every rank.
-            perturbed: Forces the perturbed arms, for a schedule of one's own; `updated` comes with it.
-            updated: Forces the updated arms, which may be others than the perturbed ones.
+            active: Perturb and update these layers instead of drawn ones. The same on every rank.
+            perturbed: Perturb these layers instead of drawn ones. Must be given together with `updated`.
+            updated: Update these layers, which may differ from the perturbed ones.
 
         Raises:
             ValueError: An empty window, or arms that do not exist.
-            RanksDisagreeError: Ranks were about to take different steps; nothing was sent or changed.
-            BadNumbersError: As many steps in a row as `max_skipped_steps` allows had no finite loss and gradient.
+            RanksDisagreeError: The ranks were about to take different steps. Nothing was sent or changed.
+            BadNumbersError: The loss or gradient was not finite in `max_skipped_steps` consecutive steps.
         """
         compute_loss = loss_fn or model_loss
 
@@ -270,7 +270,7 @@ class SLSAM:
         return Workload.of(self.config, len(window), size, reuses_prefix=self._prefixes.allowed)
 
     def request_stop(self) -> None:
-        """Let the next step say `stop_requested` on every rank: a signal may reach one of them alone."""
+        """Set `stop_requested` in the next step's result on every rank, even if only one rank calls this."""
         self._stop_requested = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -317,7 +317,7 @@ class SLSAM:
         """
         self.progress = Progress.start(len(self.layers), after=steps)
         if self.engine.ranks.rank == 0:
-            logger.warning("going on after %d steps without SL-SAM: the bandit starts fresh", steps)
+            logger.warning("continuing after %d steps without SL-SAM: the bandit starts anew", steps)
 
     def save_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Save weights, optimizer, SL-SAM's and each rank's random state: all but scheduler and place in the data.

@@ -89,8 +89,8 @@ class StockLoop:
         if call is None:
             raise RuntimeError(
                 "engine.backward(loss): not a loss that engine(...) has returned since the last step, as a tensor, as "
-                "`.loss` or as the first of a tuple: SL-SAM computes it again, and cannot follow what was made of it; "
-                "call engine.train_step(window, loss_fn=...) in place of forward, backward and step"
+                "`.loss` or as the first of a tuple: SL-SAM computes the loss again, and cannot repeat what was done "
+                "to it; call engine.train_step(window, loss_fn=...) in place of forward, backward and step"
             )
         divisor = self._engine.gradient_accumulation_steps() if scale_wrt_gas else 1
         self._window.append((call, divisor))

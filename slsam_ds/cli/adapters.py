@@ -83,7 +83,7 @@ class SavedAdapter:
             report = adapted.load_adapter(self.name, _ADAPTER_NAME, is_trainable=True)
         strange = [*report.missing_keys, *report.unexpected_keys]
         if strange:
-            raise UsageError(f"{prefix}{len(strange)} weights are in one of them only, like {strange[0]}")
+            raise UsageError(f"{prefix}{len(strange)} weights are in only one of them, such as {strange[0]}")
         return adapted
 
 
@@ -114,7 +114,7 @@ def find_adapter(name: str, arguments: ModelArguments) -> SavedAdapter | None:
 
     if arguments.peft != "lora":
         raise UsageError(
-            f"{flag}: is an adapter, not a model: add --peft lora to train it on, or merge it into its model first"
+            f"{flag}: is an adapter, not a model: add --peft lora to train it further, or merge it into its model first"
         )
     with refusals(*_FAILURES, AttributeError, prefix=f"{flag}: its adapter_config.json cannot be used: "):
         config = PeftConfig.from_pretrained(name)
@@ -122,11 +122,9 @@ def find_adapter(name: str, arguments: ModelArguments) -> SavedAdapter | None:
             raise ValueError("it names no peft_type")
     config.inference_mode = False  # as which all are saved
     if config.peft_type != "LORA":
-        raise UsageError(
-            f"{flag}: is an adapter of the kind {config.peft_type.value}; only LoRA adapters can be trained on"
-        )
+        raise UsageError(f"{flag}: is an adapter of type {config.peft_type.value}; only LoRA adapters are supported")
     if config.task_type not in ("CAUSAL_LM", None):
-        raise UsageError(f"{flag}: is an adapter for {config.task_type}; only those for CAUSAL_LM can be trained on")
+        raise UsageError(f"{flag}: is an adapter for {config.task_type}; only adapters for CAUSAL_LM are supported")
     if config.base_model_name_or_path is None:
         raise UsageError(f"{flag}: its adapter_config.json does not name its model (base_model_name_or_path)")
     _check_flags(name, config, arguments)
@@ -145,4 +143,6 @@ def _check_flags(name: str, config: Any, arguments: ModelArguments) -> None:
     for flag, given in given_lora_flags(arguments).items():
         if (sorted(given) if isinstance(given, list) else given) != own[flag]:
             asked, has = (" ".join(value) if isinstance(value, list) else value for value in (given, own[flag]))
-            raise UsageError(f"--{flag} {asked}: the adapter in {name} has {has}, and keeps it: leave the flag out")
+            raise UsageError(
+                f"--{flag} {asked}: the adapter in {name} has {has}, which cannot be changed: leave the flag out"
+            )

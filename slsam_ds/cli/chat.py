@@ -31,7 +31,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None:
     flag = f"--chat_template {asked}"
     path = path_of(flag, asked)
     if not path.is_file():
-        there = f"the tokenizer's are {', '.join(sorted(named))}" if named else "the tokenizer's have no names"
+        there = f"the tokenizer has {', '.join(sorted(named))}" if named else "the tokenizer has no named templates"
         raise UsageError(f"{flag}: neither the name of a chat template nor a file; {there}")
     with refusals(OSError, UnicodeDecodeError, prefix=f"{flag}: cannot be read: "):
         tokenizer.chat_template = path.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ class Conversations:
         Raises:
             UsageError: The template refuses them, or leaves something out.
         """
-        with refusals(Exception, prefix=f"{where}: the chat template refuses it: "):  # it may compute anything
+        with refusals(Exception, prefix=f"{where}: the chat template rejects it: "):  # it may compute anything
             self._check_complete(messages, tools, where)
             template = self._tokenizer.get_chat_template(tools=tools)
             leaves_out = any(message.get("weight") == 0 for message in messages)  # which marks cannot tell
@@ -103,7 +103,9 @@ class Conversations:
         elif silent != messages and self._renders_alike((messages, tools), (silent, tools)):
             lost = "tool calls"
         if lost is not None:
-            raise UsageError(f"{where}: the chat template writes no {lost}: choose one that does with --chat_template")
+            raise UsageError(
+                f"{where}: the chat template leaves out the {lost}: choose one that writes them, with --chat_template"
+            )
 
     def _renders_alike(self, given: tuple[Any, Any], others: tuple[Any, Any]) -> bool:
         text = self._render(*given)

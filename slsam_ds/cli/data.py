@@ -61,7 +61,7 @@ def choose_columns(available: Sequence[str], given: DataArguments, source: str) 
             if missing:
                 raise UsageError(f"{source}: no column {missing[0]!r}; there are: {', '.join(available)}")
             if given.tools_column is not None and kind != "messages":
-                raise UsageError(f"--tools_column {given.tools_column}: goes with --messages_column only")
+                raise UsageError(f"--tools_column {given.tools_column}: can only be used with --messages_column")
             return Columns(kind=kind, names=names[kind], tools=given.tools_column or "tools")  # type: ignore[arg-type]
     raise UsageError(
         f"{source}: no column messages, no prompt and response, and no text; there are: {', '.join(available)}; "

@@ -113,7 +113,9 @@ def build_datasets(num_validation: int) -> tuple[Dataset, Dataset]:
     """
     pairs = extract_pairs(Path(sysconfig.get_paths()["stdlib"]))
     if not pairs:
-        raise UsageError("this Python keeps no source code of its standard library, the demo's data: give --train_file")
+        raise UsageError(
+            "this Python has no source code of its standard library, which the demo trains on: give --train_file"
+        )
     training = [pair for pair in pairs if not is_held_out(pair.module)]
     validation = _spread([pair for pair in pairs if is_held_out(pair.module)], num_validation)
     # By length: batches of alike samples need little padding, and evaluation is a good part of the demo's time.

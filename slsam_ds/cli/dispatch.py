@@ -26,14 +26,14 @@ class Command:
 
 
 COMMANDS: Mapping[str, Command] = {
-    "doctor": Command("slsam_ds.cli.doctor.command", "say whether this machine, a DeepSpeed JSON and a model work"),
-    "estimate": Command("slsam_ds.cli.estimate", "tell what a step will take on each GPU, from a model's config.json"),
-    "recipes": Command("slsam_ds.cli.recipes", "show the presets: published methods and our own"),
+    "doctor": Command("slsam_ds.cli.doctor.command", "check this machine, a DeepSpeed configuration and a model"),
+    "estimate": Command("slsam_ds.cli.estimate", "estimate what a step takes on each GPU, from a config.json"),
+    "recipes": Command("slsam_ds.cli.recipes", "list the presets: published methods and our own"),
     "train": Command("slsam_ds.cli.command_line", "fine-tune a causal language model, as launch/train.py does"),
-    "run": Command("slsam_ds.cli.run", "run a training script as it is, with SL-SAM in its Trainers"),
-    "compare": Command("slsam_ds.cli.compare.command", "train by several methods from one start, and compare them"),
-    "report": Command("slsam_ds.report.command", "show what a run did, in tables and pictures"),
-    "to_stock": Command("slsam_ds.engines.deepspeed.to_stock", "write a DeepSpeed checkpoint for runs without SL-SAM"),
+    "run": Command("slsam_ds.cli.run", "run an unchanged training script with SL-SAM in its Trainers"),
+    "compare": Command("slsam_ds.cli.compare.command", "train with several methods, and compare them"),
+    "report": Command("slsam_ds.report.command", "show what a run did in tables and figures"),
+    "to_stock": Command("slsam_ds.engines.deepspeed.to_stock", "convert a DeepSpeed checkpoint for use without SL-SAM"),
 }
 
 _HELP = """usage: slsam COMMAND [ARGUMENT ...]
@@ -43,9 +43,9 @@ Sharpness-aware fine-tuning for LLMs, under DeepSpeed ZeRO and FSDP2.
 commands:
 {commands}
 
-`slsam COMMAND --help` teaches the command; `slsam --version` prints the version.
+`slsam COMMAND --help` explains a command. `slsam --version` prints the version.
 
-`slsam train` and `slsam run` start one process. For several, a launcher starts the modules of the same names:
+`slsam train` and `slsam run` start one process. To start several, use a launcher with the module of the same name:
   deepspeed --module slsam_ds.train --deepspeed zero2
   torchrun --nproc_per_node 2 -m slsam_ds.run --slsam preset=adamw_price -- train.py
 """
@@ -75,6 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         home = importlib.import_module(COMMANDS[name].home)
     except ImportError as error:
-        print(f"error: slsam {name}: {error}; `slsam doctor` says what is missing here", file=sys.stderr)
+        print(f"error: slsam {name}: {error}; run `slsam doctor` to see what is missing", file=sys.stderr)
         return 1
     return home.main(arguments) or 0

@@ -14,9 +14,9 @@ from slsam_ds.estimate.sharding import RunSetup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_DESCRIPTION = """Tell what a step of AdamW, of dense SAM and of SL-SAM will take on each GPU: FLOPs, memory, bytes that
-travel. The model is built from its configuration without weights: nothing is downloaded but a config.json where MODEL
-is a hub id, and a laptop will do for any size."""
+_DESCRIPTION = """Estimate what a step of AdamW, of dense SAM and of SL-SAM takes on each GPU: FLOPs, memory and bytes
+sent between GPUs. The model is built from its configuration without weights, so a laptop can estimate a model of any
+size. If MODEL is a hub id, its config.json is downloaded, and nothing else."""
 
 _EPILOG = """
 examples:
@@ -34,58 +34,60 @@ class RunArguments:
 
     model: str | None = field(
         default=None,
-        metadata={"metavar": "MODEL", "help": "Folder with a config.json, such a file, or a hub id."},
+        metadata={"metavar": "MODEL", "help": "Folder with a config.json, the path of a config.json, or a hub id."},
     )
     deepspeed: str | None = field(
         default=None,
         metadata={
             "metavar": "JSON",
-            "help": "DeepSpeed configuration, or one of ours by name, as zero2: stage, precision, offload, batch, and "
-            "the slsam block. Flags win over it.",
+            "help": "DeepSpeed configuration: a JSON file, or a name such as zero2. Stage, precision, offload, batch "
+            "size and the slsam block are read from it. Other flags override it.",
         },
     )
     zero: int | None = field(default=None, metadata={"choices": (0, 1, 2, 3), "help": "ZeRO stage. Default: 2."})
     fsdp: bool = field(
         default=False,
-        metadata={"metavar": "[BOOL]", "help": "In place of ZeRO: FSDP2, each block resharded after its forward."},
+        metadata={"metavar": "[BOOL]", "help": "FSDP2 instead of ZeRO. Each block is resharded after its forward."},
     )
     world_size: int | None = field(
         default=None,
-        metadata={"metavar": "N", "help": "Ranks. Default: 1; of slsam doctor: one for each accelerator here."},
+        metadata={"metavar": "N", "help": "Number of ranks. Default: 1; in slsam doctor, one per accelerator."},
     )
     micro_batch_size: int | None = field(
         default=None, metadata={"metavar": "N", "help": "Samples per rank and micro-batch. Default: 1."}
     )
     sequence_length: int | None = field(
-        default=None, metadata={"metavar": "TOKENS", "help": "Default: 1024, or what the model allows."}
+        default=None,
+        metadata={"metavar": "TOKENS", "help": "Tokens per sample. Default: 1024, or the model's limit if lower."},
     )
     gradient_accumulation_steps: int | None = field(
         default=None, metadata={"metavar": "N", "help": "Micro-batches per optimizer step. Default: 1."}
     )
     dtype: str | None = field(
         default=None,
-        metadata={"choices": tuple(DTYPES), "help": "What forward computes in. Default: bf16."},
+        metadata={"choices": tuple(DTYPES), "help": "Precision of the forward pass. Default: bf16."},
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"metavar": "[BOOL]", "help": "Activations are computed again."}
+        default=False, metadata={"metavar": "[BOOL]", "help": "Recompute activations in backward."}
     )
     offload_optimizer: bool = field(
-        default=False, metadata={"metavar": "[BOOL]", "help": "ZeRO's masters and optimizer state are on the host."}
+        default=False,
+        metadata={"metavar": "[BOOL]", "help": "Keep ZeRO's master weights and optimizer state on the CPU."},
     )
     peft: str = field(
-        default="none", metadata={"choices": ("none", "lora"), "help": "lora: train low-rank adapters only."}
+        default="none", metadata={"choices": ("none", "lora"), "help": "lora: train only low-rank adapters."}
     )
     lora_r: int = field(default=16, metadata={"metavar": "R", "help": "Rank of the adapters."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"metavar": "NAME", "help": "Module names to adapt, or all-linear."},
+        metadata={"metavar": "NAME", "help": "Names of the modules to adapt, or all-linear."},
     )
     slsam: list[str] = field(
         default_factory=list,
         metadata={
             "action": "extend",
             "metavar": "KEY=VALUE",
-            "help": "SL-SAM's knobs, as for launch/train.py: --slsam active_layers=4 rho=0.02, or budget=1.0.",
+            "help": "SL-SAM's settings, as for slsam train: --slsam active_layers=4 rho=0.02, or budget=1.0.",
         },
     )
 
@@ -95,7 +97,7 @@ class EstimateArguments(RunArguments):
     """What to estimate."""
 
     json: bool = field(
-        default=False, metadata={"metavar": "[BOOL]", "help": "Print JSON: bytes and FLOPs, not rounded."}
+        default=False, metadata={"metavar": "[BOOL]", "help": "Print JSON with unrounded bytes and FLOPs."}
     )
 
 

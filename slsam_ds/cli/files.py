@@ -53,7 +53,7 @@ def check_file(flag: str, path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"{flag} {path}: not a file")
     if path.suffix.lower() not in _READERS:
-        raise UsageError(f"{flag} {path}: unknown format; name it {', '.join(_READERS)}")
+        raise UsageError(f"{flag} {path}: unknown format; its name must end with one of {', '.join(_READERS)}")
     if path.stat().st_size == 0:
         raise UsageError(f"{flag} {path}: the file is empty")
 
@@ -156,7 +156,7 @@ class _RepeatedKeyError(ValueError):
 def _object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise _RepeatedKeyError(f"the key {_repeated([key for key, _ in pairs])!r} twice in an object")
+        raise _RepeatedKeyError(f"an object has the key {_repeated([key for key, _ in pairs])!r} twice")
     return made
 
 

@@ -123,7 +123,9 @@ def _load_weights(flag: str, name: str, dtype: torch.dtype) -> PreTrainedModel:
         )
     missing = sorted(report["missing_keys"])
     if missing:
-        warn(f"{flag}: {len(missing)} weights are not in the folder and start from random values, like {missing[0]}")
+        warn(
+            f"{flag}: {len(missing)} weights, such as {missing[0]}, are not in the folder and start from random values"
+        )
     loaded: PreTrainedModel = model
     return loaded
 

@@ -24,19 +24,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="slsam recipes",
-        description="Settings under one name: published methods and our own. Without a name, all of them.",
-        epilog="Use one by --slsam preset=NAME, or by the JSON that is printed. docs/recipes.md has measured prices.",
+        description="Show the presets: published methods and our own, each a set of settings under one name. Without "
+        "NAME, list all of them.",
+        epilog="To use a preset, give --slsam preset=NAME or the JSON that is printed. Measured costs are in "
+        "docs/recipes.md.",
     )
-    parser.add_argument("name", nargs="?", choices=sorted(RECIPES), metavar="NAME", help="Show this one in full.")
+    parser.add_argument("name", nargs="?", choices=sorted(RECIPES), metavar="NAME", help="Show this preset in full.")
     parser.add_argument(
         "--model",
         metavar="FOLDER",
-        help="With a NAME: what its steps would take on this model, by slsam estimate.",
+        help="With NAME: also estimate its steps on this model, as slsam estimate does.",
     )
     given = parser.parse_args(argv)
     if given.name is None:
         if given.model is not None:
-            parser.error("--model needs the NAME of a recipe")
+            parser.error("--model needs NAME: name the preset to estimate")
         print(_table())
         return 0
     print(_in_full(given.name, RECIPES[given.name]))

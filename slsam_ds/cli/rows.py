@@ -108,7 +108,9 @@ def read_named(name: str, config: str | None = None, *, streaming: bool = False)
     with refusals(*failures, prefix=f"{flag}: "):
         if _is_saved(folder):
             if config is not None:
-                raise UsageError(f"--dataset_config_name {config}: {name} was written by save_to_disk and has only one")
+                raise UsageError(
+                    f"--dataset_config_name {config}: {name} was written by save_to_disk and has a single configuration"
+                )
             splits = _load_saved(flag, folder)
         else:
             given = str(folder) if folder.is_dir() else name

@@ -20,8 +20,8 @@ from slsam_ds.integrations.interception import convert_trainers
 ENVIRONMENT = "SLSAM_CONFIG"
 
 _DESCRIPTION = """\
-Run a training script as it is, with SL-SAM in every Trainer that it makes: transformers.Trainer, Seq2SeqTrainer, TRL's
-SFTTrainer and DPOTrainer, and whatever the script derives from them. No line of it is changed."""
+Run an unchanged training script, with SL-SAM in every Trainer that it makes: transformers.Trainer, Seq2SeqTrainer,
+TRL's SFTTrainer and DPOTrainer, and classes that the script derives from them."""
 
 _EPILOG = f"""\
 examples:
@@ -31,16 +31,17 @@ examples:
   torchrun --nproc_per_node 2 -m slsam_ds.run -- train.py
   accelerate launch --num_processes 2 -m slsam_ds.run -- train.py
 
-The knobs are --slsam's, laid over those in {ENVIRONMENT} (a JSON object, or the path of a file with one). Without
-{ENVIRONMENT} they are laid over the "slsam" block of the DeepSpeed JSON that the script gives its Trainer.
+Settings given by --slsam override those in the environment variable {ENVIRONMENT} (a JSON object, or the path of a
+file with one). Without {ENVIRONMENT} they override the "slsam" block of the DeepSpeed JSON that the script gives its
+Trainer.
 
-A line on stderr says when training starts with SL-SAM. A trainer that it cannot follow, like one that generates its
-data, is refused with a ValueError; a script that makes no Trainer ends with exit code 2."""
+A line on stderr says that SL-SAM is on when training starts. Trainers that SL-SAM does not support, such as those that
+generate their data, raise a ValueError. The exit code is 2 if the script makes no Trainer."""
 
 _NO_TRAINER = (
     "made no Trainer in this process, so nothing was trained with SL-SAM. In a loop of your own, use slsam_ds.SLSAM, "
-    "slsam_ds.initialize (DeepSpeed) or slsam_ds.integrations.accelerate.prepare; where other processes do the "
-    "training, let their launcher start `-m slsam_ds.run`"
+    "slsam_ds.initialize (DeepSpeed) or slsam_ds.integrations.accelerate.prepare; if the script starts other "
+    "processes that do the training, let their launcher start `-m slsam_ds.run`"
 )
 
 
@@ -110,9 +111,9 @@ def read_command(argv: Sequence[str], environment: Mapping[str, str]) -> Command
     if words[:1] == ["-m"]:
         words = words[1:]
     if not words:
-        parser.error("nothing to run: name a script, or a module after -m")
+        parser.error("nothing to run: give a script, or -m and a module")
     if not is_module and not Path(words[0]).exists():
-        parser.error(f"{words[0]}: no such script; a module is run with -m")
+        parser.error(f"{words[0]}: no such script; to run a module, give -m before it")
     try:
         block = _read_block(environment.get(ENVIRONMENT))
         command = Command(words[0], is_module, [*given.local_rank, *words[1:]], given.slsam, block)
@@ -137,12 +138,12 @@ def _make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="a preset, or knobs; may be given several times, and ends at -- or -m",
+        help="SL-SAM's settings, such as preset=NAME or rho=0.02; end them with -- or -m",
     )
-    parser.add_argument("-m", "--module", action="store_true", help="what follows is a module, not a script")
+    parser.add_argument("-m", "--module", action="store_true", help="run SCRIPT as a module, as python -m does")
     # The deepspeed launcher puts it before our own flags; it is the script's.
     parser.add_argument("--local_rank", "--local-rank", action=_AsWritten, default=[], help=argparse.SUPPRESS)
-    parser.add_argument("command", nargs=argparse.PARSER, metavar="SCRIPT", help="what to run, and its arguments")
+    parser.add_argument("command", nargs=argparse.PARSER, metavar="SCRIPT", help="script or module, and its arguments")
     return parser
 
 

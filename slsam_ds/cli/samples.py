@@ -119,12 +119,12 @@ def _tell_dropped(source: str, max_length: int, *, num_samples: int, num_kept: i
         )
     if num_kept < num_samples:
         reason = f"nothing to learn within --max_length {max_length}"
-        warn(f"{source}: {num_samples - num_kept} of {num_samples} samples dropped: {reason}")
+        warn(f"{source}: {num_samples - num_kept} of {num_samples} samples were dropped: {reason}")
 
 
 def _tell_lost(source: str, num_turns: int) -> None:
     if num_turns:
         warn(
-            f"{source}: {num_turns} assistant turns without loss: the chat template writes them differently once the "
-            "conversation goes on; a template with {% generation %} marks would tell where they are"
+            f"{source}: {num_turns} assistant turns are left out of the loss: the chat template writes them "
+            "differently in a longer conversation; use a template that marks them with {% generation %}"
         )

@@ -140,7 +140,7 @@ def _check_combinations(given: Any, *, with_deepspeed: bool) -> None:
     _check_streaming(given)
     for name, value in given_lora_flags(given).items():
         if given.peft != "lora":
-            raise UsageError(f"--{name}: says how adapters are trained: add --peft lora, or leave it out")
+            raise UsageError(f"--{name}: only for training adapters: add --peft lora, or leave the flag out")
         if name == "lora_r" and value < 1:
             raise UsageError(f"--lora_r {value}: choose a rank of at least 1")
     if with_deepspeed and given.fsdp:
@@ -179,11 +179,11 @@ def _check_streaming(given: Any) -> None:
     if given.streaming and _is_demo(given):
         raise UsageError("--streaming without data of your own: give --train_file or --dataset_name too")
     if given.streaming and given.max_steps < 1:
-        raise UsageError("--streaming: nobody knows how many samples will come: give --max_steps too")
+        raise UsageError("--streaming: the number of samples is not known in advance: give --max_steps too")
     if given.streaming and given.dataloader_num_workers > len(given.train_file) > 0:
         raise UsageError(
-            f"--dataloader_num_workers {given.dataloader_num_workers}: with --streaming a file is read by one worker: "
-            f"choose from 0 to {len(given.train_file)}"
+            f"--dataloader_num_workers {given.dataloader_num_workers}: with --streaming each file is read by one "
+            f"worker: choose from 0 to {len(given.train_file)}"
         )
 
 
@@ -227,7 +227,7 @@ def _check_training(training: TrainingArguments) -> None:
     metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in _EVAL_METRICS:
         raise UsageError(
-            f"--metric_for_best_model {training.metric_for_best_model}: not measured here; an evaluation gives "
+            f"--metric_for_best_model {training.metric_for_best_model}: no such metric; evaluation gives "
             + ", ".join(f"eval_{name}" for name in _EVAL_METRICS)
         )
     if training.save_strategy == SaveStrategy.BEST and training.eval_strategy == IntervalStrategy.NO:
@@ -256,6 +256,6 @@ def _find_checkpoint(training: TrainingArguments) -> str | None:
         num_steps = check_complete(folder)
     if 0 < training.max_steps <= num_steps:  # the trainer would take one step too many
         raise UsageError(
-            f"--max_steps {training.max_steps}: nothing left to do, {asked} is of step {num_steps}: choose more"
+            f"--max_steps {training.max_steps}: {asked} was saved at step {num_steps}, nothing is left: choose more"
         )
     return str(folder)

@@ -73,7 +73,7 @@ class PreviousGradients(Direction):
         if lost:
             logger.warning(
                 "the previous gradients of %d layers were not loaded with the optimizer's state: "
-                "the next step of each goes unperturbed",
+                "the next step of each is not perturbed",
                 len(lost),
             )
         self.sq_norms = {arm: sq_norm for arm, sq_norm in self.sq_norms.items() if arm not in lost}

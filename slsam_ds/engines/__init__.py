@@ -24,7 +24,7 @@ def select_engine(model: nn.Module, optimizer: torch.optim.Optimizer | None, lay
     if is_deepspeed_engine(model):
         return _select_deepspeed_engine(model, layer_map)
     if optimizer is None:
-        raise ValueError("a module needs its optimizer: SLSAM(model, optimizer, config)")
+        raise ValueError("SLSAM needs the optimizer of this model: SLSAM(model, optimizer, config)")
     from torch.distributed.fsdp import FSDPModule  # half a second that `import slsam_ds` need not take
 
     if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -77,7 +77,9 @@ def release_gathered(model: nn.Module) -> None:
 
     wrapper = type(model).__name__
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ValueError(f"{wrapper}: not supported; pass the module it wraps, slsam_ds averages gradients over ranks")
+        raise ValueError(
+            f"{wrapper}: not supported; pass the module that it wraps, because slsam_ds itself averages gradients"
+        )
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(f"{wrapper}: FSDP1 is not supported; shard the module with fully_shard (FSDP2) instead")
     for module in model.modules():

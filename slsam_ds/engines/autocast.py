@@ -38,7 +38,7 @@ class AutocastWatch:
         self._dtype = torch.get_autocast_dtype(device) if on else None
         if self._dtype == torch.float16 and torch.is_grad_enabled():
             raise ValueError(
-                f'torch.autocast("{device}") computes in float16, where small gradients vanish unless the loss is '
+                f'torch.autocast("{device}") computes in float16, where small gradients underflow unless the loss is '
                 "scaled, which is left to DeepSpeed's fp16: give it dtype=torch.bfloat16"
             )
 

@@ -111,7 +111,7 @@ def _makes_state(optimizer: torch.optim.Optimizer) -> bool:
 
 def _refusal(holder: Any, name: str) -> RuntimeError:
     return RuntimeError(
-        f"{type(holder).__name__}.{name}() outside of SL-SAM's step: it would train without SL-SAM; call "
+        f"{type(holder).__name__}.{name}() called outside of SL-SAM's step: it would train without SL-SAM; call "
         "slsam.step(window), which takes the place of forward, backward and step (slsam_ds.windows makes windows of a "
         "data loader)"
     )

@@ -88,7 +88,7 @@ def count(
     """
 
     if layers.stack is None:
-        raise ValueError("what a step takes is not known where layers are named by patterns: set slsam.layers=null")
+        raise ValueError("a step cannot be estimated when slsam.layers names the layers: set slsam.layers=null")
 
     def run() -> None:
         with on_meta:

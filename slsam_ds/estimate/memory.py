@@ -18,11 +18,11 @@ class Memory:
     """Bytes on a rank's device, each at its peak, and on its host.
 
     Attributes:
-        weights: Or shards of them, with what is gathered at once.
+        weights: Weights or shards of them, including what is gathered at the same time.
         kept: For the descent: weights to restore, hidden states to start from, gradients that its own is mixed with,
             and what stays gathered.
         gradients: Of the pass that finds more.
-        optimizer: Masters, moments and previous gradients, once every layer has been sampled.
+        optimizer: Master weights, moments and previous gradients, once every layer has been sampled.
         activations: Of one micro-batch, in the pass that saves more.
         host: What was offloaded.
     """

@@ -18,7 +18,7 @@ MEMORY_KINDS = (*(field.name for field in dataclasses.fields(Memory)), "total")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Over the samples of a mode."""
+    """Lowest, mean and highest value over the samples of a mode."""
 
     mean: float
     lowest: float

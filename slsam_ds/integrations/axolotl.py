@@ -46,10 +46,12 @@ class SLSAMPlugin(BasePlugin):
             )
         for name in _INTERFERING:
             if cfg.get(name):
-                raise ValueError(f"{name}: {cfg[name]}: restarts or freezes what SL-SAM trains; leave it or SL-SAM out")
+                raise ValueError(
+                    f"{name}: {cfg[name]}: restarts or freezes what SL-SAM trains; leave out this setting or SL-SAM"
+                )
         for name in _PARALLEL:
             if (cfg.get(name) or 1) > 1:
-                raise ValueError(f"{name}: {cfg[name]}: not supported; every rank is a data-parallel one")
+                raise ValueError(f"{name}: {cfg[name]}: not supported; slsam_ds supports data parallelism only")
 
     def pre_model_load(self, cfg: Mapping[str, Any]) -> None:
         """Convert whatever trainer is made from now on."""

@@ -46,7 +46,9 @@ def compiled_blocks(layer_map: LayerMap, **kwargs: Any) -> Iterator[None]:
     """
     blocks = list(layer_map.stack.children()) if layer_map.stack is not None else []
     if kwargs and not blocks:
-        raise ValueError("torch_compile=True: needs blocks to compile one by one; leave out slsam.layers, or it")
+        raise ValueError(
+            "torch_compile=True: needs blocks, which are not known with slsam.layers; leave out one of them"
+        )
     own = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks if kwargs else ():

@@ -43,7 +43,7 @@ class ConvertedTrainer(SLSAMMixin):
             print(f"SL-SAM is on in {name}: {_changed(self.slsam_config)}", file=sys.stderr, flush=True)
         output = super().train(*args, **kwargs)
         if self.state.global_step > 0 and (self.slsam is None or self.slsam.num_steps == 0):
-            raise RuntimeError(f"{name}: has stepped in a loop of its own, without SL-SAM; use slsam_ds.SLSAM in it")
+            raise RuntimeError(f"{name}: trained in a loop of its own, without SL-SAM; use slsam_ds.SLSAM in that loop")
         type(self).num_trained += 1
         return output
 
@@ -67,7 +67,7 @@ def converted(trainer_class: type[Trainer], choose: Choose) -> type[Trainer]:
     if issubclass(trainer_class, ConvertedTrainer):
         return trainer_class
     if issubclass(trainer_class, SLSAMMixin):
-        raise ValueError(f"{trainer_class.__name__}: is an SL-SAM trainer already; give it its knobs by slsam=...")
+        raise ValueError(f"{trainer_class.__name__}: is an SL-SAM trainer already; pass its settings as slsam=...")
     same = {name: getattr(trainer_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     own = {"_choose": staticmethod(choose), "_original": trainer_class}
     return type(trainer_class.__name__, (ConvertedTrainer, trainer_class), same | own)

@@ -191,7 +191,7 @@ class SLSAMMixin(_TrainerMethods):
         if self.is_deepspeed_enabled:
             wrapped = self.accelerator.deepspeed_engine_wrapped
             if wrapped is None:  # the trainer forgets it after a training, and builds no other
-                raise ValueError("under DeepSpeed a trainer trains once: make another one for what is to follow")
+                raise ValueError("under DeepSpeed, a trainer can train only once: create a new trainer to train again")
             accept_other_ranks(wrapped.engine)
             stepped = wrapped.engine.optimizer
             load_at_home(getattr(stepped, "optimizer", stepped), self.slsam_config.state_home)

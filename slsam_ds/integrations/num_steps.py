@@ -49,7 +49,7 @@ def check_steps_taken(num_steps: int, dataloader: Any) -> None:
         NoStepsError: No step was taken.
     """
     if num_steps == 0 and _num_batches(dataloader) is None:
-        raise NoStepsError("training ended without a step: the data, whose number was not known, gave no batch")
+        raise NoStepsError("training ended without a step: the data gave no batch")
 
 
 def _num_batches(dataloader: Any) -> int | None:

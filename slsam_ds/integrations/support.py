@@ -25,7 +25,7 @@ def check_trainer(trainer: Any, mixin: type) -> None:
     if trainer.args.world_size != num_ranks:  # every rank would train on the same data
         raise ValueError(
             f"TrainingArguments sees {trainer.args.world_size} process where {num_ranks} train together: "
-            "on a machine without accelerator, give it use_cpu=True"
+            "on a machine without an accelerator, set use_cpu=True"
         )
     if _generates(trainer, mixin):
         raise ValueError(
@@ -84,7 +84,7 @@ def check_accelerator(accelerator: Accelerator) -> None:
     if accelerator.num_processes != num_ranks:  # every rank would train on the same data
         raise ValueError(
             f"Accelerator sees {accelerator.num_processes} process where {num_ranks} train together: "
-            "on a machine without accelerator, give it cpu=True"
+            "on a machine without an accelerator, set cpu=True"
         )
     if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise whole_graph("dynamo_backend")

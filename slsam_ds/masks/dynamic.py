@@ -46,7 +46,7 @@ class Dynamic(Mask):
         super().__init__(engine, numels, density=density, every=every)
         if total_steps is None or total_steps < 1:
             raise ValueError(
-                f'slsam.mask="dynamic" with total_steps={total_steps}: tell the number of steps of the run (at least '
+                f'slsam.mask="dynamic" with total_steps={total_steps}: give the number of steps of the run (at least '
                 '1), or use mask="fisher"'
             )
         self._seed, self._total_steps = seed, total_steps

@@ -160,7 +160,7 @@ class Mask(ABC):
         lost = {arm_of[stepped] for stepped in lacking}
         if lost:
             logger.warning(
-                "the masks of %d layers were not loaded with the optimizer's state: they begin anew", len(lost)
+                "the masks of %d layers were not loaded with the optimizer's state: they are computed again", len(lost)
             )
         self._found_in = {arm: step for arm, step in self._found_in.items() if arm not in lost}
 

@@ -61,7 +61,7 @@ def example_inputs(model: nn.Module, batch_size: int = 1, length: int = 4) -> di
     if name == "input_ids":
         return {name: torch.empty(batch_size, length, dtype=torch.long, device="meta")}
     if name != "pixel_values":
-        raise ValueError(f"{type(model).__name__} takes {name}; known are input_ids and pixel_values")
+        raise ValueError(f"{type(model).__name__}: its main input is {name}; supported are input_ids and pixel_values")
     config: Any = model.config
     size = getattr(config, "image_size", _USUAL_IMAGE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size

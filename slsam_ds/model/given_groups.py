@@ -44,9 +44,9 @@ def is_split(groups: Sequence[Mapping[str, Any]]) -> bool:
 
 @contextlib.contextmanager
 def given_groups(optimizer: torch.optim.Optimizer, lr_scheduler: Any = None) -> Iterator[None]:
-    """Within, the optimizer has the groups that it was given, not yet split by layer; and so has its scheduler.
+    """Context manager in which the optimizer and its scheduler have their original groups, not split by layer.
 
-    What is saved within, a loop without SL-SAM can load; and what such a loop has saved can be loaded within.
+    A loop without SL-SAM can load what is saved in this context. What such a loop has saved can be loaded in it.
 
     Args:
         optimizer: Torch's, of a plain module or one that `fully_shard` has sharded.

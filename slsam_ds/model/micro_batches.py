@@ -19,7 +19,7 @@ def windows(loader: Iterable[Any], length: int, *, drop_last: bool = False) -> I
     Args:
         loader: Yields micro-batches.
         length: Micro-batches per window: the gradient accumulation steps.
-        drop_last: Leave out a last window that is shorter; it is averaged over what it holds otherwise.
+        drop_last: Drop the last window if it is shorter. Otherwise it is averaged over the micro-batches it has.
     """
     if length < 1:
         raise ValueError(f"length={length}: a window needs at least one micro-batch")

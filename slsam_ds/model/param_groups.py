@@ -95,7 +95,7 @@ def regroup(optimizer: Any, layer_map: LayerMap, lr_scheduler: Any = None) -> No
         return
     if inspect.unwrap(type(optimizer).step) is inspect.unwrap(torch.optim.Optimizer.step):  # LOMO's
         raise ValueError(
-            f"{type(optimizer).__name__}: has no step of its own, but updates weights while gradients are computed, "
+            f"{type(optimizer).__name__}: updates weights while gradients are computed, "
             "which SL-SAM does twice; use another optimizer"
         )
     old_groups = optimizer.param_groups

@@ -65,7 +65,7 @@ class PrefixReuse:
             "the perturbed loss is NaN": prefix.handed_on and _lost_in_descent(result),
         }
         for reason in [reason for reason, found in reasons.items() if found][:1]:
-            logger.warning("step %d: %s: from here on both passes run every layer (prefix_reuse)", result.step, reason)
+            logger.warning("step %d: %s: from now on both passes run every layer (prefix_reuse)", result.step, reason)
             self.allowed = False
 
 

@@ -35,7 +35,7 @@ def calibrate(engine: Engine, model: nn.Module, layers: LayerMap, run: Callable[
         ValueError: The model's FLOPs cannot be counted, or its arms have no depth.
     """
     if layers.stack is None:
-        raise ValueError("what a step costs is not known where layers are named by patterns: set slsam.layers=null")
+        raise ValueError("the cost of a step is not known when slsam.layers names the layers: set slsam.layers=null")
     places = _Places(layers)
     begin = ForwardState(model, engine.device).capture()
     middle = len(layers) // 2

@@ -28,22 +28,23 @@ _EXIT_CODE = 2  # what argparse returns on a usage error
 _SECONDS = 10.0
 
 _DESCRIPTION = f"""
-Show what a run with SL-SAM did. Reads {LAYERS_FILE} and {STEPS_FILE} in OUTPUT_DIR (the
---output_dir of launch/train.py or of any SLSAMTrainer), prints tables, and writes
+Show what a run with SL-SAM did. The command reads {LAYERS_FILE} and {STEPS_FILE} in OUTPUT_DIR
+(the --output_dir of launch/train.py or of any SLSAMTrainer), prints tables, and writes two files into
+the same folder:
 
-  {PAGE_FILE}  everything on one page that needs no other file
-  {PICTURE_FILE}   the pictures alone
+  {PAGE_FILE}  all tables and figures on one self-contained page
+  {PICTURE_FILE}   the figures alone
 
-into the same folder. Which layers were chosen and how likely that was, their gradient norms, the loss
-and how far the perturbation raised it, how much of the perturbation reached the weights, the share of
-weights trained, an estimate of the price against AdamW and dense SAM, skipped steps, and seconds.
+They show which layers were selected and with what probability, their gradient norms, the loss and how
+much the perturbation raised it, how much of the perturbation reached the weights, the fraction of
+weights trained, the estimated cost relative to AdamW and dense SAM, skipped steps, and seconds.
 
-With several folders, the runs are shown side by side: curves in one picture, final numbers, and the
-settings that differ, in {COMPARISON_PAGE_FILE} and {COMPARISON_PICTURE_FILE}, in the folder that all of
-them are in.
+Given several folders, the command compares the runs: curves in one figure, final numbers, and the
+settings that differ. It writes {COMPARISON_PAGE_FILE} and {COMPARISON_PICTURE_FILE} into the
+folder that contains all of them.
 
-A run may still be going on: what it has recorded so far is shown. With --follow the page is written
-again and again until the run has ended, and a browser that shows it loads it again.
+The run may still be in progress; the report then shows the steps recorded so far. With --follow the
+page is rewritten until the run ends, and a browser that shows the page reloads it.
 """
 
 _EPILOG = """
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
-        return _refuse('the pictures need matplotlib: pip install "slsam-ds[report]", or pip install matplotlib')
+        return _refuse('the figures need matplotlib: pip install "slsam-ds[report]", or pip install matplotlib')
     except OSError as error:
         return _refuse(f"{error.filename or target}: {error.strerror or error}")
     page, picture = written
@@ -110,16 +111,16 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="OUTPUT_DIR",
         nargs="+",
         type=Path,
-        help="what a run writes into; several: compare",
+        help="output folder of a run; several folders are compared",
     )
-    parser.add_argument("--to", metavar="DIR", type=Path, help="write here instead; made where missing")
+    parser.add_argument("--to", metavar="DIR", type=Path, help="write to this folder instead; created if missing")
     parser.add_argument(
         "--follow",
         metavar="SECONDS",
         nargs="?",
         type=_interval,
         const=_SECONDS,
-        help=f"write the page again every so many seconds (default: {_SECONDS:g}), until the run has ended or Ctrl-C",
+        help=f"rewrite the page every SECONDS (default: {_SECONDS:g}) until the run ends or you press Ctrl-C",
     )
     return parser
 
@@ -177,7 +178,7 @@ def _follow(folders: Sequence[Path], target: Path, seconds: float) -> int:
             ended = all(run.has_ended for run in runs)
             written, _ = _write(runs, target, refresh=None if ended else seconds)
             if page is None:
-                print(f"Page: {written}\nIt is written every {seconds:g} s until the run has ended; Ctrl-C stops.")
+                print(f"Page: {written}\nIt is rewritten every {seconds:g} s until the run ends; Ctrl-C stops.")
             page = written
             if ended:
                 print("The run has ended.")
@@ -187,7 +188,7 @@ def _follow(folders: Sequence[Path], target: Path, seconds: float) -> int:
     except KeyboardInterrupt:
         if page is not None:
             _write(read_runs(folders), target)  # once more, as a page that a browser does not load again
-        print("\nStopped following; the run goes on.")
+        print("\nStopped following; the run continues.")
         return 0
 
 

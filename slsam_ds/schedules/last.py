@@ -18,7 +18,7 @@ class Last(Schedule):
     def __init__(self, argument: float, total_steps: int | None, seed: int) -> None:
         if total_steps is None or total_steps < 1:
             raise ValueError(
-                f'slsam.ascend_when={{"last": {argument:g}}} with total_steps={total_steps}: tell the number of steps '
+                f'slsam.ascend_when={{"last": {argument:g}}} with total_steps={total_steps}: give the number of steps '
                 "of the run (at least 1), or choose another schedule"
             )
         # 1e-9: a share of 0.3 of 10 steps is 3 of them, though 0.3 * 10 is a little more than 3 in floating point.

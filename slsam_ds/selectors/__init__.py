@@ -72,7 +72,7 @@ def _tuned_gamma(num_arms: int, k: int, total_steps: int | None) -> float:
     """min(1, sqrt(L ln(L/k) / ((e-1) k T))): Uchiya et al. 2010, for rewards of at most 1."""
     if total_steps is None or total_steps < 1:
         raise ValueError(
-            f'slsam.gamma="auto" with total_steps={total_steps}: tell the number of steps of the run (at least 1), '
+            f'slsam.gamma="auto" with total_steps={total_steps}: give the number of steps of the run (at least 1), '
             "or choose gamma in (0, 1]"
         )
     if k == num_arms:

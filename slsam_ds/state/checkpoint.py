@@ -136,5 +136,5 @@ def load_random_state(engine: Engine, folder: Path, *, seed: int, step: int) -> 
     if saved is not None:
         saved.replay()
     else:
-        logger.warning("%s: was saved by another number of ranks: dropout goes on with new random numbers", folder)
+        logger.warning("%s: was saved by another number of ranks: dropout continues with new random numbers", folder)
         reseed(seed, step, ranks.rank)

@@ -69,10 +69,12 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path}: no readable slsam state ({error}); was this checkpoint saved by slsam_ds, and completely?"
+            f"{path}: no readable slsam state ({error}): resume from a checkpoint that slsam_ds saved completely"
         ) from None
     if not isinstance(state, dict) or state.pop("checksum", None) != _checksum(state):
-        raise ValueError(f"{path}: is damaged, or from before slsam_ds wrote checksums: resume from another checkpoint")
+        raise ValueError(
+            f"{path}: is damaged, or was saved before slsam_ds wrote checksums: resume from another checkpoint"
+        )
     return state
 
 
@@ -111,8 +113,8 @@ def check_layers(state: Mapping[str, Any], layer_map: LayerMap) -> None:
     """
     if state.get("version") not in (SPLIT_VERSION, STATE_VERSION):
         raise ValueError(
-            f"slsam state version {state.get('version')!r}, this slsam_ds reads {SPLIT_VERSION} and {STATE_VERSION}: "
-            "resume with the slsam_ds that saved it"
+            f"has slsam state version {state.get('version')!r}, but this slsam_ds reads {SPLIT_VERSION} and "
+            f"{STATE_VERSION}: resume with the slsam_ds that saved it"
         )
     if state["layers"] == layer_map.fingerprint():
         return

@@ -141,7 +141,7 @@ def test_a_stock_trainers_checkpoint_goes_on(folder: Path) -> None:
     flags = make_flags(folder, "out_of_stock", deepspeed=None, resume_from_checkpoint="stock/checkpoint-2")
     run = launch("forked", folder, *flags)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stderr.count("going on after 2 steps without SL-SAM: the bandit starts fresh") == 1
+    assert run.stderr.count("continuing after 2 steps without SL-SAM: the bandit starts anew") == 1
     assert [step["step"] for step in _steps(folder / "out_of_stock")] == list(range(3, NUM_STEPS + 1))
 
 

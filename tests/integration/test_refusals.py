@@ -92,7 +92,7 @@ def test_everything_that_cannot_be_is_refused_before_training(world_size: int, f
             [],
             "--train_file late.jsonl: line 151: column 'answer' holds int; expected text",
         ),
-        ({"train_file": "late.jsonl", "max_steps": -1}, ["--streaming"], "--streaming: nobody knows how many samples"),
+        ({"train_file": "late.jsonl", "max_steps": -1}, ["--streaming"], "--streaming: the number of samples is not"),
         ({"response_column": "reply"}, [], "no column 'reply'; there are: question, answer"),
         ({"model_name_or_path": "weightless"}, [], "--model_name_or_path weightless: the folder holds no weights"),
         ({}, ["--slsam", "active_layers=0"], "slsam.active_layers=0: choose"),

@@ -151,7 +151,7 @@ def test_it_is_the_trainer_without_it(num_ranks: int, engine: str, tmp_path: Pat
 
 def train_twice(folder: str) -> str:
     trainer = trained(make(SLSAMTrainer, folder, "zero2", max_steps=1))
-    with pytest.raises(ValueError, match="under DeepSpeed a trainer trains once") as refused:
+    with pytest.raises(ValueError, match="under DeepSpeed, a trainer can train only once") as refused:
         trainer.train()
     return str(refused.value)
 

@@ -86,6 +86,6 @@ def test_there_and_back(engine: str, tmp_path: Path) -> None:
     assert max_error(ours, stock) <= TOLERANCE
     assert our_losses == pytest.approx(losses, abs=1e-4)  # as the trainer rounds them
     assert [record["step"] for record in read_steps(tmp_path / "ours")] == [3, 4]
-    assert found["lines"] == ["going on after 2 steps without SL-SAM: the bandit starts fresh"]
+    assert found["lines"] == ["continuing after 2 steps without SL-SAM: the bandit starts anew"]
     assert other["lines"] == []
     assert max_error(found["back"][0], stock) <= TOLERANCE

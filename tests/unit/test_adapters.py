@@ -74,12 +74,14 @@ def test_adapters_that_cannot_be_trained_on_are_one_sentence(base: Path, adapter
         return str(refused.value)
 
     assert "is an adapter, not a model: add --peft lora" in refusal(adapter, peft="none")
-    assert refusal(adapter, lora_r=8).startswith(f"--lora_r 8: the adapter in {adapter} has 4, and keeps it: leave")
+    assert refusal(adapter, lora_r=8).startswith(
+        f"--lora_r 8: the adapter in {adapter} has 4, which cannot be changed: leave"
+    )
     assert "has q_proj v_proj, and keeps" in refusal(adapter, lora_target_modules=["all-linear"])
     save_adapter(
         base, tmp_path / "ia3", IA3Config(task_type="CAUSAL_LM", target_modules=TARGETS, feedforward_modules=[])
     )
-    assert "is an adapter of the kind IA3" in refusal(tmp_path / "ia3")
+    assert "is an adapter of type IA3" in refusal(tmp_path / "ia3")
     settings = json.loads((adapter / "adapter_config.json").read_text())
 
     def with_settings(**changes: Any) -> Path:

@@ -88,15 +88,19 @@ def test_the_column_of_tools_has_a_name() -> None:
     assert encode({"messages": CONVERSATION, "functions": TOOLS}, TOOLS_TEMPLATE, columns)[0] == WRITTEN
     with pytest.raises(UsageError, match="data: no column 'functions'; there are: messages"):
         choose_columns(["messages"], DataArguments(tools_column="functions"), "data")
-    with pytest.raises(UsageError, match="--tools_column a: goes with --messages_column only"):
+    with pytest.raises(UsageError, match="--tools_column a: can only be used with --messages_column"):
         choose_columns(["text", "a"], DataArguments(tools_column="a"), "data")
 
 
 @pytest.mark.parametrize(
     ("row", "template", "sentence"),
     [
-        ({"messages": CONVERSATION, "tools": TOOLS}, CHAT_TEMPLATE, "the chat template writes no tools: choose one"),
-        ({"messages": CONVERSATION}, MARKED_TEMPLATE, "the chat template writes no tool calls: choose one"),
+        (
+            {"messages": CONVERSATION, "tools": TOOLS},
+            CHAT_TEMPLATE,
+            "the chat template leaves out the tools: choose one",
+        ),
+        ({"messages": CONVERSATION}, MARKED_TEMPLATE, "the chat template leaves out the tool calls: choose one"),
         ({"messages": CONVERSATION, "tools": "none"}, TOOLS_TEMPLATE, "column 'tools': expected a list of tools"),
         ({"messages": CONVERSATION, "tools": ["time"]}, TOOLS_TEMPLATE, "column 'tools': expected a list of tools"),
         ({"messages": [{"role": "assistant", "content": None}]}, TOOLS_TEMPLATE, "message 1 has no content that is"),
@@ -137,7 +141,10 @@ def test_a_template_is_chosen_by_name_or_file(tmp_path: Path) -> None:
         tokenizer = tiny_tokenizer(chat_template=NAMED)  # type: ignore[arg-type]
         use_template(tokenizer, asked)
         assert tokenizer.chat_template == (expected or (tmp_path / "own.jinja").read_text())
-    for template, there in ((NAMED, "the tokenizer's are default, shout, tool_use"), (CHAT_TEMPLATE, "have no names")):
+    for template, there in (
+        (NAMED, "the tokenizer has default, shout, tool_use"),
+        (CHAT_TEMPLATE, "has no named templates"),
+    ):
         tokenizer = tiny_tokenizer(chat_template=template)  # type: ignore[arg-type]
         with pytest.raises(UsageError, match=rf"--chat_template nothing: neither the name .*{there}"):
             use_template(tokenizer, "nothing")

@@ -39,7 +39,7 @@ def test_a_method_is_a_name_and_knobs(text: str, shared: list[str], name: str, a
         (["adamw"], "give at least two methods"),
         (
             ["adamw", "defaults", "--speed", "5"],
-            "unrecognized arguments: --speed 5; flags of the training stand",
+            "unrecognized arguments: --speed 5; put flags of slsam train after --",
         ),
         (["adamw", "deflauts"], "deflauts: no such method; give adamw, defaults, a preset"),
         (["adamw", "rho=much"], "rho"),

@@ -69,5 +69,5 @@ def test_an_sl_sam_trainer_is_not_converted_again(trainer_class: type[Trainer]) 
 
 
 def test_a_loop_of_its_own_is_no_success(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="LoopTrainer: has stepped in a loop of its own"):
+    with pytest.raises(RuntimeError, match="LoopTrainer: trained in a loop of its own"):
         make(LoopTrainer, tmp_path).train()

@@ -88,7 +88,7 @@ def test_turns_that_the_template_rewrites_are_not_learned(capsys: pytest.Capture
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
     (sample,) = _encode(rows, MESSAGES, tokenizer)
     assert _learned(sample, tokenizer).strip() == "think four</s>"
-    assert "1 assistant turns without loss" in capsys.readouterr().err
+    assert "1 assistant turns are left out of the loss" in capsys.readouterr().err
 
 
 def test_text_is_learned_whole() -> None:
@@ -136,7 +136,7 @@ def test_what_the_template_refuses_is_a_sentence() -> None:
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
     )
     rows = [{"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}]
-    with pytest.raises(UsageError, match="sample 1: the chat template refuses it: no system"):
+    with pytest.raises(UsageError, match="sample 1: the chat template rejects it: no system"):
         _encode(rows, MESSAGES, tiny_tokenizer(chat_template=template))
 
 

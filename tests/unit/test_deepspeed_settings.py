@@ -108,7 +108,7 @@ def test_what_can_be_is_not(config: dict[str, Any]) -> None:
 
 def test_what_deepspeed_does_not_read_is_told(caplog: pytest.LogCaptureFixture) -> None:
     check_config({"comment": "ours"})
-    assert "comment: DeepSpeed reads no such key" in caplog.text
+    assert "comment: DeepSpeed has no such configuration key" in caplog.text
 
 
 def test_old_spellings_of_offloading_are_seen() -> None:

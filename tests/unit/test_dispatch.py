@@ -56,7 +56,7 @@ def test_a_missing_package_sends_people_to_the_doctor(
 ) -> None:
     monkeypatch.setitem(COMMANDS, "run", Command("json.none_such", ""))
     assert main(["run"]) == 1
-    assert re.fullmatch(r"error: slsam run: No module .*; `slsam doctor` says what .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: slsam run: No module .*; run `slsam doctor` .*\n", capsys.readouterr().err)
 
 
 def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def packages(**changes: Any) -> Packages:
 
 def test_versions_that_were_tried_take_one_line() -> None:
     (found,) = package_findings(packages())
-    assert str(found) == "ok       versions that were tried: python 3.11.9, torch 2.13.0+cu130, deepspeed 0.19.2"
+    assert str(found) == "ok       tested versions: python 3.11.9, torch 2.13.0+cu130, deepspeed 0.19.2"
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,19 @@ def test_versions_that_were_tried_take_one_line() -> None:
             'problem  deepspeed 0.20.1: slsam-ds supports <0.20,>=0.18.6; pip install "deepspeed<0.20,>=0.18.6"',
         ),
         ({"python": "3.10.4"}, "problem  python 3.10.4: slsam-ds supports >=3.11; use Python >=3.11"),
-        ({"python": "3.12.1"}, "note     python 3.12.1: was not tried; tests passed with 3.11"),
-        ({"deepspeed": "0.19.9"}, "note     deepspeed 0.19.9: was not tried; tests passed with 0.18.6 to 0.19.8"),
-        ({"torch": "2.9.1"}, "note     torch 2.9.1: was not tried; tests passed with 2.13.0"),
+        ({"python": "3.12.1"}, "note     python 3.12.1: not tested; tests passed with 3.11"),
+        ({"deepspeed": "0.19.9"}, "note     deepspeed 0.19.9: not tested; tests passed with 0.18.6 to 0.19.8"),
+        ({"torch": "2.9.1"}, "note     torch 2.9.1: not tested; tests passed with 2.13.0"),
         ({"trl": "2.0"}, "note     trl 2.0: slsam-ds supports <2,>=0.24.0; or do without it"),
-        ({"slsam-ds": None}, "note     slsam-ds: runs from its folder, so that ranges are unknown; pip install it"),
+        (
+            {"slsam-ds": None},
+            "note     slsam-ds: not installed but run from its folder, so the supported versions are unknown; "
+            "pip install it",
+        ),
         (
             {"slsam-ds": "0.0.1"},
-            f"note     slsam-ds: {slsam_ds.__version__} runs where 0.0.1 is installed, whose ranges are asked here; "
-            "pip install it anew",
+            f"note     slsam-ds: {slsam_ds.__version__} runs, but 0.0.1 is installed; its supported versions are used "
+            "here; reinstall it",
         ),
     ],
 )
@@ -139,7 +143,12 @@ def test_a_machine_with_nothing_wrong() -> None:
     found = machine_findings(machine())
     assert {finding.verdict for finding in found} == {"ok"}
     text = as_text(found)
-    for expected in ("4 x NVIDIA H200, 140 GB each", "ranks talk by nccl 2.28.9", "built: fused_adam", "no problems"):
+    for expected in (
+        "4 x NVIDIA H200, 140 GB each",
+        "ranks communicate by nccl 2.28.9",
+        "built: fused_adam",
+        "no problems",
+    ):
         assert expected in text
 
 
@@ -150,7 +159,7 @@ def test_a_machine_with_nothing_wrong() -> None:
         ({**CPU, "environment": {"DS_ACCELERATOR": "cpu"}}, "note", ["DS_ACCELERATOR=cpu", "unset it"]),
         ({**CPU, "has_driver": True}, "problem", ["2.13.0+cpu is a build for the CPU", "install a build for CUDA"]),
         ({**CPU, "has_driver": True, "torch_cuda": "13.0"}, "problem", ["finds no GPU", "CUDA_VISIBLE_DEVICES"]),
-        ({"has_backend": False}, "problem", ["nccl: torch lacks it"]),
+        ({"has_backend": False}, "problem", ["nccl: this torch lacks the backend"]),
         (
             {**NO_COMPILER, "others": [Operator("cpu_adam", "cannot be built", "not here: a C++ compiler (c++)")]},
             "note",
@@ -164,7 +173,7 @@ def test_a_machine_with_nothing_wrong() -> None:
             "problem",
             ["deepspeed_shm_comm cannot be built (no compiler)", "every run under DeepSpeed", "install a C++ compiler"],
         ),
-        ({"locks": [Path("/x/lock")]}, "problem", ["/x/lock: nobody on this machine holds this lock", "remove it"]),
+        ({"locks": [Path("/x/lock")]}, "problem", ["/x/lock: no process on this machine holds this lock", "remove it"]),
         ({"shared_memory": 64 * 2**20}, "note", ["/dev/shm: 67 MB", "--shm-size"]),
         ({"environment": {"OMP_NUM_THREADS": "128"}}, "note", ["OMP_NUM_THREADS=128: more threads than the 64 cores"]),
         ({"environment": {"OMP_NUM_THREADS": "all"}}, "note", ["OMP_NUM_THREADS=all: not a number"]),
@@ -341,4 +350,4 @@ def test_as_a_command(tmp_path: Path, model: str) -> None:
     assert all(line.split()[0] in ("ok", "note", "problem") for line in told), done.stdout
     assert empty == ""
     assert "1 problem" in counts
-    assert any("cpu_adam/lock: nobody on this machine holds this lock" in line for line in told)
+    assert any("cpu_adam/lock: no process on this machine holds this lock" in line for line in told)

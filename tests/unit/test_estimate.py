@@ -367,7 +367,8 @@ def test_models_that_take_something_else_are_refused_in_a_true_sentence() -> Non
     with torch.device("meta"):
         model = Wav2Vec2ForSequenceClassification(Wav2Vec2Config(num_hidden_layers=1))
     with pytest.raises(
-        ValueError, match="Wav2Vec2ForSequenceClassification takes input_values; known are input_ids and"
+        ValueError,
+        match="Wav2Vec2ForSequenceClassification: its main input is input_values; supported are input_ids and",
     ):
         example_inputs(model)
 
@@ -388,7 +389,7 @@ def test_models_that_take_something_else_are_refused_in_a_true_sentence() -> Non
         (["--model", "CONFIG", "--deepspeed", "none.json"], "DeepSpeed configuration none.json: cannot be read"),
         (["--model", "CONFIG", "--fsdp", "--dtype", "fp16"], "fp16: needs ZeRO"),
         (["--model", "CONFIG", "--zero", "3", "--slsam", "ascent_scope=rank"], "needs whole weights on every rank"),
-        (["--model", "CONFIG", "--slsam", 'layers=["model.layers.0"]'], "layers are named by patterns"),
+        (["--model", "CONFIG", "--slsam", 'layers=["model.layers.0"]'], "slsam.layers names the layers"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_a_sentence(

@@ -102,7 +102,7 @@ def test_csv_keeps_what_is_quoted(tmp_path: Path) -> None:
         ("a.csv", "a,b\n", "holds no samples"),
         ("a.txt", b"a\n\xe4\n", "line 2 is not UTF-8"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
-        ("a.xlsx", "x", "unknown format; name it .jsonl, .json, .csv, .parquet, .txt"),
+        ("a.xlsx", "x", "unknown format; its name must end with one of .jsonl, .json, .csv, .parquet, .txt"),
     ],
 )
 def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
@@ -223,7 +223,7 @@ def test_folders_that_cannot_be_used_are_one_sentence(tmp_path: Path, streaming:
     assert "has no split train; it has test" in refusal("test_only")
     assert "a split that save_to_disk wrote is empty or damaged" in refusal("damaged")
     assert "empty" in refusal("nothing")  # which datasets 4.0 loads
-    assert "was written by save_to_disk and has only one" in refusal("saved", "english")
+    assert "was written by save_to_disk and has a single" in refusal("saved", "english")
     assert "No (supported) data files found" in refusal("empty")
     assert f"{tmp_path}/broken/train.jsonl: line 2 is not valid JSON" in refusal("broken")
     assert refusal("torn").startswith(f"--dataset_name {tmp_path}/torn: ")

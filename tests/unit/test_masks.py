@@ -165,5 +165,5 @@ def test_records_tell_the_density_only_with_a_mask() -> None:
 def test_a_dynamic_mask_needs_the_length_of_the_run() -> None:
     model = tiny_decoder()
     optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(ValueError, match=r'^slsam\.mask="dynamic" with total_steps=None: tell the number of steps'):
+    with pytest.raises(ValueError, match=r'^slsam\.mask="dynamic" with total_steps=None: give the number of steps'):
         SLSAM(model, optimizer, SLSAMConfig(mask="dynamic"))

@@ -40,4 +40,4 @@ def test_an_unknown_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert "invalid choice: 'adam'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--model", "somewhere"])
-    assert "--model needs the NAME of a recipe" in capsys.readouterr().err
+    assert "--model needs NAME" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_knobs_come_from_the_environment_else_the_json_and_flags_lie_over_them(t
         (["-m"], {}, "required: SCRIPT"),
         (["--", "-m"], {}, "nothing to run"),
         (["--slsam", "rho=1", "script.py"], {}, "required: SCRIPT"),
-        (["absent.py"], {}, "absent.py: no such script; a module is run with -m"),
+        (["absent.py"], {}, "absent.py: no such script; to run a module, give -m before it"),
         (["--slsam", "rh=1", "-m", "x"], {}, "did you mean 'rho'?"),
         (["--learning_rate", "1", "-m", "x"], {}, "--learning_rate"),
         (["-m", "x"], {"SLSAM_CONFIG": "absent.json"}, "SLSAM_CONFIG=absent.json: expected a JSON object"),

@@ -97,14 +97,14 @@ def _json(path: Path, **changes: object) -> str:
         (["--streaming", "--max_steps", "3"], "--streaming without data of your own: give --train_file"),
         (
             ["--streaming", "--train_file", "x.jsonl"],
-            "--streaming: nobody knows how many samples will come: give --max_s",
+            "--streaming: the number of samples is not known in advance: give --max_s",
         ),
         (["--shuffle_buffer", "-1"], "--shuffle_buffer -1: choose a number of rows, or 0"),
         (
             ["--streaming", "--train_file", "x", "y", "--max_steps", "3", "--dataloader_num_workers", "3"],
-            "--dataloader_num_workers 3: with --streaming a file is read by one worker: choose from 0 to 2",
+            "--dataloader_num_workers 3: with --streaming each file is read by one worker: choose from 0 to 2",
         ),
-        (["--lora_alpha", "8"], "--lora_alpha: says how adapters are trained: add --peft lora, or leave it out"),
+        (["--lora_alpha", "8"], "--lora_alpha: only for training adapters: add --peft lora, or leave the flag out"),
         (["--peft", "lora", "--lora_r", "0"], "--lora_r 0: choose a rank of at least 1"),
         (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint true: there is no checkpoint in outputs/demo"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a checkpoint"),
@@ -112,7 +112,7 @@ def _json(path: Path, **changes: object) -> str:
         (["--load_best_model_at_end", "--eval_strategy", "steps"], "--load_best_model_at_end requires"),
         (
             ["--metric_for_best_model", "accuracy"],
-            "--metric_for_best_model accuracy: not measured here; an evaluation gives eval_loss, eval_runtime",
+            "--metric_for_best_model accuracy: no such metric; evaluation gives eval_loss, eval_runtime",
         ),
         (
             ["--save_strategy", "best", "--metric_for_best_model", "loss"],
@@ -215,7 +215,7 @@ def test_checkpoint_is_resumed_only_where_steps_are_left(tmp_path: Path) -> None
     (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
     for asked in (str(checkpoint), "true"):
         assert read_settings([*flags, asked, "--max_steps", "5"]).checkpoint == str(checkpoint)
-        with pytest.raises(UsageError, match=r"--max_steps 4: nothing left to do, .*checkpoint-4 is of step 4"):
+        with pytest.raises(UsageError, match=r"--max_steps 4: .*checkpoint-4 was saved at step 4, nothing is left"):
             read_settings([*flags, asked, "--max_steps", "4"])
 
 

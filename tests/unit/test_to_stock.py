@@ -78,5 +78,5 @@ def test_what_cannot_be_converted_is_refused(
     output = tmp_path if there == "output" else tmp_path / "stock"
     assert main([str(checkpoint / "none" if there == "nothing" else checkpoint), str(output)]) == 2
     said = capsys.readouterr().err
-    assert ("no DeepSpeed checkpoint is there" if there == "nothing" else "is there already") in said
+    assert ("holds no DeepSpeed checkpoint" if there == "nothing" else "exists already") in said
     assert not (tmp_path / "stock").exists()

@@ -26,15 +26,15 @@ _WIDTH = 100  # characters of a line of text
 _EXIT_CODE, _STOPPED = 2, 130  # what argparse, and what a shell returns
 
 _DESCRIPTION = """
-Train the same model on the same data by several methods, one after the other, and compare them. All
-start from the same weights and see the same samples in the same order.
+Train the same model on the same data with several methods, one after the other, and compare them.
+All methods start from the same weights and see the same samples in the same order.
 
 A METHOD is adamw (the optimizer alone: every layer in every step, no perturbation), defaults (SL-SAM
-with its default settings, or those of the DeepSpeed JSON), a preset that `slsam recipes` shows, or
-KEY=VALUE[,KEY=VALUE ...]. What stands behind -- are flags of `slsam train`, for all of them.
+with its default settings, or those of the DeepSpeed JSON), a preset listed by `slsam recipes`, or
+KEY=VALUE[,KEY=VALUE ...]. Flags after -- are flags of `slsam train` and apply to all methods.
 
-Each training is started by `deepspeed --module slsam_ds.train`, and writes into a folder of the
-output folder that has the method's name. At the end come a table, a picture and a page.
+Each training is started with `deepspeed --module slsam_ds.train` and writes into a subfolder of
+--output_dir named after the method. At the end, a table is printed, and a figure and a page are written.
 """
 
 _EPILOG = """
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nStopped; nothing of it runs any more.", file=sys.stderr)
+        print("\nStopped; no training is still running.", file=sys.stderr)
         return _STOPPED
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -89,8 +89,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    ours.add_argument("methods", nargs="+", metavar="METHOD", help="at least two")
-    ours.add_argument("--num_accelerators", type=_count, metavar="N", help="ranks; default: one for each accelerator")
+    ours.add_argument("methods", nargs="+", metavar="METHOD", help="a method to train with; give at least two")
+    ours.add_argument("--num_accelerators", type=_count, metavar="N", help="ranks (default: one per accelerator)")
     _add_common(ours, Path("outputs/compare"))
     given = ours.parse_args(argv[:place])
     if len(given.methods) < 2:
@@ -105,14 +105,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_common(parser: argparse.ArgumentParser, output_dir: Path) -> None:
     parser.add_argument(
-        "--output_dir", type=Path, default=output_dir, metavar="DIR", help=f"of everything; default: {output_dir}"
+        "--output_dir", type=Path, default=output_dir, metavar="DIR", help=f"for all output (default: {output_dir})"
     )
-    parser.add_argument("--verbose", action="store_true", help="show all that the trainings print")
+    parser.add_argument("--verbose", action="store_true", help="show everything that the trainings print")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = "; flags of the training stand behind --" if message.startswith("unrecognized") else ""
+        hint = "; put flags of slsam train after --" if message.startswith("unrecognized") else ""
         print(f"error: {' '.join(message.split())}{hint}", file=sys.stderr)
         raise SystemExit(_EXIT_CODE)
 
@@ -143,7 +143,7 @@ def _show(methods: Sequence[Method], output_dir: Path) -> int:
     try:
         write_comparison(runs, output_dir)
     except ModuleNotFoundError:
-        print('No picture, because matplotlib is missing: pip install "slsam-ds[report]"', file=sys.stderr)
+        print('No figure was written because matplotlib is missing: pip install "slsam-ds[report]"', file=sys.stderr)
         return 0
     print(f"Picture: {output_dir / COMPARISON_PICTURE_FILE}\nPage: {output_dir / COMPARISON_PAGE_FILE}")
     return 0

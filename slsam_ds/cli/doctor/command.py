@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from slsam_ds.cli.doctor.finding import Finding, any_problem, as_text
 from slsam_ds.cli.doctor.packages import import_findings, package_findings, read_packages
 
-_DESCRIPTION = """Say whether this machine will train with SL-SAM: versions, accelerators, how ranks talk, DeepSpeed's
-operators and what builds them, abandoned locks, threads. With --deepspeed and --model, whether that configuration and
-that model will work, what a step costs and whether it fits. Each finding is a line: ok, note (it works, and there is
-something to know) or problem (it will not work), and what to do. Nothing is built, and nothing downloaded but a
-config.json where MODEL is a hub id."""
+_DESCRIPTION = """Check whether this machine can train with SL-SAM: package versions, accelerators, the communication
+backend, DeepSpeed's operators and the tools that build them, abandoned locks, threads. With --deepspeed and --model,
+also check whether that configuration and that model will work, what a step costs, and whether it fits into memory.
+Each finding is one line: ok, note (it works, but there is something to know) or problem (it will not work), and what
+to do about it. Nothing is built. If MODEL is a hub id, its config.json is downloaded, and nothing else."""
 
 _EPILOG = """
 examples:
@@ -18,7 +18,7 @@ examples:
   slsam doctor --deepspeed zero2 --model path/to/model
   slsam doctor --deepspeed my.json --model config.json --world_size 8 --sequence_length 4096 --slsam preset=adamw_price
 
-exit codes: 0 where nothing will fail, 1 where something will not work, 2 where a flag cannot be used
+exit codes: 0 if there is no problem, 1 if there is one, 2 if a flag cannot be used
 """
 
 

@@ -53,7 +53,7 @@ def run_findings(given: Any, machine: Machine) -> list[Finding]:
     layers = f"budget {config.budget:g}" if config.budget is not None else f"active_layers {config.active_layers}"
     findings = [
         Finding("ok", f"{name}{_engine(setup)} in {setup.precision} is supported"),
-        Finding("ok", f"SL-SAM by {knobs}: selector {config.selector}, rho {config.rho:g}, {layers}"),
+        Finding("ok", f"SL-SAM's settings from {knobs}: selector {config.selector}, rho {config.rho:g}, {layers}"),
         *_precision(setup, machine),
         *_operators(given, machine),
     ]

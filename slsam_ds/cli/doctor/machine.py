@@ -139,8 +139,12 @@ def _computes_on(machine: Machine) -> Finding:
 def _talks_by(machine: Machine) -> Finding:
     if not machine.has_backend:
         remedy = "install a build of torch that has it"
-        return Finding("problem", f"{machine.backend}: torch lacks it, by which ranks on {machine.kind} talk", remedy)
-    return Finding("ok", f"ranks talk by {machine.backend} {machine.nccl}".rstrip())
+        return Finding(
+            "problem",
+            f"{machine.backend}: this torch lacks the backend by which ranks on {machine.kind} communicate",
+            remedy,
+        )
+    return Finding("ok", f"ranks communicate by {machine.backend} {machine.nccl}".rstrip())
 
 
 def _operators(machine: Machine) -> Iterator[Finding]:
@@ -168,20 +172,20 @@ def _way_out(machine: Machine) -> str:
 
 
 def _lock(lock: Path) -> Finding:
-    what = f"{lock}: nobody on this machine holds this lock, and DeepSpeed would wait for it without end"
+    what = f"{lock}: no process on this machine holds this lock, and DeepSpeed would wait for it forever"
     return Finding("problem", what, "remove it, unless another machine is building there")
 
 
 def _shared_memory(machine: Machine) -> Iterator[Finding]:
     if machine.shared_memory is not None and machine.shared_memory < _LITTLE_SHARED_MEMORY:
-        what = f"/dev/shm: {machine.shared_memory / 1e6:.0f} MB, by which ranks and data loaders hand over tensors"
-        yield Finding("note", what, "give a container more, by --shm-size=1g or --ipc=host")
+        what = f"/dev/shm: {machine.shared_memory / 1e6:.0f} MB, which ranks and data loaders share"
+        yield Finding("note", what, "give the container more with --shm-size=1g or --ipc=host")
 
 
 def _threads(machine: Machine) -> Finding:
     given = machine.environment.get("OMP_NUM_THREADS")
     if given is None:
-        what = "OMP_NUM_THREADS: not set; `slsam train` shares the cores between ranks, torchrun gives each one"
+        what = "OMP_NUM_THREADS: not set; `slsam train` divides the cores among ranks, torchrun gives each rank one"
         return Finding("ok", what)
     if not given.isdecimal() or int(given) == 0:
         return Finding("note", f"OMP_NUM_THREADS={given}: not a number of threads", "set it to cores per rank")

@@ -77,14 +77,14 @@ def package_findings(packages: Packages) -> list[Finding]:
         elif not allowed.contains(found, prereleases=True):
             findings.append(Finding("problem", f"{name} {found}: {OURS} supports {allowed}", wanted))
         elif tried := _untried(name, found, packages.tried.get(name, ())):
-            findings.append(Finding("note", f"{name} {found}: was not tried", f"tests passed with {tried}"))
+            findings.append(Finding("note", f"{name} {found}: not tested", f"tests passed with {tried}"))
         else:
             as_tried.append(f"{name} {found}")
     for name, allowed in packages.optional.items():
         found = packages.installed.get(name)
         if found is not None and not allowed.contains(found, prereleases=True):
             findings.append(Finding("note", f"{name} {found}: {OURS} supports {allowed}", "or do without it"))
-    fine = [Finding("ok", f"versions that were tried: {', '.join(as_tried)}")] if as_tried else []
+    fine = [Finding("ok", f"tested versions: {', '.join(as_tried)}")] if as_tried else []
     return fine + findings
 
 
@@ -96,7 +96,9 @@ def import_findings(names: Sequence[str] = NEEDED) -> list[Finding]:
             importlib.import_module(name)
     except Exception as error:  # of any kind: packages load compiled code when they are imported
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        return [Finding("problem", f"{name}: cannot be imported ({said})", "install it anew, to fit the others")]
+        return [
+            Finding("problem", f"{name}: cannot be imported ({said})", "reinstall it in a version that fits the others")
+        ]
     finally:
         logging.disable(logging.NOTSET)
     return []
@@ -104,10 +106,16 @@ def import_findings(names: Sequence[str] = NEEDED) -> list[Finding]:
 
 def _of_ourselves(installed: str | None) -> Iterator[Finding]:
     if installed is None:
-        yield Finding("note", f"{OURS}: runs from its folder, so that ranges are unknown", "pip install it")
+        yield Finding(
+            "note",
+            f"{OURS}: not installed but run from its folder, so the supported versions are unknown",
+            "pip install it",
+        )
     elif Version(installed) != Version(slsam_ds.__version__):
-        what = f"{OURS}: {slsam_ds.__version__} runs where {installed} is installed, whose ranges are asked here"
-        yield Finding("note", what, "pip install it anew")
+        what = (
+            f"{OURS}: {slsam_ds.__version__} runs, but {installed} is installed; its supported versions are used here"
+        )
+        yield Finding("note", what, "reinstall it")
 
 
 def _version_of(name: str) -> str | None:

@@ -151,8 +151,8 @@ def _check_optimizer(engine: DeepSpeedEngine, folder: Path, saved: Mapping[str, 
     optimizer = {} if missing else read_file(names[0])["optimizer_state_dict"]
     if MASTERS[_stage(engine)] not in optimizer:
         raise ValueError(
-            f"{(missing or names)[0]}: is missing, or of another kind of run: resume with the ZeRO stage and the "
-            "precision that saved the checkpoint"
+            f"{(missing or names)[0]}: is missing, or was saved by another kind of run: resume with the ZeRO stage and "
+            "the precision that saved the checkpoint"
         )
     trained = {name for group in saved["param_shapes"] for name in group}
     here = {name for group in engine._get_zero_param_shapes() for name in group}
@@ -320,6 +320,6 @@ def read_file(name: str, map_location: Any = "cpu", *, mmap: bool | None = True)
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
                 f"{name}: holds {found[1] if found else 'something'}, which is neither a tensor nor plain data, and "
-                "loading it may run code: if you trust the file, name it to torch.serialization.add_safe_globals"
+                "loading it may run code: if you trust the file, allow it with torch.serialization.add_safe_globals"
             ) from None
     return content

@@ -115,7 +115,7 @@ def _look_for_unknown(config: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=_SURELY)
         if near:
             raise ValueError(f"{key}: unknown key; did you mean {near[0]!r}?")
-        logger.warning("%s: DeepSpeed reads no such key of its configuration", key)
+        logger.warning("%s: DeepSpeed has no such configuration key and ignores it", key)
 
 
 def _parse_section(name: str, values: Mapping[str, Any]) -> DeepSpeedConfigModel:

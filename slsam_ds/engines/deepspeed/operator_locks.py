@@ -33,8 +33,8 @@ def warn_of_abandoned_locks() -> None:
     """To be called before DeepSpeed loads an operator."""
     for lock in abandoned_locks():
         logger.warning(
-            "%s: nobody on this machine holds this lock, and a run that was killed may have left it; DeepSpeed would "
-            "wait for it without end: if no other machine is building there, remove it",
+            "%s: no process on this machine holds this lock; a run that was killed may have left it, and DeepSpeed "
+            "would wait for it forever: if no other machine is building there, remove it",
             lock,
         )
 

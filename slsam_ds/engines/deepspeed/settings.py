@@ -77,7 +77,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
     size = value_at(config, "tensor_parallel.autotp_size")
     if size not in (None, 0, 1):
         raise ValueError(
-            f"tensor_parallel.autotp_size={_shown(size)}: not supported; every rank is a data-parallel one"
+            f"tensor_parallel.autotp_size={_shown(size)}: not supported; slsam_ds supports data parallelism only"
         )
     for path in _DTYPES:
         _check_dtype(path, value_at(config, path))
@@ -98,7 +98,9 @@ def without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_reduction(config: Mapping[str, Any]) -> None:
     if str(config.get("gradient_allreduce_op", "mean")).lower() != "mean":
         operation = _shown(config["gradient_allreduce_op"])
-        raise ValueError(f'gradient_allreduce_op={operation}: not supported; use "mean", SL-SAM averages over ranks')
+        raise ValueError(
+            f'gradient_allreduce_op={operation}: not supported; use "mean", because SL-SAM averages over ranks'
+        )
     factor, prescales = config.get("gradient_predivide_factor", 1.0), config.get("prescale_gradients", False)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor <= 0:
         raise ValueError(f"gradient_predivide_factor={_shown(factor)}: choose a number above 0")

@@ -53,13 +53,13 @@ def convert(checkpoint: Path, output: Path, tag: str | None = None) -> None:
     """
     source = checkpoint_folder(checkpoint, tag)
     if source is None or not source.is_dir():
-        raise ValueError(f"{checkpoint}: no DeepSpeed checkpoint is there{'' if tag is None else f' with tag {tag}'}")
+        raise ValueError(f"{checkpoint}: holds no DeepSpeed checkpoint{'' if tag is None else f' with tag {tag}'}")
     if output.exists():
-        raise ValueError(f"{output}: is there already: name a new folder")
+        raise ValueError(f"{output}: exists already: choose a new folder")
     model_files = {path: read_file(str(path)) for path in sorted(source.glob("*_model_states.pt"))}
     optimizer_files = sorted(source.glob("*_optim_states.pt"), key=_rank_of)
     if not model_files or not optimizer_files:
-        raise ValueError(f"{source}: holds no optimizer state of ZeRO: nothing needs converting")
+        raise ValueError(f"{source}: holds no ZeRO optimizer state, so it needs no conversion")
     contents = [read_file(str(path)) for path in optimizer_files]
     model = next(iter(model_files.values()))
     converted, shapes = _join([content["optimizer_state_dict"] for content in contents], model)
@@ -141,7 +141,7 @@ def _common_settings(optimizer: Mapping[str, Any], groups: Sequence[int]) -> dic
     of_group = settings_by_group(optimizer)
     settings = [{key: value for key, value in of_group[group].items() if key not in OWN_KEYS} for group in groups]
     if any(repr(own) != repr(settings[0]) for own in settings):
-        raise ValueError("the layers of a group have settings of their own: in stock DeepSpeed they have one of each")
+        raise ValueError("the layers of a parameter group have different settings, which stock DeepSpeed cannot store")
     return settings[0]
 
 
@@ -229,11 +229,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="slsam to_stock",
-        description="Write a DeepSpeed checkpoint of a run with SL-SAM as one that a run without it loads.",
+        description="Convert a DeepSpeed checkpoint of a run with SL-SAM to one that a run without SL-SAM can load.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="what save_checkpoint or a Trainer wrote")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a new folder")
-    parser.add_argument("--tag", help="which of several; without it the one that `latest` names")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="checkpoint folder written by save_checkpoint or by a Trainer",
+    )
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="new folder for the converted checkpoint")
+    parser.add_argument("--tag", help="tag of the checkpoint to convert (default: the tag in the file `latest`)")
     parsed = parser.parse_args(arguments)
     try:
         convert(parsed.checkpoint, parsed.output, parsed.tag)
