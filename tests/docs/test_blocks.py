@@ -164,7 +164,7 @@ def test_comments_are_read() -> None:
 
 def test_commands_are_found_in_sentences_and_tables() -> None:
     text = "Run `slsam\ndoctor`, not `slsam` or `make_folder x`.\n\n| a |\n|---|\n| `A=1 pytest -k x` |\n"
-    assert list(read_commands("p", text)) == [("p:1", "slsam doctor"), ("p:6", "A=1 pytest -k x")]
+    assert list(read_commands("p", text)) == [("p:1", "slsam doctor --help"), ("p:6", "A=1 pytest -k x")]
 
 
 def test_commands_are_split_as_a_shell_does() -> None:

@@ -158,4 +158,4 @@ def train_twice(folder: str) -> str:
 
 def test_a_second_training_under_deepspeed_is_refused(tmp_path: Path) -> None:
     """The trainer without it ends with `'NoneType' object has no attribute 'backward'`."""
-    assert "make another" in run_on_ranks(1, train_twice, str(tmp_path))[0]
+    assert "create a new trainer" in run_on_ranks(1, train_twice, str(tmp_path))[0]

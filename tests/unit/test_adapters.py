@@ -77,7 +77,7 @@ def test_adapters_that_cannot_be_trained_on_are_one_sentence(base: Path, adapter
     assert refusal(adapter, lora_r=8).startswith(
         f"--lora_r 8: the adapter in {adapter} has 4, which cannot be changed: leave"
     )
-    assert "has q_proj v_proj, and keeps" in refusal(adapter, lora_target_modules=["all-linear"])
+    assert "has q_proj v_proj, which cannot be changed" in refusal(adapter, lora_target_modules=["all-linear"])
     save_adapter(
         base, tmp_path / "ia3", IA3Config(task_type="CAUSAL_LM", target_modules=TARGETS, feedforward_modules=[])
     )

@@ -109,7 +109,7 @@ def test_long_samples_are_cut_and_empty_ones_dropped_aloud(capsys: pytest.Captur
     encoded = _encode(rows, PAIR, tokenizer, max_length=10)
     assert [_learned(sample, tokenizer) for sample in encoded] == ["cd", "c</s>"]
     assert max(len(sample["input_ids"]) for sample in encoded) == 10
-    assert "3 of 5 samples dropped: nothing to learn within --max_length 10" in capsys.readouterr().err
+    assert "3 of 5 samples were dropped: nothing to learn within --max_length 10" in capsys.readouterr().err
 
 
 def test_nothing_left_is_refused() -> None:

@@ -51,7 +51,7 @@ def test_samples_without_anything_to_learn_are_dropped_aloud(
 ) -> None:
     stream = _stream(tmp_path, [["a", " ", "b", ""]], shuffle_buffer=0)
     assert _texts(stream, 5) == ["a", "b", "a", "b", "a"]
-    assert capsys.readouterr().err.count("2 of 4 samples dropped: nothing to learn") == 1
+    assert capsys.readouterr().err.count("2 of 4 samples were dropped: nothing to learn") == 1
     with pytest.raises(UsageError, match="nothing to learn in any of its 2 samples within --max_length 32"):
         next(iter(_stream(tmp_path, [[" ", ""]])))
 
