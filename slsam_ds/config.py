@@ -269,8 +269,7 @@ class SLSAMConfig:
         known = ["preset", *(field.name for field in dataclasses.fields(cls))]
         for key in block:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
+                hint = _did_you_mean(key, known)
                 raise ValueError(f"slsam.{_escaped(str(key))}: unknown key; {hint}known keys are {', '.join(known)}")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
@@ -367,6 +366,12 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _did_you_mean(given: Any, known: Iterable[str]) -> str:
+    """The known name nearest to what was given, as the beginning of a sentence; empty where none is near."""
+    near = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
     """The block with its preset's knobs in place of the preset's name."""
     given = dict(block)
@@ -374,7 +379,7 @@ def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
         return given
     name = given.pop("preset")
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"slsam.preset={_shown(name)}: expected {_one_of(PRESETS)}")
+        raise ValueError(f"slsam.preset={_shown(name)}: {_did_you_mean(name, PRESETS)}expected {_one_of(PRESETS)}")
     return _laid_over(PRESETS[name], given)
 
 

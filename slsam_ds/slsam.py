@@ -186,6 +186,7 @@ class SLSAM:
             updated: Update these layers, which may differ from the perturbed ones.
 
         Raises:
+            TypeError: A window that is no sequence of micro-batches.
             ValueError: An empty window, or arms that do not exist.
             RanksDisagreeError: The ranks were about to take different steps. Nothing was sent or changed.
             BadNumbersError: The loss or gradient was not finite in `max_skipped_steps` consecutive steps.
@@ -227,6 +228,11 @@ class SLSAM:
             sizes: How many samples each micro-batch has, where that is known: a sample may be a pair of rows.
         """
         started = time.perf_counter()
+        if callable(window) or isinstance(window, Mapping | Tensor):
+            raise TypeError(
+                f"window: got a {type(window).__name__}, expected a list of micro-batches, for example step([batch]); "
+                "SL-SAM runs the forwards itself and takes no closure"
+            )
         if len(window) == 0:
             raise ValueError("an empty window: a step needs at least one micro-batch")
         self._prepare(window, begin_pass, sizes)

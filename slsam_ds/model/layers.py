@@ -6,6 +6,7 @@ Pure: knows torch modules only. No framework, no ranks, no weights are read.
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from slsam_ds.shards import whole_shape
 NamedParameter = tuple[str, nn.Parameter]
 Arms = tuple[list[tuple[str, int, list[NamedParameter]]], list[NamedParameter]]  # name, depth; and what is in none
 
+logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 5  # in a warning
 _COMPARABLE = 0.1  # a second stack above this share of the largest one's parameters makes the model ambiguous
 
 
@@ -190,6 +194,15 @@ def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Opt
     check_not_compiled(model, [[parameter for _, parameter in layer.parameters] for layer in layer_map])
     for _, parameter in layer_map.frozen:
         parameter.requires_grad_(False)
+    if layer_map.frozen and config.layers is not None and config.other_parameters == "arms":
+        names = [name for name, _ in layer_map.frozen]
+        logger.warning(
+            "slsam.layers leaves out %d parameters, which are now frozen: %s%s. To train them in every step, set "
+            'slsam.other_parameters="always"; to freeze them without this warning, "freeze"',
+            len(names),
+            ", ".join(names[:_NAMES_SHOWN]),
+            ", ..." if len(names) > _NAMES_SHOWN else "",
+        )
     return layer_map
 
 

@@ -448,3 +448,10 @@ def test_more_active_layers_than_arms_are_refused() -> None:
     message = "slsam.active_layers=8: choose a fraction in (0, 1] or a count from 1 to 7"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SLSAMConfig(active_layers=8).num_active(7)
+
+
+def test_a_misspelt_preset_has_a_suggestion() -> None:
+    with pytest.raises(
+        ValueError, match=r'^slsam\.preset="adamw-price": did you mean \'adamw_price\'\? expected one of '
+    ):
+        SLSAMConfig.from_dict({"preset": "adamw-price"})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,14 @@ def test_so_is_one_with_a_closure() -> None:
     for call in (lambda: optimizer.step(lambda: 0.0), lambda: optimizer.step(closure=lambda: 0.0)):
         with pytest.raises(RuntimeError, match="outside of SL-SAM's step"):
             call()
+
+
+@pytest.mark.parametrize(("given", "kind"), [(micro_batch(1, 0, 0), "dict"), (lambda: 0.0, "function")])
+def test_what_is_no_list_of_micro_batches_is_refused(given: Any, kind: str) -> None:
+    _, _, slsam = make()
+    with pytest.raises(TypeError, match=rf"^window: got a {kind}, expected a list of micro-batches, for example step"):
+        slsam.step(given)
+    assert slsam.step(window(1, 0, 1)).step == 1
 
 
 def test_a_scheduler_built_afterwards_drives_the_step() -> None:

@@ -12,7 +12,8 @@ import transformers
 from packaging import version
 from torch import Tensor, nn
 
-from slsam_ds.model.layers import LayerMap, find_layers, norm_layers
+from slsam_ds.config import SLSAMConfig
+from slsam_ds.model.layers import LayerMap, find_layers, map_layers, norm_layers
 from slsam_ds.model.param_groups import split_param_groups
 from slsam_ds.protocol import ALWAYS
 
@@ -613,3 +614,13 @@ def test_a_tied_tensor_is_one_arm() -> None:
     layers = find_layers(build("LlamaForCausalLM", "LlamaConfig", **settings), granularity="tensor")
     assert [layer.name for layer in layers].count("model.embed_tokens.weight") == 1
     assert layers[0].name == "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(("others", "warns"), [("arms", True), ("freeze", False), ("always", False)])
+def test_parameters_that_no_pattern_names_are_frozen_aloud(
+    others: str, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    map_layers(model, SLSAMConfig(layers=("1",), other_parameters=others))
+    assert model[0].weight.requires_grad == (others == "always")
+    assert ("leaves out 2 parameters, which are now frozen: 0.weight, 0.bias. " in caplog.text) == warns
