@@ -162,7 +162,13 @@ def _perturbation_facts(history: RunHistory) -> list[Fact]:
     if not np.isnan(density):
         facts.append(Fact("Mask", f"{100 * density:.1f}%", "of the perturbed layers' weights moved"))
     if not np.isnan(rise):
-        facts.append(Fact("Rise of the loss", f"{100 * rise:+.2g}%", "at the perturbed weights, in the median step"))
+        facts.append(
+            Fact(
+                "Rise of the loss",
+                f"{100 * rise:+.2g}%",
+                "at the perturbed weights, in the median step; comparable if ascent_fraction is 1",
+            )
+        )
     return facts
 
 
