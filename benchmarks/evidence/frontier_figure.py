@@ -19,7 +19,7 @@ from benchmarks.evidence.step_costs import StepCost
 from benchmarks.evidence.trials import Outcome, Setting, Trials
 from slsam_ds.report.figures import LIGHT
 
-_DPI, _COLUMNS = 110, 3
+_DPI, _COLUMNS = 110, 2
 _WIDTH_OF_A_NAME = 0.2
 """As a share of the axis."""
 
@@ -63,8 +63,8 @@ def draw_summary(path: Path, trials: Trials, tasks: Sequence[str]) -> None:
     columns = min(len(tasks), _COLUMNS)
     with rc_context(LIGHT.style()):
         figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, task in zip(panels, tasks, strict=False):
+        panels = iter(figure.subplots(rows, columns, squeeze=False).flat)
+        for task, axes in zip(tasks, panels, strict=False):
             points = [point for point in _points(trials, task) if len(point.outcomes) >= SUMMARISED]
             axes.margins(x=0.2, y=0.2)
             _draw(axes, points, flops)
