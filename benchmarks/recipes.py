@@ -90,9 +90,9 @@ _PAGE = """# Recipes
 full.
 
 Select a recipe by `--slsam preset=NAME`, or by `"slsam": {{"preset": "NAME"}}` in the DeepSpeed JSON. Settings given
-beside it take precedence. g is the gradient at the weights, and h is the gradient at the perturbed weights. P is the
-set of arms that are perturbed, and U is the set that is updated. An arm is a block, the embeddings, the head, or a
-single tensor (`granularity: tensor`).
+beside it take precedence. g is the gradient at the weights, and h is the gradient at the perturbed weights; g' and h'
+are those of a part of the window. P is the set of arms that are perturbed, and U is the set that is updated. An arm is
+a block, the embeddings, the head, or a single tensor (`granularity: tensor`).
 
 The price is the number of FLOPs relative to a step of AdamW, as `slsam_steps.jsonl` records it. It is the mean of
 {num_steps} steps on a random Llama of {num_blocks} equal blocks. P and U are mean shares of the weights.

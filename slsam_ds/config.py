@@ -160,7 +160,7 @@ class SLSAMConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require(self, "rho", 0 <= self.rho <= _LARGEST, "choose a finite radius ≥ 0 (0.01 to 0.05 is usual)")
+        _require(self, "rho", 0 <= self.rho <= _LARGEST, "choose a finite radius ≥ 0 (0.01 to 0.1 is usual)")
         if isinstance(self.active_layers, int):
             _require(self, "active_layers", self.active_layers >= 1, _ACTIVE_LAYERS_HINT)
         else:

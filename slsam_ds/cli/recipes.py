@@ -16,6 +16,12 @@ _READ = {
 }
 
 
+_LEGEND = """
+g is the gradient at the weights, and h the gradient at the perturbed weights; g' and h' are those of a part of the
+window. eps is the perturbation. P is the set of layers that are perturbed, and U the set that is updated.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
@@ -39,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.name is None:
         if given.model is not None:
             parser.error("--model needs NAME: name the preset to estimate")
-        print(_table())
+        print(_table(), _LEGEND, sep="\n", end="")
         return 0
     print(_in_full(given.name, RECIPES[given.name]))
     if given.model is None:

@@ -11,8 +11,9 @@ from slsam_ds.recipes import RECIPES
 
 def test_the_table_has_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
+    table, legend = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == list(RECIPES)
+    assert legend.startswith("g is the gradient at the weights")
 
 
 @pytest.mark.parametrize("name", RECIPES)
