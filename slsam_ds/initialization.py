@@ -15,7 +15,8 @@ from slsam_ds.model.micro_batches import LossFunction
 from slsam_ds.plan import StepResult
 from slsam_ds.records.metrics import step_metrics
 from slsam_ds.slsam import SLSAM
-from slsam_ds.state.files import check_contents, check_state, read_state, replace_text, write_state
+from slsam_ds.state.files import check_contents, check_state, read_state, write_state
+from slsam_ds.state.replacing import replace_text
 from slsam_ds.stock_loop import StockLoop
 
 

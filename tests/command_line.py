@@ -101,10 +101,15 @@ def started(
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
         free_shared_memory(port)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """The process, which leads a session of its own, and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def signal_all(process: subprocess.Popen[str] | ForkedScript, number: int) -> None:

@@ -41,9 +41,13 @@ _DEPTH: Mapping[str, Any] = {"selector": "depth"}
 _PLAIN: Mapping[str, Any] = {"rho": 0.0}
 
 
+def _of_preset(name: str) -> Mapping[str, Any]:
+    """What it sets, but for the radius, which is tuned."""
+    return {key: value for key, value in PRESETS[name].items() if key != "rho"}
+
+
 def _preset(name: str, **others: Any) -> Candidate:
-    knobs = {key: value for key, value in PRESETS[name].items() if key != "rho"}
-    return Candidate(name=name, title=f"preset {name}", knobs=knobs, **others)
+    return Candidate(name=name, title=f"preset {name}", knobs=_of_preset(name), **others)
 
 
 def _own(name: str, title: str, *knobs: Mapping[str, Any], **others: Any) -> Candidate:
@@ -56,7 +60,7 @@ def _corrected(*, every: int) -> Mapping[str, Any]:
     return {"ascend_when": {"every": every}, "descend_along": {"corrected": float(every)}}
 
 
-_PAPER = {key: value for key, value in PRESETS["paper"].items() if key != "rho"}
+_PAPER = _of_preset("paper")
 
 CANDIDATES = {
     candidate.name: candidate
@@ -117,9 +121,7 @@ CANDIDATES = {
         _own(
             "corrected",
             "g + (h - g) of a quarter",
-            _ALL,
-            _QUARTER,
-            {"descend_along": {"corrected": 1.0}},
+            _of_preset("corrected"),
             num_micro_batches=4,
         ),
         _own(
@@ -133,12 +135,10 @@ CANDIDATES = {
         _own(
             "corrected_rarely",
             "every fifth step g + 5 (h - g) of a quarter",
-            _ALL,
-            _QUARTER,
-            _corrected(every=5),
+            _of_preset("corrected_rarely"),
             num_micro_batches=4,
         ),
-        _own("one_sample", "g + (h - g) of one sample", _ALL, _ONE, {"descend_along": {"corrected": 1.0}}, rho=0.0125),
+        _own("one_sample", "g + (h - g) of one sample", _of_preset("one_sample"), rho=0.0125),
         _own(
             "one_sample_third",
             "every third step g + 3 (h - g) of one sample",

@@ -58,7 +58,6 @@ def draw_frontier(path: Path, trials: Trials, task: str, costs: Mapping[str, Ste
 
 def draw_summary(path: Path, trials: Trials, tasks: Sequence[str]) -> None:
     """Test loss against FLOPs, a panel a task, at the height where the recipes are."""
-    flops = next(iter(_prices({}).values()))
     rows = math.ceil(len(tasks) / _COLUMNS)
     columns = min(len(tasks), _COLUMNS)
     with rc_context(LIGHT.style()):
@@ -67,9 +66,9 @@ def draw_summary(path: Path, trials: Trials, tasks: Sequence[str]) -> None:
         for task, axes in zip(tasks, panels, strict=False):
             points = [point for point in _points(trials, task) if len(point.outcomes) >= SUMMARISED]
             axes.margins(x=0.2, y=0.2)
-            _draw(axes, points, flops)
+            _draw(axes, points, _flops)
             heights = axes.get_ylim()
-            _draw_adamw(axes, trials, task, flops)
+            _draw_adamw(axes, trials, task, _flops)
             axes.set_ylim(*heights)
             axes.set_title(LONG_TASKS[task].title, fontsize=9)
             axes.set_xlim(left=0)
@@ -81,11 +80,12 @@ def draw_summary(path: Path, trials: Trials, tasks: Sequence[str]) -> None:
         figure.savefig(path, dpi=_DPI)
 
 
+def _flops(name: str, outcomes: Sequence[Outcome]) -> float:
+    return statistics.fmean(one.flops for one in outcomes)
+
+
 def _prices(costs: Mapping[str, StepCost]) -> dict[str, Price]:
     """By what an axis says."""
-
-    def flops(name: str, outcomes: Sequence[Outcome]) -> float:
-        return statistics.fmean(one.flops for one in outcomes)
 
     def seconds(name: str, outcomes: Sequence[Outcome]) -> float | None:
         return costs[name].time * outcomes[0].trial.setting.share if name in costs else None
@@ -93,7 +93,7 @@ def _prices(costs: Mapping[str, StepCost]) -> dict[str, Price]:
     def memory(name: str, outcomes: Sequence[Outcome]) -> float | None:
         return costs[name].memory if name in costs else None
 
-    known: dict[str, Price] = {"FLOPs of the run (AdamW over all steps: 1)": flops}
+    known: dict[str, Price] = {"FLOPs of the run (AdamW over all steps: 1)": _flops}
     if costs:
         known["time under ZeRO-2 on two ranks (stock AdamW over all steps: 1)"] = seconds
         known["peak memory under ZeRO-2 on two ranks (stock AdamW: 1)"] = memory

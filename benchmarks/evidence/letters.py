@@ -89,7 +89,7 @@ def patches(some: Tensor, side: int) -> Tensor:
     """Cut pictures into squares.
 
     Args:
-        some: Shape (number, SIZE, SIZE).
+        some: Shape (number, height, width).
         side: Pixels of a square's side.
 
     Returns:

@@ -148,8 +148,7 @@ def _all_digits() -> tuple[Sample, ...]:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    pixels = torch.tensor(images, dtype=torch.float32).reshape(-1, 4, 2, 4, 2) / 8 - 1
-    patches = pixels.transpose(2, 3).reshape(-1, 16, 4)
+    patches = letters.patches(torch.tensor(images, dtype=torch.float32).reshape(-1, 8, 8) / 8 - 1, 2)
     return tuple({"patches": patches[index], "label": int(labels[index])} for index in range(len(labels)))
 
 

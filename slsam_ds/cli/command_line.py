@@ -6,7 +6,6 @@ and, as they take seconds to import, only once there is work.
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ import torch
 
 from slsam_ds.cli.arguments import build_short_parser
 from slsam_ds.cli.refusal import leave_ranks, run, together
+from slsam_ds.cli.rendezvous import free_port
 from slsam_ds.engines.deepspeed.operator_locks import warn_of_abandoned_locks
 from slsam_ds.integrations.console import runs_on_cpu
 
@@ -50,7 +50,7 @@ def complete_environment() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        os.environ.update(alone, MASTER_PORT=str(free_port()))
     # `accelerate launch --cpu` says so in a way that would make Accelerate ignore DeepSpeed: say it as DeepSpeed does.
     if os.environ.pop("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes") or runs_on_cpu():
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -81,9 +81,3 @@ def _limit_threads() -> None:
         threads = max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"]))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch.distributed import DistError
 
+from slsam_ds.cli.rendezvous import free_shared_memory
 from slsam_ds.integrations.console import one_line, runs_on_cpu
 from slsam_ds.integrations.num_steps import NoStepsError
 from slsam_ds.protocol import RanksDisagreeError
@@ -176,13 +177,5 @@ def leave_ranks() -> None:
     """Leave the process group. Left to the interpreter's exit, some torchrun jobs abort there."""
     if PartialState._shared_state:  # creating the state here would join a group only to leave it
         PartialState().destroy_process_group()
-    _free_shared_memory()
-
-
-def _free_shared_memory() -> None:
-    """Give back what DeepSpeed's collectives on the CPU keep until the machine restarts, 66 MB for each rank.
-
-    They never unlink it (csrc/cpu/comm/shm.cpp, 0.19.8: named by user, address, port and rank).
-    """
-    address, port, rank = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+    address, port, rank = (str(os.environ.get(name)) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    free_shared_memory(address=address, port=port, rank=rank)

@@ -56,6 +56,14 @@ _PAPER: Mapping[str, Any] = {
 _OF_PAPER = "every tensor by itself with probability p_i; eps = rho g / ||g||; P = U; p by AdamBS on the norms of g"
 _PAPER_SOURCE = "SL-SAM, arXiv 2602.09395"
 _DENSE: Mapping[str, Any] = {**_PLAIN, "selector": "all", "granularity": "block"}
+_CORRECTED: Mapping[str, Any] = {
+    **_DENSE,
+    "ascent_scope": "global",
+    "ascent_fraction": 0.25,
+    "descend_along": {"corrected": 1.0},
+    "rho": 0.025,
+}
+"""Of all layers, by what SAM changes on a quarter of the window."""
 
 RECIPES: Mapping[str, Recipe] = {
     "single_pass": Recipe(
@@ -77,38 +85,19 @@ RECIPES: Mapping[str, Recipe] = {
         read="own",
     ),
     "one_sample": Recipe(
-        knobs={
-            **_DENSE,
-            "ascent_scope": "global",
-            "ascent_fraction": 0.01,
-            "descend_along": {"corrected": 1.0},
-            "rho": 0.0125,
-        },
+        knobs={**_CORRECTED, "ascent_fraction": 0.01, "rho": 0.0125},
         formula="U = all; g + h' - g': what SAM changes on one sample of each rank (1 %, if that is more)",
         source="ours; its price is 1 + 2/n for n samples of a rank and step",
         read="own",
     ),
     "corrected": Recipe(
-        knobs={
-            **_DENSE,
-            "ascent_scope": "global",
-            "ascent_fraction": 0.25,
-            "descend_along": {"corrected": 1.0},
-            "rho": 0.025,
-        },
+        knobs=_CORRECTED,
         formula="U = all; g + h' - g': what SAM changes on a quarter of the window",
         source="ours; its price is 1.25 where a quarter is whole micro-batches, else 1.5",
         read="own",
     ),
     "corrected_rarely": Recipe(
-        knobs={
-            **_DENSE,
-            "ascent_scope": "global",
-            "ascent_fraction": 0.25,
-            "ascend_when": {"every": 5},
-            "descend_along": {"corrected": 5.0},
-            "rho": 0.025,
-        },
+        knobs={**_CORRECTED, "ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
         formula="U = all; g, and in every fifth step g + 5 (h' - g') with h' and g' over a quarter of the window",
         source="ours; its price is 1.05 where a quarter is whole micro-batches, else 1.1; compare LookSAM",
         read="own",

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from slsam_ds.state.replacing import replace_text
+
 LAYERS_FILE = "slsam_layers.json"
 STEPS_FILE = "slsam_steps.jsonl"
 SETTINGS_FILE = "slsam_settings.json"
@@ -35,11 +37,9 @@ def write_settings(
         total_steps: Length of the run.
         has_ended: No step follows.
     """
-    path = Path(output_dir) / SETTINGS_FILE
     settings = {"slsam": slsam, "training": training, "total_steps": total_steps, "has_ended": has_ended}
-    temporary = path.with_suffix(".tmp")  # a report may read it at any moment
-    temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    # A report may read it at any moment.
+    replace_text(Path(output_dir) / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def read_settings(output_dir: str | Path) -> dict[str, Any]:
@@ -64,9 +64,7 @@ class StepWriter:
         path = Path(output_dir) / STEPS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _ascending(read_steps(output_dir), first_step)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(path)
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:

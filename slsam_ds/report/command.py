@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE
-from slsam_ds.report.comparison import numbers_table, settings_table, what_differs_at_the_start, what_one_sees
+from slsam_ds.report.comparison import numbers_table, sentences, settings_table
 from slsam_ds.report.facts import facts_as_text
 from slsam_ds.report.history import RecordsError, RunHistory
 from slsam_ds.report.runs import Run, read_runs
@@ -74,13 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(describe(runs[0].history) if len(runs) == 1 else describe_comparison(runs))
         written = _write(runs, target)
     except RecordsError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
-        return _refuse('the figures need matplotlib: pip install "slsam-ds[report]", or pip install matplotlib')
+        return refuse('the figures need matplotlib: pip install "slsam-ds[report]", or pip install matplotlib')
     except OSError as error:
-        return _refuse(f"{error.filename or target}: {error.strerror or error}")
+        return refuse(f"{error.filename or target}: {error.strerror or error}")
     page, picture = written
     print(f"\nPictures: {picture}\nPage: {page}")
     return 0
@@ -95,8 +95,7 @@ def describe(history: RunHistory) -> str:
 def describe_comparison(runs: Sequence[Run]) -> str:
     """Several runs as text."""
     tables = [str(table) for table in (settings_table(runs), numbers_table(runs)) if table.rows]
-    told = [sentence for sentence in (what_one_sees(runs), what_differs_at_the_start(runs)) if sentence]
-    return "\n\n".join([*tables, *told])
+    return "\n\n".join([*tables, *sentences(runs)])
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -198,6 +197,7 @@ def _has_step(folder: Path) -> bool:
         return lines.readline().endswith(b"\n")
 
 
-def _refuse(sentence: str) -> int:
+def refuse(sentence: str) -> int:
+    """Print why the input cannot be used, on one line; returns the exit code."""
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     return _EXIT_CODE

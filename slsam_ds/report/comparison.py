@@ -156,6 +156,11 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def sentences(runs: Sequence[Run]) -> list[str]:
+    """The result, and whether the runs can be compared; none that has nothing to say."""
+    return [sentence for sentence in (what_one_sees(runs), what_differs_at_the_start(runs)) if sentence]
+
+
 def what_one_sees(runs: Sequence[Run]) -> str:
     """The result in one sentence, whichever run it is good for; empty where no held-out loss tells."""
     after = {run.name: held_out_after(run) for run in runs}

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from slsam_ds.report.comparison import BASIS, numbers_table, settings_table, what_differs_at_the_start, what_one_sees
+from slsam_ds.report.comparison import BASIS, numbers_table, sentences, settings_table
 from slsam_ds.report.facts import PRICE_ASSUMPTIONS, run_facts
 from slsam_ds.report.history import RunHistory
 from slsam_ds.report.page import Picture, build_page
@@ -80,11 +80,10 @@ def write_comparison(runs: Sequence[Run], target: Path, *, refresh: float | None
     ]
     title = f"SL-SAM: {', '.join(run.name for run in runs)}"
     going_on = [run.name for run in runs if not run.has_ended] if refresh is not None else []
-    told = (what_one_sees(runs), what_differs_at_the_start(runs))
-    live = f"Still going on: {', '.join(going_on)}; this page loads itself again." if going_on else ""
+    live = [f"Still going on: {', '.join(going_on)}; this page loads itself again."] if going_on else []
     page = build_page(
         title,
-        " ".join(sentence for sentence in (*told, live) if sentence) or f"{len(runs)} runs side by side",
+        " ".join([*sentences(runs), *live]) or f"{len(runs)} runs side by side",
         [],
         pictures,
         [table for table in (numbers_table(runs), settings_table(runs)) if table.rows],

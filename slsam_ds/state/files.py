@@ -5,7 +5,6 @@ It is written last and lists the checkpoint's other files, so what it is missing
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -15,6 +14,7 @@ from typing import Any
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.selectors import make_selector
+from slsam_ds.state.replacing import replace_text
 
 STATE_FILE = "slsam_state.json"
 STATE_VERSION = 3
@@ -46,16 +46,6 @@ def write_state(
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: who reads it finds what was there before, or all of the text."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:

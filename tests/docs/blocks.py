@@ -15,7 +15,6 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -133,11 +132,6 @@ def outputs(blocks: list[Block]) -> dict[int, str]:
 def is_slow(blocks: list[Block]) -> bool:
     """Whether any of them takes long."""
     return any("slow" in block.options and block.is_run for block in blocks)
-
-
-def pages(root: Path) -> list[Path]:
-    """All pages whose blocks are tested."""
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def _is_command(token: Token) -> bool:

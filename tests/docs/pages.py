@@ -10,7 +10,8 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-ROOT = Path(__file__).parents[2]
+from tests.command_line import ROOT
+
 DOCS = ROOT / "docs"
 START = "index"
 _OTHERS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

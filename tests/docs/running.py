@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.command_line import ROOT, make_environment
+from tests.command_line import ROOT, kill_all, make_environment
 from tests.docs.blocks import Block, PageError, outputs
 
 _LINKED = ("launch", "ds_configs", "Makefile", "pyproject.toml", "constraints.txt")
@@ -138,7 +137,7 @@ def _run_shell(text: str, folder: Path, place: str) -> tuple[str, str]:
     try:
         stdout, stderr = process.communicate()
     finally:
-        _kill(process)
+        kill_all(process)
     if process.returncode:
         raise PageError(f"{place}: exit code {process.returncode}\n{text}\n{stdout[-_TAIL:]}\n{stderr[-_TAIL:]}")
     return stdout, stderr
@@ -164,7 +163,7 @@ class _PythonProgram:
                 if self._process.wait():
                     raise PageError(f"the page's Python program ended badly\n{''.join(self._read([0, 0]))[-_TAIL:]}")
         finally:
-            _kill(self._process)
+            kill_all(self._process)
             self._done.close()
 
     def run(self, source: str, name: str, place: str) -> tuple[str, str]:
@@ -206,10 +205,3 @@ class _PythonProgram:
         streams = [path.read_bytes()[start:] for path, start in zip(self._printed, starts, strict=True)]
         stdout, stderr = (stream.decode(errors="replace") for stream in streams)
         return stdout, stderr
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """The process and all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -1,4 +1,4 @@
-"""Every block and command of README.md, CONTRIBUTING.md and docs runs, or is checked as far as it can be."""
+"""Every block and command of the Markdown pages runs, or is checked as far as it can be."""
 
 import functools
 from pathlib import Path
@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import ROOT
-from tests.docs.blocks import Block, PageError, is_slow, pages, read_blocks, read_commands
+from tests.docs.blocks import Block, PageError, is_slow, read_blocks, read_commands
 from tests.docs.checking import check_syntax, shell_text
+from tests.docs.pages import markdown_files
 from tests.docs.parsing import wrong_with
 from tests.docs.running import run_blocks
 
-PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages(ROOT)}
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in markdown_files()}
 
 
 @functools.cache

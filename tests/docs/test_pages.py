@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("markdown_it", reason="the extra `docs` is not installed")
 
-from tests.docs.pages import ROOT, anchors, links, markdown_files, pages, reachable
+from tests.command_line import ROOT
+from tests.docs.pages import anchors, links, markdown_files, pages, reachable
 
 
 def test_every_page_is_in_a_table_of_contents() -> None:

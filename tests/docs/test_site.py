@@ -19,7 +19,8 @@ import pytest
 
 pytest.importorskip("sphinx", reason="the extra `docs` is not installed")
 
-ROOT = Path(__file__).parents[2]
+from tests.command_line import ROOT
+
 WIDE, NARROW = 1280, 400
 _TOO_WIDE = """
 const room = document.documentElement.clientWidth;

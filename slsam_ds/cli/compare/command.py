@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 from slsam_ds.cli.compare.method import Method
 from slsam_ds.cli.compare.training import TrainingFailedError, train
-from slsam_ds.report.comparison import BASIS, numbers_table, what_differs_at_the_start, what_one_sees
+from slsam_ds.report.command import refuse
+from slsam_ds.report.comparison import BASIS, numbers_table, sentences
 from slsam_ds.report.history import RecordsError
 from slsam_ds.report.runs import read_run
 from slsam_ds.report.writing import COMPARISON_PAGE_FILE, COMPARISON_PICTURE_FILE, write_comparison
@@ -23,7 +24,7 @@ EVIDENCE = (
 )
 
 _WIDTH = 100  # characters of a line of text
-_EXIT_CODE, _STOPPED = 2, 130  # what argparse, and what a shell returns
+_STOPPED = 130  # what a shell returns after Ctrl-C
 
 _DESCRIPTION = """
 Train the same model on the same data with several methods, one after the other, and compare them.
@@ -60,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for method in methods:
             (given.output_dir / method.name).mkdir(parents=True, exist_ok=True)
     except ValueError as error:
-        return _refuse(str(error))
+        return refuse(str(error))
     except OSError as error:
-        return _refuse(f"--output_dir {given.output_dir}: cannot be written to ({error.strerror})")
+        return refuse(f"--output_dir {given.output_dir}: cannot be written to ({error.strerror})")
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         for method in methods:
@@ -113,8 +114,7 @@ def _add_common(parser: argparse.ArgumentParser, output_dir: Path) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = "; put flags of slsam train after --" if message.startswith("unrecognized") else ""
-        print(f"error: {' '.join(message.split())}{hint}", file=sys.stderr)
-        raise SystemExit(_EXIT_CODE)
+        raise SystemExit(refuse(message + hint))
 
 
 def _count(text: str) -> int:
@@ -135,9 +135,8 @@ def _show(methods: Sequence[Method], output_dir: Path) -> int:
     try:
         runs = [read_run(output_dir / method.name, method.name) for method in methods]
     except RecordsError as error:
-        return _refuse(str(error))
-    told = [sentence for sentence in (what_one_sees(runs), what_differs_at_the_start(runs)) if sentence]
-    paragraphs = (" ".join([*told, EVIDENCE]), BASIS)
+        return refuse(str(error))
+    paragraphs = (" ".join([*sentences(runs), EVIDENCE]), BASIS)
     print(f"\n{numbers_table(runs)}\n")
     print("\n\n".join(textwrap.fill(text, _WIDTH, break_on_hyphens=False) for text in paragraphs), end="\n\n")
     try:
@@ -151,8 +150,3 @@ def _show(methods: Sequence[Method], output_dir: Path) -> int:
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _refuse(sentence: str) -> int:
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    return _EXIT_CODE

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from slsam_ds.cli.compare.method import Method
+from slsam_ds.cli.rendezvous import free_port, free_shared_memory
 from slsam_ds.records.files import LAYERS_FILE, SETTINGS_FILE, STEPS_FILE, read_settings
 from slsam_ds.report.runs import TRAINER_STATE_FILE
 
@@ -55,7 +55,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     for name in (LAYERS_FILE, STEPS_FILE, SETTINGS_FILE, TRAINER_STATE_FILE):
         (folder / name).unlink(missing_ok=True)
-    port = _free_port()
+    port = free_port()
     command = _command(method, folder, flags, num_accelerators, port)
     started = time.monotonic()
     log = folder / LOG_FILE
@@ -109,8 +109,7 @@ def _end(process: subprocess.Popen[bytes], port: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
-        path.unlink(missing_ok=True)
+    free_shared_memory(port=str(port))
 
 
 def _reason(method: Method, log: Path, *, verbose: bool) -> str:
@@ -122,9 +121,3 @@ def _reason(method: Method, log: Path, *, verbose: bool) -> str:
     if sentences:
         return "\n".join(sentences)
     return "\n".join([*lines[-_TAIL:], f"error: {method.name}: the training failed; all that it said is in {log}"])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
