@@ -301,6 +301,12 @@ class SLSAMConfig:
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
+    def summary(self) -> str:
+        """What is not at its default, in one line, as `--slsam` takes it."""
+        defaults = SLSAMConfig().to_dict()
+        changed = [f"{name}={json.dumps(value)}" for name, value in self.to_dict().items() if value != defaults[name]]
+        return " ".join([*changed, "(else defaults)"]) if changed else "defaults"
+
     @property
     def has_ascent_pass(self) -> bool:
         """Whether there are steps that begin with a forward and backward at the weights."""

@@ -35,8 +35,9 @@ Settings given by --slsam override those in the environment variable {ENVIRONMEN
 file with one). Without {ENVIRONMENT} they override the "slsam" block of the DeepSpeed JSON that the script gives its
 Trainer.
 
-A line on stderr says that SL-SAM is on when training starts. Trainers that SL-SAM does not support, such as those that
-generate their data, raise a ValueError. The exit code is 2 if the script makes no Trainer."""
+When training starts, a line on stderr says that SL-SAM is on, with its settings. Trainers that SL-SAM does not
+support, such as those that generate their data, raise a ValueError. The exit code is 2 if the script makes no
+Trainer."""
 
 _NO_TRAINER = (
     "made no Trainer in this process, so nothing was trained with SL-SAM. In a loop of your own, use slsam_ds.SLSAM, "

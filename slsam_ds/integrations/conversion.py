@@ -1,8 +1,6 @@
 """Trainers become SL-SAM's where nobody changes their code: in a script as it is, or in a framework that makes them."""
 
 import functools
-import json
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,17 +30,15 @@ class ConvertedTrainer(SLSAMMixin):
         return type(self)._choose(block)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; says on the first rank that SL-SAM is on, and with which knobs.
+        """The trainer's own.
 
         Raises:
             ValueError: A checkpoint that does not fit.
             RuntimeError: SL-SAM has not stepped: the trainer has a loop of its own.
         """
-        name = type(self).__name__
-        if self.is_world_process_zero():
-            print(f"SL-SAM is on in {name}: {_changed(self.slsam_config)}", file=sys.stderr, flush=True)
         output = super().train(*args, **kwargs)
         if self.state.global_step > 0 and (self.slsam is None or self.slsam.num_steps == 0):
+            name = type(self).__name__
             raise RuntimeError(f"{name}: trained in a loop of its own, without SL-SAM; use slsam_ds.SLSAM in that loop")
         type(self).num_trained += 1
         return output
@@ -77,10 +73,3 @@ def _make_anew(trainer_class: Any) -> Trainer:
     """For `pickle` and `copy`: an instance without attributes, which they set."""
     made: Trainer = trainer_class.__new__(trainer_class)
     return made
-
-
-def _changed(config: SLSAMConfig) -> str:
-    """The knobs that are not at their defaults, as `--slsam` takes them."""
-    defaults = SLSAMConfig().to_dict()
-    changed = [f"{name}={json.dumps(value)}" for name, value in config.to_dict().items() if value != defaults[name]]
-    return " ".join([*changed, "(else defaults)"]) if changed else "defaults"

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from slsam_ds.model.state_home import load_at_home
 from slsam_ds.passes import ForwardBackward
 from slsam_ds.plan import StepResult
 from slsam_ds.protocol import Engine
-from slsam_ds.records.files import StepWriter, write_layers, write_settings
+from slsam_ds.records.files import StepWriter, write_evaluations, write_layers, write_settings
 from slsam_ds.records.metrics import MetricMeans, step_metrics
 from slsam_ds.slsam import SLSAM
 from slsam_ds.state.files import SPLIT_VERSION, check_state, read_state, write_state
@@ -127,6 +128,8 @@ class SLSAMMixin(_TrainerMethods):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own, once the checkpoint to resume from is known to fit.
 
+        Says on the first rank, on stderr, that SL-SAM is on, and with which settings.
+
         Raises:
             ValueError: It does not.
         """
@@ -134,6 +137,9 @@ class SLSAMMixin(_TrainerMethods):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):
             self.check_checkpoint(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            name = type(self).__name__
+            print(f"SL-SAM is on in {name}: {self.slsam_config.summary()}", file=sys.stderr, flush=True)
         with without_initial_state(), prepared_bare(self.accelerator):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -278,6 +284,8 @@ class SLSAMMixin(_TrainerMethods):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own, with the means of `slsam_ds.records.metrics` since the last training loss."""
         super().log({**logs, **self._slsam_metrics.take()} if "loss" in logs else logs, *args, **kwargs)
+        if self.slsam is not None and "eval_loss" in logs and self.is_world_process_zero():
+            write_evaluations(self.args.output_dir, self.state.log_history)
 
     @contextlib.contextmanager
     def compute_loss_context_manager(self) -> Iterator[None]:
@@ -332,6 +340,7 @@ class SLSAMMixin(_TrainerMethods):
         if self.is_world_process_zero():
             write_layers(self.args.output_dir, self.slsam.layers.describe())
             self._write_settings(total_steps, has_ended=False)
+            write_evaluations(self.args.output_dir, self.state.log_history)
             self._step_writer = StepWriter(self.args.output_dir, first_step=self.slsam.num_steps + 1)
 
     def _write_settings(self, total_steps: int, *, has_ended: bool) -> None:

@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +62,16 @@ class LayerMap:
         always: Trained in every step.
         frozen: Trainable, but never trained by SL-SAM.
         stack: The container of the blocks; None where the arms were named by patterns.
+        passed: Number of weights, over all ranks, that a pass multiplies with and that are in no arm, such as those
+            under LoRA's adapters: before the blocks, in each block, and after them. Empty where the arms were named by
+            patterns.
     """
 
     layers: tuple[Layer, ...]
     always: tuple[NamedParameter, ...]
     frozen: tuple[NamedParameter, ...]
     stack: nn.Module | None = None
+    passed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -151,10 +155,11 @@ def find_layers(
         ValueError: No stack of blocks or several comparable ones, a pattern that matches nothing trainable, a
             parameter matched by two patterns, or no arm at all.
     """
-    stack = None
+    stack, before = None, set[int]()
     if patterns is None:
         path, stack = _find_stack(model)
-        arms, others = _arms_by_structure(model, path, stack, with_others=other_parameters == "arms")
+        before = _before_blocks(model, path, list(stack.children()))
+        arms, others = _arms_by_structure(model, path, stack, before, with_others=other_parameters == "arms")
     else:
         arms, others = _arms_by_pattern(model, patterns)
     if granularity == "tensor":
@@ -165,9 +170,11 @@ def find_layers(
             f"no layer of {type(model).__name__} has a trainable parameter: unfreeze some, or set slsam.layers"
         )
     layers = tuple(Layer(index, *arm) for index, arm in enumerate(filled))
+    in_arms = {id(parameter) for layer in layers for _, parameter in layer.parameters}
+    passed = () if stack is None else _passed(model, stack, before, in_arms)
     if other_parameters == "always":
-        return LayerMap(layers, always=tuple(others), frozen=(), stack=stack)
-    return LayerMap(layers, always=(), frozen=tuple(others), stack=stack)
+        return LayerMap(layers, always=tuple(others), frozen=(), stack=stack, passed=passed)
+    return LayerMap(layers, always=(), frozen=tuple(others), stack=stack, passed=passed)
 
 
 def map_layers(model: nn.Module, config: SLSAMConfig, optimizer: torch.optim.Optimizer | None = None) -> LayerMap:
@@ -243,9 +250,10 @@ def _arms_by_pattern(model: nn.Module, patterns: Sequence[str]) -> Arms:
     return arms, [(name, parameter) for name, parameter in trainable if id(parameter) not in taken]
 
 
-def _arms_by_structure(model: nn.Module, path: str, stack: nn.Module, *, with_others: bool) -> Arms:
+def _arms_by_structure(
+    model: nn.Module, path: str, stack: nn.Module, before: Collection[int], *, with_others: bool
+) -> Arms:
     blocks = list(stack.named_children())
-    before = _before_blocks(model, path, [block for _, block in blocks])
     block_of: dict[int, int] = {}
     for index, (_, block) in enumerate(blocks):
         for parameter in block.parameters():
@@ -259,6 +267,22 @@ def _arms_by_structure(model: nn.Module, path: str, stack: nn.Module, *, with_ot
     depths = [0, *range(len(blocks) + 1)]
     arms = list(zip(names, depths, places, strict=True))
     return (arms, []) if with_others else (arms[1:-1], places[0] + places[-1])
+
+
+def _passed(model: nn.Module, stack: nn.Module, before: Collection[int], in_arms: Collection[int]) -> tuple[int, ...]:
+    """As `LayerMap.passed`. A lookup multiplies with nothing; a head that shares its weights does."""
+    lookups = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
+    numels = [0] * (len(list(stack.children())) + 2)
+    counted = set(in_arms)
+    for place, holder in [*enumerate(stack.children(), start=1), (-1, model)]:
+        for owner in holder.modules():
+            for parameter in owner.parameters(recurse=False):
+                if id(parameter) in counted or len(whole_shape(parameter)) < 2 or isinstance(owner, nn.Embedding):
+                    continue
+                counted.add(id(parameter))
+                is_before = id(parameter) in before and id(parameter) not in lookups
+                numels[0 if is_before else place] += _numel(parameter)
+    return tuple(numels)
 
 
 def _find_stack(model: nn.Module) -> tuple[str, nn.Module]:

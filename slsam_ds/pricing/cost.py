@@ -78,15 +78,21 @@ class CostModel:
         """Reckoned from numbers of weights, where nothing was counted.
 
         A weight costs one unit in the forward, one for the gradient of its layer's inputs, and one for its own
-        gradient. Attention scores are left out, and an embedding counts like a product of matrices.
+        gradient, if it has one. Attention scores are left out, and an embedding that is trained counts like a product
+        of matrices. Where parameters are trained in every step, backward goes all the way down.
         """
-        numels = [layer.numel for layer in layers]
-        adamw = 3 * sum(numels)
-        below = [sum(numels[: layer.index]) if layer.depth >= _FIRST_REUSED else 0 for layer in layers]
+        numels = layers.numels
+        passed = [sum(layers.passed[layer.depth + 1 :]) for layer in layers]  # at each arm and above it
+        forward = sum(numels) + sum(layers.passed)
+        above = [sum(numels[layer.index :]) + passed[layer.index] for layer in layers]
+        adamw = forward + above[0] + sum(numels)
+        below = [forward - above[layer.index] if layer.depth >= _FIRST_REUSED else 0 for layer in layers]
+        if layers.always:
+            above, below = [above[0]] * len(layers), [0] * len(layers)
         return cls(
-            forward=1 / 3,
-            forward_below=tuple(numel / adamw for numel in below),
-            backward_above=tuple(sum(numels[layer.index :]) / adamw for layer in layers),
+            forward=forward / adamw,
+            forward_below=tuple(flops / adamw for flops in below),
+            backward_above=tuple(flops / adamw for flops in above),
             weight_gradient=tuple(numel / adamw for numel in numels),
         )
 

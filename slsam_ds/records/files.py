@@ -1,4 +1,4 @@
-"""What a run leaves behind for people and programs to read: its layers, its steps and its settings."""
+"""What a run leaves behind for people and programs to read: its layers, steps, settings and evaluations."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from slsam_ds.state.replacing import replace_text
 LAYERS_FILE = "slsam_layers.json"
 STEPS_FILE = "slsam_steps.jsonl"
 SETTINGS_FILE = "slsam_settings.json"
+EVALUATIONS_FILE = "slsam_evaluations.json"
 
 
 def write_layers(output_dir: str | Path, layers: Sequence[Mapping[str, Any]]) -> None:
@@ -49,6 +50,22 @@ def read_settings(output_dir: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def write_evaluations(output_dir: str | Path, log: Iterable[Mapping[str, Any]]) -> None:
+    """Write the evaluations among the entries of a Trainer's log, as one JSON list. Each has its `step`."""
+    found = [entry for entry in log if any(name.startswith("eval_") for name in entry)]
+    replace_text(Path(output_dir) / EVALUATIONS_FILE, json.dumps(found, indent=1) + "\n")
+
+
+def read_held_out(output_dir: str | Path) -> list[tuple[int, float]]:
+    """Steps and held-out losses (`eval_loss`), ascending; empty where no evaluation was written."""
+    try:
+        entries = json.loads((Path(output_dir) / EVALUATIONS_FILE).read_text(encoding="utf-8"))
+        # Two at one step, where an evaluation follows the last of those that training made, are the same number.
+        return sorted({int(each["step"]): float(each["eval_loss"]) for each in entries if "eval_loss" in each}.items())
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
 
 
 class StepWriter:

@@ -35,12 +35,14 @@ class _Quantity:
 
 def held_out_before(run: Run) -> float:
     """The first held-out loss; NaN where none was measured before the first step."""
-    return run.held_out[0][1] if run.held_out and run.held_out[0][0] < run.history.steps[0] else float("nan")
+    held_out, steps = run.history.held_out, run.history.steps
+    return held_out[0][1] if held_out and held_out[0][0] < steps[0] else float("nan")
 
 
 def held_out_after(run: Run) -> float:
     """The held-out loss after the last step; NaN where it was not measured there."""
-    return run.held_out[-1][1] if run.held_out and run.held_out[-1][0] >= run.history.steps[-1] else float("nan")
+    held_out, steps = run.history.held_out, run.history.steps
+    return held_out[-1][1] if held_out and held_out[-1][0] >= steps[-1] else float("nan")
 
 
 def seconds_per_step(run: Run) -> float:
@@ -110,7 +112,10 @@ _QUANTITIES = (
 
 
 def numbers_table(runs: Sequence[Run]) -> Table:
-    """A row for each quantity that some run knows, a column for each run; of two runs also the ratio."""
+    """A row for each quantity that some run knows, a column for each run.
+
+    Two runs are compared in one more column: losses by their difference, amounts by how many times as much it is.
+    """
     compared = len(runs) == 2
     rows = []
     for quantity in _QUANTITIES:
@@ -119,14 +124,18 @@ def numbers_table(runs: Sequence[Run]) -> Table:
             continue
         cells = ["" if np.isnan(value) else quantity.write(value) for value in values]
         if compared:
-            cells.append(_ratio(*values) if quantity.is_amount else _difference(*values))
+            cells.append(_times(*values) if quantity.is_amount else _difference(*values))
         rows.append((quantity.label, *cells))
-    ratio = (f"{runs[1].name} / {runs[0].name}",) if compared else ()
-    return Table("Final numbers", ("", *(run.name for run in runs), *ratio), tuple(rows))
+    against = (f"{runs[1].name} vs {runs[0].name}",) if compared else ()
+    return Table("Final numbers", ("", *(run.name for run in runs), *against), tuple(rows))
 
 
 def _ratio(first: float, second: float) -> str:
     return f"{second / first:.2f}" if first and not np.isnan([first, second]).any() else ""
+
+
+def _times(first: float, second: float) -> str:
+    return f"{_ratio(first, second)}x" if _ratio(first, second) else ""
 
 
 def _difference(first: float, second: float) -> str:

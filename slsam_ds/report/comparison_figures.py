@@ -81,9 +81,9 @@ def _draw_loss_along(axes: Axes, runs: Sequence[Run], theme: Theme, along: Calla
             continue
         smooth = _averaged(history.loss_at_weights)
         axes.plot(spent, smooth, color=color, alpha=0.55, linewidth=1.3, label=run.name)
-        if run.held_out:
-            places = np.interp([step for step, _ in run.held_out], [0, *history.steps], [0.0, *spent])
-            losses = [loss for _, loss in run.held_out]
+        if history.held_out:
+            steps, losses = zip(*history.held_out, strict=True)
+            places = np.interp(steps, [0, *history.steps], [0.0, *spent])
             axes.plot(places, losses, "o--", color=color, linewidth=1.1, markersize=5)
     axes.set_ylabel("loss")
     axes.yaxis.set_major_formatter(PLAIN)

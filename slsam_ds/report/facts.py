@@ -102,6 +102,7 @@ def run_facts(history: RunHistory) -> list[Fact]:
     num_skipped = int(history.skipped.sum())
     facts = [
         *_loss_facts(history),
+        *_held_out_facts(history),
         Fact(
             "Active parameters",
             f"{100 * active_shares(history).mean():.1f}%",
@@ -128,6 +129,16 @@ def _loss_facts(history: RunHistory) -> list[Fact]:
         return [Fact("Training loss", f"{last:.4g}", "in the only step")]
     of = "step" if tenth == 1 else f"{tenth:,} steps"
     return [Fact("Training loss", f"{last:.4g}", f"in the last {of}, {first:.4g} in the first")]
+
+
+def _held_out_facts(history: RunHistory) -> list[Fact]:
+    if not history.held_out:
+        return []
+    (first_step, first), (step, last) = history.held_out[0], history.held_out[-1]
+    lowest, lowest_step = min((loss, step) for step, loss in history.held_out)
+    others = [f"{first:.4g} after step {first_step:,}"] if first_step < step else []
+    others += [f"lowest {lowest:.4g} after step {lowest_step:,}"] if first_step < lowest_step < step else []
+    return [Fact("Held-out loss", f"{last:.4g}", "; ".join([f"after step {step:,}", *others]))]
 
 
 def _perturbed_facts(history: RunHistory) -> list[Fact]:

@@ -220,6 +220,9 @@ def _draw_loss(figure: FigureBase, history: RunHistory, theme: Theme) -> None:
         if not np.isnan(losses).all():
             _curve(axes, history, losses, color, label)
             _legend(axes)
+    if history.held_out:
+        axes.plot(*zip(*history.held_out, strict=True), "o", color=theme.ink, markersize=4, label="held out")
+        _legend(axes)
     _mark_skipped(axes, history, theme)
 
 
@@ -289,7 +292,8 @@ PANELS: Sequence[Panel] = (
         "Loss",
         "Look for a blue line that falls, with the orange one a little above it. Bad: lines that rise, an orange line "
         "that jumps away (halve rho), red marks (skipped steps). Blue is the training loss at the weights, orange the "
-        "same at the perturbed weights; the band holds 80% of the steps.",
+        "same at the perturbed weights; the band holds 80% of the steps. Dots are held-out losses: "
+        "where they rise while the blue line falls, the run overfits.",
         _draw_loss,
         wide=True,
     ),
@@ -461,7 +465,7 @@ def _from_zero(axes: Axes, *series: Floats) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=2, borderaxespad=0, handlelength=1.6)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=3, borderaxespad=0, handlelength=1.6)
 
 
 def _mark_skipped(axes: Axes, history: RunHistory, theme: Theme) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, iterate_steps
+from slsam_ds.records.files import LAYERS_FILE, STEPS_FILE, iterate_steps, read_held_out
 
 Floats = NDArray[np.floating[Any]]
 
@@ -53,6 +53,7 @@ class RunHistory:
         gathered_bytes: That it received by gatherings.
         gradient_bytes: Of gradients that it held at once, at most.
         activation_bytes: That a micro-batch's forward saved for its backward, at most.
+        held_out: Held-out losses: after which step, and the loss. Ascending.
     """
 
     names: tuple[str, ...]
@@ -75,6 +76,7 @@ class RunHistory:
     gathered_bytes: Floats
     gradient_bytes: Floats
     activation_bytes: Floats
+    held_out: tuple[tuple[int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -97,12 +99,13 @@ class RunHistory:
         return np.where(np.isnan(self.ascent_loss), self.loss, self.ascent_loss)
 
     @classmethod
-    def from_records(cls, layers: Any, steps: Iterable[Any]) -> Self:
+    def from_records(cls, layers: Any, steps: Iterable[Any], held_out: Iterable[tuple[int, float]] = ()) -> Self:
         """Check records and put them into arrays.
 
         Args:
             layers: The contents of `slsam_layers.json`.
             steps: The records of `slsam_steps.jsonl`; may be read as they are needed.
+            held_out: As the attribute.
 
         Raises:
             RecordsError: They are not such records, do not belong together, or there is none.
@@ -132,6 +135,7 @@ class RunHistory:
             probabilities=np.stack([row.probabilities for row in rows]),
             grad_norms=np.stack([row.grad_norms for row in rows]),
             skipped=np.array([row.skipped for row in rows]),
+            held_out=tuple(held_out),
             **dict(zip(_NUMBERS, numbers.T, strict=True)),
         )
 
@@ -155,7 +159,7 @@ def read_history(output_dir: str | Path) -> RunHistory:
     except (ValueError, RecursionError):  # not JSON, or not even text
         raise RecordsError(f"{folder / LAYERS_FILE}: not JSON; was it written by slsam_ds?") from None
     try:
-        return RunHistory.from_records(layers, iterate_steps(folder))
+        return RunHistory.from_records(layers, iterate_steps(folder), read_held_out(folder))
     except RecordsError as error:
         raise RecordsError(f"{folder}: {error}") from None
 

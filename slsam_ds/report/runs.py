@@ -1,16 +1,12 @@
-"""A run as its folder tells it: the history of its steps, its settings, and its held-out losses."""
+"""A run as its folder tells it: the history of its steps, and its settings."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slsam_ds.records.files import LAYERS_FILE, read_settings
+from slsam_ds.records.files import read_settings
 from slsam_ds.report.history import RunHistory, read_history
-
-TRAINER_STATE_FILE = "trainer_state.json"
-"""What a Trainer writes when it is done; its log holds the evaluations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,13 +17,11 @@ class Run:
         name: What to call it.
         history: Its steps.
         settings: As `slsam_ds.records.files.write_settings` wrote them; empty where nobody did.
-        held_out: Held-out losses: step and loss.
     """
 
     name: str
     history: RunHistory
     settings: Mapping[str, Any]
-    held_out: tuple[tuple[int, float], ...]
 
     @property
     def has_ended(self) -> bool:
@@ -51,7 +45,6 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         name=name or folder.resolve().name,
         history=history,
         settings=read_settings(folder),
-        held_out=_held_out(folder),
     )
 
 
@@ -66,17 +59,3 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         read_run(folder, name if names.count(name) == 1 else str(folder))
         for folder, name in zip(folders, names, strict=True)
     ]
-
-
-def _held_out(folder: Path) -> tuple[tuple[int, float], ...]:
-    """What a Trainer's log says. A log that is older than the layers is an earlier run's in the same folder."""
-    path = folder / TRAINER_STATE_FILE
-    try:
-        if path.stat().st_mtime < (folder / LAYERS_FILE).stat().st_mtime:
-            return ()
-        log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        # Two at one step, where an evaluation follows the last of those that training made, are the same number.
-        found = {int(entry["step"]): float(entry["eval_loss"]) for entry in log if "eval_loss" in entry}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return ()
-    return tuple(sorted(found.items()))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from slsam_ds import SLSAM, SLSAMConfig
+from slsam_ds.pricing.cost import CostModel
 from tests.distributed.training import ALSO_ZERO0, ALSO_ZERO1, ALSO_ZERO3, LlamaSetup, Setup, Training, max_error, slow
 from tests.models import micro_batch, tiny_llama
 from tests.ranks import run_on_ranks
@@ -65,6 +66,19 @@ def test_prices_are_the_flops_counted(window_length: int, knobs: dict[str, Any])
     for step, sample in enumerate(([0], [1], [2], [5, 7], [last], [3, last], range(last + 1)), start=2):
         paid = flops(slsam, step, window_length, active=sample) / adamw
         assert slsam._pricing.costs.prices(passes).of(tuple(sample)) == pytest.approx(paid, rel=1e-3), sample
+
+
+@pytest.mark.parametrize(
+    "knobs", [{}, {"tied": True}, {"lora": True}, {"other_parameters": "freeze"}, {"other_parameters": "always"}]
+)
+def test_prices_by_weights_are_near_the_flops_counted(knobs: dict[str, Any]) -> None:
+    slsam = make(reward="grad_norm_per_cost", **knobs)
+    slsam.step(make_window(1, 1))
+    workload, last = slsam.workload(make_window(1, 1)), len(slsam.layers) - 1
+    by_weights = CostModel.by_weights(slsam.layers)
+    for sample in ([0], [2], [5, 7], [last], range(last + 1)):
+        counted = slsam._pricing.costs.price(sample, sample, workload)
+        assert by_weights.price(sample, sample, workload) == pytest.approx(counted, rel=0.15), sample
 
 
 def test_prices_know_that_checkpointing_takes_backward_all_the_way() -> None:

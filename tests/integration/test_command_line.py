@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from slsam_ds.cli.refusal import leave_ranks
+from slsam_ds.records.files import read_held_out
 from tests.command_line import NUM_STEPS, ROOT, launch, make_flags, make_folder
 from tests.models import NUM_BLOCKS, tiny_llama
 from tests.step_records import without_times
@@ -79,6 +80,7 @@ def test_held_out_loss_falls(finished: subprocess.CompletedProcess[str], folder:
     history = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert losses[-1] < losses[0]
+    assert read_held_out(folder / "out") == [(0, losses[0]), (NUM_STEPS, losses[-1])]
 
 
 def test_layers_are_described(finished: subprocess.CompletedProcess[str], folder: Path) -> None:

@@ -34,8 +34,8 @@ def test_two_trainings_of_three_steps_on_two_ranks(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) < 40
     adamw, ours = (read_run(folder / "out" / name) for name in ("adamw", "defaults"))
     assert len(adamw.history) == len(ours.history) == NUM_STEPS
-    assert adamw.held_out[0] == ours.held_out[0]  # the same start
-    assert [step for step, _ in adamw.held_out] == [0, NUM_STEPS]
+    assert adamw.history.held_out[0] == ours.history.held_out[0]  # the same start
+    assert [step for step, _ in adamw.history.held_out] == [0, NUM_STEPS]
     # The same data in the same order: of the first step, the loss at the weights.
     assert adamw.history.loss_at_weights[0] == pytest.approx(ours.history.loss_at_weights[0], rel=1e-6)
     assert adamw.history.active.all()

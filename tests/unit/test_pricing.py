@@ -1,11 +1,14 @@
 """Prices of steps: one definition, of what was counted and of what is reckoned from numbers of weights."""
 
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.model.layers import Layer, LayerMap
 from slsam_ds.pricing.cost import CostModel, Workload
 from slsam_ds.protocol import ALWAYS
 
@@ -15,8 +18,14 @@ REUSING = Workload(ascent=1.0, reused=1.0)
 
 def by_weights() -> CostModel:
     """Of four layers of 10, 20, 30 and 40 weights."""
-    layers: Any = [SimpleNamespace(index=i, numel=10 * (i + 1), depth=i) for i in range(4)]
-    return CostModel.by_weights(layers)
+    return CostModel.by_weights(layer_map([10, 20, 30, 40]))
+
+
+def layer_map(numels: Sequence[int], passed: Sequence[int] = ()) -> LayerMap:
+    """Of layers of so many weights, one at each depth."""
+    sizes = [nn.Parameter(torch.zeros(numel)) for numel in numels]
+    layers = [Layer(index, str(index), ((str(index), one),), depth=index) for index, one in enumerate(sizes)]
+    return LayerMap(tuple(layers), always=(), frozen=(), passed=tuple(passed))
 
 
 @pytest.mark.parametrize(
@@ -40,8 +49,17 @@ def test_price_of_a_step(ascended: Any, updated: Any, workload: Workload, price:
     assert by_weights().price(ascended, updated, workload) == pytest.approx(price)
 
 
-def test_samples_cost_what_their_steps_do() -> None:
-    costs = by_weights()
+def test_frozen_weights_are_passed_through() -> None:
+    costs = CostModel.by_weights(layer_map([1, 1, 1, 1], passed=[50, 10, 20, 30, 40, 100]))
+    forward, adamw = 4 + 250, 254 + 204 + 4
+    assert costs.price((), range(4), SINGLE) == pytest.approx(1.0)
+    assert costs.price([3], [3], TWO_PASSES) == pytest.approx(2 * (forward + 141 + 1) / adamw)
+    assert costs.price([2], [2], REUSING) == pytest.approx((2 * (forward + 172 + 1) - 82) / adamw)
+
+
+@pytest.mark.parametrize("passed", [(), (5, 10, 10, 10, 10, 5)])
+def test_samples_cost_what_their_steps_do(passed: tuple[int, ...]) -> None:
+    costs = CostModel.by_weights(layer_map([10, 20, 30, 40], passed))
     for workload in (TWO_PASSES, SINGLE, REUSING, REUSING.thinned(0.25)):
         prices = costs.prices(workload)
         for sample in ([0], [3], [1, 3], [2, 3], range(4)):

@@ -1,7 +1,6 @@
 """`python -m slsam_ds.report`: what it computes, draws and writes, and what it refuses."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,13 +12,20 @@ import numpy as np
 import pytest
 
 from slsam_ds.cli.summary import summarize
-from slsam_ds.records.files import LAYERS_FILE, SETTINGS_FILE, STEPS_FILE, read_steps
+from slsam_ds.records.files import (
+    EVALUATIONS_FILE,
+    LAYERS_FILE,
+    SETTINGS_FILE,
+    STEPS_FILE,
+    read_steps,
+    write_evaluations,
+)
 from slsam_ds.report.bins import StepBins
 from slsam_ds.report.command import main
 from slsam_ds.report.comparison import numbers_table, settings_table, what_differs_at_the_start, what_one_sees
 from slsam_ds.report.facts import active_shares, layer_facts, loss_rises, run_facts
 from slsam_ds.report.history import RecordsError, RunHistory, read_history
-from slsam_ds.report.runs import TRAINER_STATE_FILE, read_runs
+from slsam_ds.report.runs import read_runs
 from slsam_ds.report.tables import layer_table, progress_table
 from slsam_ds.report.writing import COMPARISON_PAGE_FILE, COMPARISON_PICTURE_FILE, PAGE_FILE, PICTURE_FILE
 
@@ -91,6 +97,19 @@ def test_the_price_is_what_the_run_recorded() -> None:
     np.testing.assert_array_equal(history.price, [0.9, 1.3, np.nan])
     facts = {fact.label: f"{fact.value} {fact.note}" for fact in run_facts(history)}
     assert facts["Price"] == "1.10 of AdamW's FLOPs, 0.55 of dense SAM's"
+
+
+@pytest.mark.parametrize(
+    ("held_out", "fact"),
+    [
+        ([(20, 2.0)], "2 after step 20"),
+        ([(0, 2.5), (20, 2.0)], "2 after step 20; 2.5 after step 0"),
+        ([(0, 2.5), (10, 1.75), (20, 2.0)], "2 after step 20; 2.5 after step 0; lowest 1.75 after step 10"),
+    ],
+)
+def test_held_out_losses_are_told(held_out: list[tuple[int, float]], fact: str) -> None:
+    history = RunHistory.from_records(make_layers(), [make_step(1)], held_out)
+    assert {fact.label: f"{fact.value} {fact.note}" for fact in run_facts(history)}["Held-out loss"] == fact
 
 
 def test_records_without_a_price_have_none() -> None:
@@ -434,7 +453,7 @@ def write_settled_run(folder: Path, *, loss: float, settings: dict[str, Any] = S
     run = write_run(folder, steps)
     (run / SETTINGS_FILE).write_text(json.dumps(settings))
     log = [{"step": 0, "eval_loss": 2.5}, {"step": 10, "loss": 2.0}, {"step": 20, "eval_loss": loss}]
-    (run / TRAINER_STATE_FILE).write_text(json.dumps({"log_history": log}))
+    write_evaluations(run, log)
     return run
 
 
@@ -449,15 +468,15 @@ def two_runs(tmp_path: Path) -> list[Path]:
 def test_several_runs_stand_side_by_side(two_runs: list[Path]) -> None:
     runs = read_runs(two_runs)
     assert [run.name for run in runs] == ["adamw", "defaults"]
-    assert runs[1].held_out == ((0, 2.5), (20, 2.125))
+    assert runs[1].history.held_out == ((0, 2.5), (20, 2.125))
     rows = {row[0]: row[1:] for row in numbers_table(runs).rows}
-    assert numbers_table(runs).header == ("", "adamw", "defaults", "defaults / adamw")
+    assert numbers_table(runs).header == ("", "adamw", "defaults", "defaults vs adamw")
     assert rows["held-out loss before"] == ("2.5000", "2.5000", "+0.0000")
     assert rows["held-out loss after"] == ("2.0000", "2.1250", "+0.1250")
-    assert rows["seconds per step"] == ("3", "1.5", "0.50")
-    assert rows["sent per step, MB"] == ("8", "4", "0.50")
-    assert rows["gradients held, MB: largest step"] == ("2", "2", "1.00")
-    assert rows["layers updated per step"] == ("100.0%", "50.0%", "0.50")
+    assert rows["seconds per step"] == ("3", "1.5", "0.50x")
+    assert rows["sent per step, MB"] == ("8", "4", "0.50x")
+    assert rows["gradients held, MB: largest step"] == ("2", "2", "1.00x")
+    assert rows["layers updated per step"] == ("100.0%", "50.0%", "0.50x")
     assert "skipped steps" not in rows
     different = settings_table(runs)
     assert different.rows == (("slsam.rho", "0", "0.05"), ("slsam.selector", "all", "exp3m"))
@@ -470,7 +489,7 @@ def test_several_runs_stand_side_by_side(two_runs: list[Path]) -> None:
 
 
 def test_a_comparison_tells_what_it_does_not_know(two_runs: list[Path], tmp_path: Path) -> None:
-    (two_runs[1] / TRAINER_STATE_FILE).unlink()
+    (two_runs[1] / EVALUATIONS_FILE).unlink()
     (tmp_path / "elsewhere").mkdir()
     other = write_run(tmp_path / "elsewhere" / "adamw", [make_step(1)])
     runs = read_runs([*two_runs, other])
@@ -481,13 +500,8 @@ def test_a_comparison_tells_what_it_does_not_know(two_runs: list[Path], tmp_path
     assert rows["sent per step, MB"] == ("8", "4", "")
 
 
-def test_an_earlier_runs_evaluations_are_not_this_ones(two_runs: list[Path]) -> None:
-    os.utime(two_runs[0] / TRAINER_STATE_FILE, (0, 0))
-    assert read_runs(two_runs)[0].held_out == ()
-
-
 def test_runs_that_start_apart_are_named(two_runs: list[Path]) -> None:
-    (two_runs[0] / TRAINER_STATE_FILE).write_text(json.dumps({"log_history": [{"step": 0, "eval_loss": 2.25}]}))
+    write_evaluations(two_runs[0], [{"step": 0, "eval_loss": 2.25}])
     told = what_differs_at_the_start(read_runs(two_runs))
     assert told == "The runs did not start alike: held-out losses before are 2.2500, 2.5000."
 

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from slsam_ds.cli.compare.method import Method
 from slsam_ds.cli.rendezvous import free_port, free_shared_memory
-from slsam_ds.records.files import LAYERS_FILE, SETTINGS_FILE, STEPS_FILE, read_settings
-from slsam_ds.report.runs import TRAINER_STATE_FILE
+from slsam_ds.records.files import EVALUATIONS_FILE, LAYERS_FILE, SETTINGS_FILE, STEPS_FILE, read_settings
 
 LOG_FILE = "train.log"
 _POLL = 0.5  # seconds
@@ -53,7 +52,7 @@ def train(
         KeyboardInterrupt: It was stopped; no process of it is left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (LAYERS_FILE, STEPS_FILE, SETTINGS_FILE, TRAINER_STATE_FILE):
+    for name in (LAYERS_FILE, STEPS_FILE, SETTINGS_FILE, EVALUATIONS_FILE):
         (folder / name).unlink(missing_ok=True)
     port = free_port()
     command = _command(method, folder, flags, num_accelerators, port)
