@@ -158,6 +158,18 @@ class SLSAMConfig:
     seed: int = 0
     """Seed of the selection and of stochastic rounding."""
 
+    def __new__(cls, *args: Any, **knobs: Any) -> Self:
+        """Refuse an unknown keyword before the generated `__init__` would, with the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if "preset" in knobs:
+            raise TypeError('SLSAMConfig() takes no preset: use SLSAMConfig.from_dict({"preset": ...})')
+        for name in knobs:
+            if name not in known:
+                raise TypeError(
+                    f"SLSAMConfig() has no setting {name!r}; {_did_you_mean(name, known)}see docs/settings.md"
+                )
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         _check_types(self)
         _require(self, "rho", 0 <= self.rho <= _LARGEST, "choose a finite radius ≥ 0 (0.01 to 0.1 is usual)")
@@ -232,11 +244,22 @@ class SLSAMConfig:
     def _check_spread(self) -> None:
         """Who is drawn, perturbed and updated must go together."""
         if self.budget is not None:
-            reason = 'slsam.budget chooses the layers; use "exp3m" or "depth"'
+            budget = f"slsam.budget={_shown(self.budget)}, which a preset may have set,"
+            reason = f'{budget} chooses the layers; use "exp3m" or "depth", or budget=null'
             _require(self, "selector", self.selector in ("exp3m", "depth"), reason)
-            _require(self, "layers", self.layers is None, "slsam.budget needs layers found in the model; use null")
+            _require(
+                self,
+                "layers",
+                self.layers is None,
+                f"{budget} needs layers found in the model; use null, or budget=null",
+            )
             for name in ("perturb", "update"):
-                _require(self, name, getattr(self, name) == "sample", 'slsam.budget chooses these layers; use "sample"')
+                _require(
+                    self,
+                    name,
+                    getattr(self, name) == "sample",
+                    f'{budget} chooses these layers; use "sample", or budget=null',
+                )
         if self.perturb == "norm_layers":
             reason = 'needs every tensor to be an arm; use granularity="tensor"'
             _require(self, "perturb", self.granularity == "tensor", reason)

@@ -40,7 +40,7 @@ from slsam_ds.schedules import make_schedule
 from slsam_ds.selectors import Selector, make_selector
 from slsam_ds.skipping import report_skipped
 from slsam_ds.state.checkpoint import TorchCheckpoint, load_random_state, save_random_state
-from slsam_ds.state.files import STATE_VERSION, check_layers
+from slsam_ds.state.files import STATE_VERSION, check_layers, naming_settings, settings_that_differ
 from slsam_ds.state.progress import Progress
 from slsam_ds.step import take_step
 
@@ -287,6 +287,7 @@ class SLSAM:
         """
         return {
             "version": STATE_VERSION,
+            "settings": self.config.to_dict(),
             **self.progress.to_dict(),
             "layers": self._fingerprint,
             "arms": self.layers.outline(),
@@ -300,12 +301,17 @@ class SLSAM:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state: the same samples follow as in the uninterrupted run.
 
+        Knobs that were changed since are named in a warning.
+
         Raises:
             ValueError: The state belongs to other layers, another selector or another version.
         """
         check_layers(state, self.layers)
         self._pricing.load_state_dict(state.get("costs"))
-        self.policy.load_state_dict(state)
+        with naming_settings(state, self.config):
+            self.policy.load_state_dict(state)
+        if (differences := settings_that_differ(state, self.config)) and self.engine.ranks.rank == 0:
+            logger.warning("continuing a run with other slsam settings than it was saved with: %s", differences)
         self.progress = Progress.from_dict(state)
         self._direction.load_state_dict(state["previous"])
         if self._mask is not None:

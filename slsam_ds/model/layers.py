@@ -236,6 +236,14 @@ def _arms_by_pattern(model: nn.Module, patterns: Sequence[str]) -> Arms:
     arms = []
     for pattern in patterns:
         if pattern in modules:
+            if _is_stack(modules[pattern]):
+                logger.warning(
+                    "slsam.layers: %r is a stack of %d blocks, which become one layer; to make each a layer, name them "
+                    '("%s.0", ...), or set slsam.layers=null',
+                    pattern,
+                    len(list(modules[pattern].children())),
+                    pattern,
+                )
             matched = {id(parameter) for parameter in modules[pattern].parameters()}
         else:
             matched = {id(parameter) for name, parameter in aliases if re.fullmatch(pattern, name)}

@@ -3,10 +3,11 @@
 It is written last and lists the checkpoint's other files, so what it is missing from was never finished.
 """
 
+import contextlib
 import hashlib
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def check_state(checkpoint: str | Path, layer_map: LayerMap, config: SLSAMConfig
             if saved != here:
                 raise ValueError(f"was saved with {name}={saved}, this run has {here}: resume with {saved}")
         selector = make_selector(config, len(layer_map), total_steps=1)  # any number of steps will do
-        selector.load_state_dict(state["selector"])
+        with naming_settings(state, config):
+            selector.load_state_dict(state["selector"])
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     _check_files(Path(checkpoint), state["files"])
@@ -122,6 +124,31 @@ def check_layers(state: Mapping[str, Any], layer_map: LayerMap) -> None:
         f"was saved for other layers (another model, other trainable parameters, or another `layers` or "
         f"`other_parameters` setting): {difference}; resume with the setup of the saved run"
     )
+
+
+def settings_that_differ(state: Mapping[str, Any], config: SLSAMConfig) -> str:
+    """The knobs of the run that saved the state, and this run's, where they differ; empty where none do."""
+    here = config.to_dict()
+    return ", ".join(
+        f"{name}={json.dumps(value)} (this run: {json.dumps(here[name])})"
+        for name, value in state.get("settings", {}).items()
+        if name in here and here[name] != value
+    )
+
+
+@contextlib.contextmanager
+def naming_settings(state: Mapping[str, Any], config: SLSAMConfig) -> Iterator[None]:
+    """Within, a state that does not fit the knobs is refused by the names of those that differ."""
+    try:
+        yield
+    except ValueError as error:
+        differences = settings_that_differ(state, config)
+        if not differences:  # or nobody knows: a state of 0.1.0 does not have them
+            raise
+        raise ValueError(
+            f"was saved with slsam settings that do not fit this run's: {differences}; "
+            "resume with the settings of the saved run"
+        ) from error
 
 
 def check_files(checkpoint: str | Path) -> None:

@@ -1,8 +1,10 @@
 """Every knob: what is refused, in which words, and that what is accepted survives a round trip."""
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import re
 from typing import Any
 
@@ -455,3 +457,27 @@ def test_a_misspelt_preset_has_a_suggestion() -> None:
         ValueError, match=r'^slsam\.preset="adamw-price": did you mean \'adamw_price\'\? expected one of '
     ):
         SLSAMConfig.from_dict({"preset": "adamw-price"})
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"preset": "sam"}, r'takes no preset: use SLSAMConfig\.from_dict\(\{"preset": \.\.\.\}\)'),
+        ({"rhoo": 0.1}, "has no setting 'rhoo'; did you mean 'rho'"),
+    ],
+)
+def test_an_unknown_keyword_gets_a_sentence(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        SLSAMConfig(**knobs)
+
+
+def test_settings_are_copied_pickled_and_replaced() -> None:
+    config = SLSAMConfig(rho=0.01, layers=("a", "b"))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == dataclasses.replace(config) == config
+
+
+def test_a_summary_names_what_is_not_at_its_default() -> None:
+    assert SLSAMConfig().summary() == "defaults"
+    config = SLSAMConfig(rho=0.01, selector="uniform")
+    assert config.summary() == 'rho=0.01 selector="uniform" (else defaults)'
+    assert SLSAMConfig.from_assignments(config.summary().split()[:2]) == config

@@ -624,3 +624,8 @@ def test_parameters_that_no_pattern_names_are_frozen_aloud(
     map_layers(model, SLSAMConfig(layers=("1",), other_parameters=others))
     assert model[0].weight.requires_grad == (others == "always")
     assert ("leaves out 2 parameters, which are now frozen: 0.weight, 0.bias. " in caplog.text) == warns
+
+
+def test_a_stack_that_a_pattern_names_is_one_layer_aloud(llama: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(find_layers(llama, patterns=["model.layers", "lm_head"])) == 2
+    assert f"'model.layers' is a stack of {NUM_BLOCKS} blocks, which become one layer" in caplog.text

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slsam_ds import SLSAM
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.model.layers import find_layers
 from slsam_ds.selectors import make_selector
@@ -61,6 +62,15 @@ def test_another_run_is_refused(
     assert sentence in str(refused.value)
 
 
+def test_other_settings_are_refused_by_their_names(checkpoint: Path) -> None:
+    write_state(checkpoint, {**read_state(checkpoint), "settings": KNOBS.to_dict()}, SETUP)
+    preset = SLSAMConfig.from_dict({"preset": "adamw_price"})
+    with pytest.raises(ValueError, match=r".") as refused:
+        check_state(checkpoint, LAYERS, preset, SETUP)
+    for words in ("active_layers=2 (this run: 0.2)", "budget=null (this run: 1.0)", "the settings of the saved run"):
+        assert words in str(refused.value)
+
+
 def test_another_model_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"was saved for other layers.*: it has 6 layers, this run 4; resume with"):
         check_state(checkpoint, find_layers(tiny_llama(), other_parameters="freeze"), KNOBS, SETUP)
@@ -99,3 +109,17 @@ def test_a_damaged_file_is_found_by_the_rank_whose_share_it_is(checkpoint: Path)
     check_contents(checkpoint, rank=1, num_ranks=2)  # the other file
     with pytest.raises(ValueError, match=r"model\.pt is damaged"):
         check_contents(checkpoint, rank=0, num_ranks=2)
+
+
+def test_changed_settings_are_named_where_a_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    def build(**knobs: object) -> SLSAM:
+        model = tiny_llama()
+        return SLSAM(model, torch.optim.AdamW(model.parameters()), {"active_layers": 2, **knobs})
+
+    state = build(rho=0.05).state_dict()
+    build(rho=0.05).load_state_dict(state)
+    assert not caplog.records
+    build(rho=0.02).load_state_dict(state)
+    assert "other slsam settings than it was saved with: rho=0.05 (this run: 0.02)" in caplog.text
+    with pytest.raises(ValueError, match=r"do not fit this run's: active_layers=2 \(this run: 3\); resume with"):
+        build(active_layers=3).load_state_dict(state)
