@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, Command] = {
     "doctor": Command("slsam_ds.cli.doctor.command", "check this machine, a DeepSpeed configuration and a model"),
     "estimate": Command("slsam_ds.cli.estimate", "estimate what a step takes on each GPU, from a config.json"),
     "recipes": Command("slsam_ds.cli.recipes", "list the presets: published methods and our own"),
+    "settings": Command("slsam_ds.cli.knobs", "list the settings, with their defaults"),
     "train": Command("slsam_ds.cli.command_line", "fine-tune a causal language model, as launch/train.py does"),
     "run": Command("slsam_ds.cli.run", "run an unchanged training script with SL-SAM in its Trainers"),
     "compare": Command("slsam_ds.cli.compare.command", "train with several methods, and compare them"),

@@ -1,0 +1,7 @@
+"""`python -m slsam_ds.settings`."""
+
+import sys
+
+from slsam_ds.cli.knobs import main
+
+sys.exit(main())
