@@ -15,8 +15,8 @@ from slsam_ds.estimate.sharding import RunSetup
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _DESCRIPTION = """Estimate what a step of AdamW, of dense SAM and of SL-SAM takes on each GPU: FLOPs, memory and bytes
-sent between GPUs. The model is built from its configuration without weights, so a laptop can estimate a model of any
-size. If MODEL is a hub id, its config.json is downloaded, and nothing else."""
+sent between GPUs. MODEL is a model of the transformers library. It is built from its configuration without weights,
+so a laptop can estimate a model of any size. If MODEL is a hub id, its config.json is downloaded, and nothing else."""
 
 _EPILOG = """
 examples:

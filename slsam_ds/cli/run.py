@@ -137,6 +137,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--slsam",
         action="extend",
         nargs="+",
+        type=_assignment,
         default=[],
         metavar="KEY=VALUE",
         help="SL-SAM's settings, such as preset=NAME or rho=0.02; end them with -- or -m",
@@ -146,6 +147,19 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", "--local-rank", action=_AsWritten, default=[], help=argparse.SUPPRESS)
     parser.add_argument("command", nargs=argparse.PARSER, metavar="SCRIPT", help="script or module, and its arguments")
     return parser
+
+
+def _assignment(text: str) -> str:
+    """One of `--slsam`'s words, which `SLSAMConfig` reads.
+
+    Raises:
+        argparse.ArgumentTypeError: It sets nothing: most often it is the script.
+    """
+    if "=" in text:
+        return text
+    if text.endswith(".py"):
+        raise argparse.ArgumentTypeError(f"{text}: put -- before the script, as in --slsam rho=0.02 -- {text}")
+    raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE, as in --slsam preset=adamw_price rho=0.02")
 
 
 class _AsWritten(argparse.Action):

@@ -34,6 +34,10 @@ A METHOD is adamw (the optimizer alone: every layer in every step, no perturbati
 with its default settings, or those of the DeepSpeed JSON), a preset listed by `slsam recipes`, or
 KEY=VALUE[,KEY=VALUE ...]. Flags after -- are flags of `slsam train` and apply to all methods.
 
+The model must be a causal language model with a tokenizer. To compare methods in a script of your own,
+run it once per method, `slsam run --slsam preset=NAME -- SCRIPT --output_dir DIR`, and then
+`slsam report DIR DIR ...`.
+
 Each training is started with `deepspeed --module slsam_ds.train` and writes into a subfolder of
 --output_dir named after the method. At the end, a table is printed, and a figure and a page are written.
 """

@@ -10,7 +10,8 @@ _DESCRIPTION = """Check whether this machine can train with SL-SAM: package vers
 backend, DeepSpeed's operators and the tools that build them, abandoned locks, threads. With --deepspeed and --model,
 also check whether that configuration and that model will work, what a step costs, and whether it fits into memory.
 Each finding is one line: ok, note (it works, but there is something to know) or problem (it will not work), and what
-to do about it. Nothing is built. If MODEL is a hub id, its config.json is downloaded, and nothing else."""
+to do about it. Nothing is built. MODEL is a model of the transformers library; if it is a hub id, its config.json is
+downloaded, and nothing else."""
 
 _EPILOG = """
 examples:
