@@ -13,7 +13,7 @@ from slsam_ds.engines.placement import runs_within
 from slsam_ds.engines.ranks import ProcessGroupRanks
 from slsam_ds.model.layers import LayerMap
 from slsam_ds.model.param_groups import joined, scaled_learning_rates, stepped_parameters
-from slsam_ds.model.state_home import state_fetched
+from slsam_ds.model.state_home import by_group
 from slsam_ds.perturbation import scale_
 from slsam_ds.protocol import ALWAYS, Piece, Run, Shard
 from slsam_ds.shards import local_elements
@@ -64,14 +64,13 @@ class TorchOptimizerEngine(SwitchesArms):
         skip: bool,
     ) -> bool:
         if not skip:
-            stepped = stepped_parameters(self._optimizer, arms)
+            home = self.optimizer_state_home
             with (
                 scaled_learning_rates(self._optimizer.param_groups, learning_rate_scale),
-                self._masters.fetched(stepped),
-                state_fetched(self._optimizer, stepped, home=self.optimizer_state_home),
-                joined(self._optimizer, arms),
+                self._masters.fetched(stepped_parameters(self._optimizer, arms)),
+                joined(self._optimizer, arms, across_arms=home is None),
             ):
-                self._optimizer.step()
+                by_group(self._optimizer, self._optimizer.step, home=home)()
         self.discard()
         return not skip
 

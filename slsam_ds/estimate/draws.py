@@ -31,6 +31,14 @@ class Draw:
         """Sum over the arms that are included."""
         return math.fsum(chance * value for chance, value in zip(self.included, by_arm, strict=True))
 
+    def largest(self, by_arm: Sequence[float]) -> float:
+        """The largest value of those that are included: exact for one set, else as if each were drawn by itself."""
+        expected, none_yet = 0.0, 1.0
+        for value, chance in sorted(zip(by_arm, self.included, strict=True), reverse=True):
+            expected += none_yet * chance * value
+            none_yet *= 1 - chance
+        return expected
+
     def price(self, prices: PriceList) -> float:
         """As `PriceList.of`, on average."""
         return prices.base[self.lowest] + self.total(prices.share)

@@ -49,7 +49,7 @@ def memory(step: StepUse, draw: Draw) -> Memory:
     weight_part = 1.0 if setup.whole_weights else part
     width = FP32 if setup.engine == "fsdp2" else setup.width  # fully_shard casts float32 shards when it gathers them
     shards = counted.total * width * weight_part
-    optimizer, on_host = _optimizer(step, step.weights(updated))
+    optimizer, on_host = _optimizer(step, updated)
     weights = shards
     if setup.offload_parameters:
         weights, on_host = 0.0, on_host + shards
@@ -111,7 +111,7 @@ def _gradients(step: StepUse, trained: float, touched: float, width: int) -> flo
     return waiting + (0.0 if setup.offload_optimizer else touched * width * part)
 
 
-def _optimizer(step: StepUse, updated: float) -> tuple[float, float]:
+def _optimizer(step: StepUse, updated: Draw) -> tuple[float, float]:
     """Bytes on the device and on the host."""
     setup, trained = step.setup, step.counted.trained
     part = 1.0 if setup.engine == "zero0" else 1 / setup.world_size
@@ -122,8 +122,10 @@ def _optimizer(step: StepUse, updated: float) -> tuple[float, float]:
     if setup.offload_optimizer:  # with the gradients that DeepSpeed steps there
         return 0.0, masters + waiting + trained * FP32 * part
     if step.config.offload_state:
-        fetched = updated * part * (_MOMENTS + (FP32 if has_masters else 0))
-        return fetched, masters + waiting
+        # The optimizer steps layer by layer, and has the moments of one at a time.
+        one_layer = max(updated.largest(step.counted.numels), step.counted.always)
+        fetched_masters = step.weights(updated) * FP32 if has_masters else 0.0
+        return (one_layer * _MOMENTS + fetched_masters) * part, masters + waiting
     return masters + waiting, 0.0
 
 

@@ -129,18 +129,18 @@ def scaled_learning_rates(param_groups: list[dict[str, Any]], scale: Mapping[int
 
 
 @contextlib.contextmanager
-def joined(optimizer: torch.optim.Optimizer, arms: Collection[int]) -> Iterator[None]:
+def joined(optimizer: torch.optim.Optimizer, arms: Collection[int], *, across_arms: bool = True) -> Iterator[None]:
     """Within, the optimizer has these arms' groups alone, and those with the same settings are one group.
 
     Optimizers launch kernels group by group, and an arm may be a single small tensor. What an optimizer writes into a
-    joint group is carried back into its members.
+    joint group is carried back into its members. Where groups are not to be joined `across_arms`, those of an arm are.
     """
     whole = list(optimizer.param_groups)
     members: dict[str, list[dict[str, Any]]] = {}
     for group in whole:
         if group["arm"] in arms:
             settings = repr([(key, value) for key, value in group.items() if key not in _OF_ONE_GROUP])
-            members.setdefault(settings, []).append(group)
+            members.setdefault(settings if across_arms else f"{group['arm']} {settings}", []).append(group)
     joint = [
         {**groups[0], "params": [parameter for group in groups for parameter in group["params"]]}
         for groups in members.values()

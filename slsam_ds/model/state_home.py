@@ -4,7 +4,8 @@ All that moves state from one device to another is here, so that a test without 
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,23 +30,41 @@ def at_home(tensor: Tensor, home: torch.device | None) -> Tensor:
     return tensor if home is None else place(tensor, home)
 
 
-@contextlib.contextmanager
-def state_fetched(
-    optimizer: torch.optim.Optimizer, stepped: Collection[Tensor], *, home: torch.device | None
-) -> Iterator[None]:
-    """Bring the state of what is stepped to where its parameters are, and all state home afterwards.
+def by_group(
+    optimizer: torch.optim.Optimizer, step: Callable[..., Any], *, home: torch.device | None
+) -> Callable[..., None]:
+    """What calls `step` for one parameter group after the other, whose state is on the parameters' device meanwhile.
 
-    The tensors at home stay the same ones: others may hold on to them, and host memory that was never touched before
-    is slow to write.
+    So that device has room for the state of one group, and not of all that a step updates. The tensors at home stay the
+    same ones: others may hold on to them, and host memory that was never touched before is slow to write.
 
     Args:
-        optimizer: The torch optimizer that steps.
-        stepped: The parameters it will step: a layer's moments come into being with its first step.
-        home: Where state waits; None: it stays where it is.
+        optimizer: The torch optimizer.
+        step: Its `step`, or what stands in its place.
+        home: Where state waits; None: it stays where it is, and `step` is called once.
     """
     if home is None:
-        yield
-        return
+        return step
+
+    @functools.wraps(step)
+    def step_by_group(*args: Any, **kwargs: Any) -> None:
+        whole = list(optimizer.param_groups)
+        try:
+            for group in whole:
+                stepped = [each for each in group["params"] if each.grad is not None]
+                if stepped:
+                    optimizer.param_groups[:] = [group]
+                    with _fetched(optimizer, stepped, home):
+                        step(*args, **kwargs)
+        finally:
+            optimizer.param_groups[:] = whole
+
+    return step_by_group
+
+
+@contextlib.contextmanager
+def _fetched(optimizer: torch.optim.Optimizer, stepped: Collection[Tensor], home: torch.device) -> Iterator[None]:
+    """Within, the state of these parameters is where they are; that of new ones goes home, too."""
     left: dict[tuple[Tensor, str], Tensor] = {}
     for parameter in stepped:
         state = optimizer.state.get(parameter, {})
@@ -56,7 +75,14 @@ def state_fetched(
     try:
         yield
     finally:
-        send_home(optimizer, home, left)
+        for parameter in stepped:
+            state = optimizer.state.get(parameter, {})
+            for name, value in _large(state):
+                waiting = left.get((parameter, name))
+                if waiting is None or waiting is value or (waiting.shape, waiting.dtype) != (value.shape, value.dtype):
+                    state[name] = place(value, home)
+                else:
+                    state[name] = waiting.copy_(value)
 
 
 class WaitingMasters:
@@ -89,25 +115,18 @@ class WaitingMasters:
                     master.data = self._waiting[master].copy_(master.data)
 
 
-def send_home(
-    optimizer: torch.optim.Optimizer, home: torch.device | None, left: Mapping[tuple[Tensor, str], Tensor] | None = None
-) -> None:
-    """Bring all state to where it waits: also what a first step has made, or a checkpoint has brought.
+def send_home(optimizer: torch.optim.Optimizer, home: torch.device | None) -> None:
+    """Bring all state to where it waits: what a checkpoint has brought, for example.
 
     Args:
         optimizer: The torch optimizer.
         home: Where state waits; None: it stays where it is.
-        left: Tensors at home to copy it back into, by parameter and name.
     """
     if home is None:
         return
-    for parameter, state in optimizer.state.items():
+    for state in optimizer.state.values():
         for name, value in _large(state):
-            waiting = (left or {}).get((parameter, name))
-            if waiting is None or waiting is value or (waiting.shape, waiting.dtype) != (value.shape, value.dtype):
-                state[name] = place(value, home)
-            else:
-                state[name] = waiting.copy_(value)
+            state[name] = place(value, home)
 
 
 def load_at_home(optimizer: torch.optim.Optimizer, home: torch.device | None) -> None:

@@ -8,7 +8,7 @@ import torch
 from slsam_ds.engines.torch_checkpoint import complete_state
 from slsam_ds.model import state_home
 from slsam_ds.model.param_groups import stepped_parameters
-from slsam_ds.model.state_home import load_at_home, state_fetched
+from slsam_ds.model.state_home import by_group, load_at_home
 
 CPU = torch.device("cpu")
 ELSEWHERE = torch.device("meta")  # stands for a GPU: a device of which every machine has one
@@ -27,61 +27,92 @@ def places(optimizer: torch.optim.Optimizer) -> list[list[str]]:
     return [[value.device.type for value in state.values()] for state in optimizer.state.values()]
 
 
+def give_gradients(optimizer: torch.optim.Optimizer, *arms: int) -> list[torch.Tensor]:
+    """To these arms' parameters, which are returned: they will be stepped."""
+    stepped = stepped_parameters(optimizer, arms)
+    for parameter in stepped:
+        parameter.grad = torch.zeros_like(parameter)
+    return stepped
+
+
+def test_state_is_fetched_group_by_group() -> None:
+    optimizer = make_optimizer()
+    give_gradients(optimizer, 0, 1)
+    found = []
+
+    def step() -> None:
+        found.append(places(optimizer))
+        for group in optimizer.param_groups:  # meta has no data to bring back
+            optimizer.state[group["params"][0]] = {"step": torch.tensor(2.0), "exp_avg": torch.full((3,), 7.0)}
+
+    by_group(optimizer, step, home=CPU)()
+    first, second = found
+    assert first == [["cpu", "meta", "meta"], ["cpu"] * 3]  # the step counter stays where it was
+    assert second == [["cpu"] * 2, ["cpu", "meta", "meta"]]
+    assert places(optimizer) == [["cpu"] * 2] * 2
+    assert [group["arm"] for group in optimizer.param_groups] == [0, 1]
+
+
 def test_only_the_state_of_what_is_stepped_is_fetched() -> None:
     optimizer = make_optimizer()
-    stepped = stepped_parameters(optimizer, [1])
-    with state_fetched(optimizer, stepped, home=CPU):
-        assert places(optimizer) == [["cpu"] * 3, ["cpu", "meta", "meta"]]  # the step counter stays where it was
-        for parameter in stepped:  # meta has no data to bring back
-            optimizer.state[parameter] = {"step": torch.tensor(2.0), "exp_avg": torch.full((3,), 7.0)}
-    assert places(optimizer) == [["cpu"] * 3, ["cpu"] * 2]
+    (parameter,) = give_gradients(optimizer, 1)
+    found = []
+
+    def step() -> None:
+        found.append(places(optimizer))
+        optimizer.state[parameter] = {}  # meta has no data to bring back
+
+    by_group(optimizer, step, home=CPU)()
+    assert found == [[["cpu"] * 3, ["cpu", "meta", "meta"]]]
 
 
-def test_all_state_goes_home_afterwards_also_when_the_step_raises() -> None:
+def test_new_state_goes_home_also_when_the_step_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Tensor] = []
+    monkeypatch.setattr(state_home, "place", lambda tensor, device: moved.append(tensor) or tensor)
     optimizer = make_optimizer()
-    moved: list[Any] = []
+    (parameter,) = give_gradients(optimizer, 1)
+    optimizer.state.pop(parameter)
 
-    class Moved(torch.Tensor):
-        device = ELSEWHERE
-
-        def to(self, device: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-            moved.append(device)
-            return torch.zeros(3)
-
-    for state in optimizer.state.values():
-        state["exp_avg"] = torch.zeros(3).as_subclass(Moved)
-    with pytest.raises(ZeroDivisionError), state_fetched(optimizer, [], home=CPU):
+    def step() -> None:
+        optimizer.state[parameter] = {"exp_avg": torch.zeros(3)}
         raise ZeroDivisionError
-    assert moved == [CPU, CPU]
+
+    with pytest.raises(ZeroDivisionError):
+        by_group(optimizer, step, home=CPU)()
+    assert moved == [optimizer.state[parameter]["exp_avg"]]
+    assert len(optimizer.param_groups) == 2
 
 
 def test_without_a_home_nothing_moves() -> None:
     optimizer = make_optimizer()
-    with state_fetched(optimizer, stepped_parameters(optimizer, [0, 1]), home=None):
-        assert places(optimizer) == [["cpu"] * 3] * 2
+    assert by_group(optimizer, optimizer.step, home=None) == optimizer.step
+    assert places(optimizer) == [["cpu"] * 3] * 2
 
 
 def test_what_is_written_comes_back_into_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Others hold on to them: DeepSpeed's links of ZeRO-1 and ZeRO-2."""
     monkeypatch.setattr(state_home, "place", lambda tensor, device: tensor.clone())
     optimizer = make_optimizer()
-    stepped = stepped_parameters(optimizer, [1])
-    state = optimizer.state[stepped[0]]
+    state = optimizer.state[give_gradients(optimizer, 1)[0]]
     before = dict(state)
-    with state_fetched(optimizer, stepped, home=CPU):
+
+    def step() -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             assert state[name] is not before[name]
             state[name].fill_(7.0)
+
+    by_group(optimizer, step, home=CPU)()
     assert all(state[name] is before[name] for name in before)
     assert before["exp_avg"].tolist() == [7.0] * 3
 
 
 def test_what_an_optimizer_does_not_read_is_not_fetched() -> None:
     optimizer = make_optimizer()
-    stepped = stepped_parameters(optimizer, [1])
-    optimizer.state[stepped[0]] = {"slsam_previous_gradient": torch.zeros(3)}
-    with state_fetched(optimizer, stepped, home=CPU):
-        assert places(optimizer)[1] == ["cpu"]
+    (parameter,) = give_gradients(optimizer, 1)
+    optimizer.state[parameter] = {"slsam_previous_gradient": torch.zeros(3)}
+    found: list[list[str]] = []
+    by_group(optimizer, lambda: found.extend(places(optimizer)), home=CPU)()
+    assert found[1] == ["cpu"]
 
 
 def test_loaded_state_never_leaves_its_home() -> None:

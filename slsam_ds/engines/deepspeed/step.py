@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slsam_ds.engines.arms import SwitchesArms
 from slsam_ds.model.param_groups import scaled_learning_rates, stepped_parameters
-from slsam_ds.model.state_home import state_fetched
+from slsam_ds.model.state_home import by_group
 
 
 class DeepSpeedStep(SwitchesArms):
@@ -85,11 +85,15 @@ class DeepSpeedStep(SwitchesArms):
                 _report_overflow(optimizer, inner)
                 return
             optimizer.overflow = False
-            with self._narrowed_to(arms), scaled_learning_rates(inner.param_groups, learning_rate_scale):
-                stepped = self._stepped(arms)
-                # Masters first: state goes to where they are.
-                with self._masters.fetched(stepped), state_fetched(inner, stepped, home=self.optimizer_state_home):
-                    stock_step(*args, **kwargs)
+            home, is_bare = self.optimizer_state_home, optimizer is inner
+            by_layer = by_group(inner, stock_step if is_bare else inner.step, home=home)
+            with (
+                self._narrowed_to(arms),
+                scaled_learning_rates(inner.param_groups, learning_rate_scale),
+                self._masters.fetched(self._stepped(arms)),  # before the state, which goes to where they are
+                contextlib.nullcontext() if is_bare else overlaid(inner, "step", by_layer),
+            ):
+                (by_layer if is_bare else stock_step)(*args, **kwargs)
             if not optimizer.overflow:
                 self._after_step(arms)
 
