@@ -9,6 +9,7 @@ Every way in (`slsam_ds.initialize`, Accelerate's `prepare`, the Trainer) takes 
 4. `assemble`: SL-SAM around the result.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,18 @@ def split_by_layer(model: nn.Module, optimizer: Any, config: SLSAMConfig, lr_sch
     if optimizer is not None:
         regroup(optimizer, layer_map, lr_scheduler)
     return layer_map
+
+
+def announce(config: SLSAMConfig, where: str, *, rank: int) -> None:
+    """Say on the first rank, on stderr, that SL-SAM is on, and with which settings: a forgotten block shows.
+
+    Args:
+        config: The settings.
+        where: In what they are on.
+        rank: This one.
+    """
+    if rank == 0:
+        print(f"SL-SAM is on in {where}: {config.summary()}", file=sys.stderr, flush=True)
 
 
 def assemble(

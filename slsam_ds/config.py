@@ -6,7 +6,6 @@ saved run record.
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import re
 import reprlib
@@ -24,6 +23,7 @@ from slsam_ds.masks import MASKS
 from slsam_ds.metrics import METRICS
 from slsam_ds.recipes import PRESETS
 from slsam_ds.schedules import SCHEDULES
+from slsam_ds.sentences import did_you_mean
 
 Granularity = Literal["block", "tensor"]
 SelectorName = Literal["exp3m", "uniform", "cyclic", "all", "top_k", "bernoulli", "depth"]
@@ -166,7 +166,7 @@ class SLSAMConfig:
         for name in knobs:
             if name not in known:
                 raise TypeError(
-                    f"SLSAMConfig() has no setting {name!r}; {_did_you_mean(name, known)}see docs/settings.md"
+                    f"SLSAMConfig() has no setting {name!r}; {did_you_mean(name, known, 'see docs/settings.md')}"
                 )
         return object.__new__(cls)
 
@@ -292,8 +292,8 @@ class SLSAMConfig:
         known = ["preset", *(field.name for field in dataclasses.fields(cls))]
         for key in block:
             if key not in known:
-                hint = _did_you_mean(key, known)
-                raise ValueError(f"slsam.{_escaped(str(key))}: unknown key; {hint}known keys are {', '.join(known)}")
+                hint = did_you_mean(key, known, f"known keys are {', '.join(known)}")
+                raise ValueError(f"slsam.{_escaped(str(key))}: unknown key; {hint}")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in block.items()
         }
@@ -395,12 +395,6 @@ def _shown(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _did_you_mean(given: Any, known: Iterable[str]) -> str:
-    """The known name nearest to what was given, as the beginning of a sentence; empty where none is near."""
-    near = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
-    return f"did you mean {near[0]!r}? " if near else ""
-
-
 def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
     """The block with its preset's knobs in place of the preset's name."""
     given = dict(block)
@@ -408,7 +402,7 @@ def _with_preset(block: Mapping[str, Any]) -> dict[str, Any]:
         return given
     name = given.pop("preset")
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"slsam.preset={_shown(name)}: {_did_you_mean(name, PRESETS)}expected {_one_of(PRESETS)}")
+        raise ValueError(f"slsam.preset={_shown(name)}: {did_you_mean(name, PRESETS, f'expected {_one_of(PRESETS)}')}")
     return _laid_over(PRESETS[name], given)
 
 

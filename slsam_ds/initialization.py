@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slsam_ds.assembly import assemble, split_by_layer
+from slsam_ds.assembly import announce, assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.model.compiled import whole_graph
 from slsam_ds.model.micro_batches import LossFunction
@@ -206,6 +206,8 @@ def initialize(
 ) -> tuple[SLSAMEngine, Any, Any, Any]:
     """`deepspeed.initialize`, with SL-SAM's step in the engine it returns.
 
+    Says on the first rank, on stderr, that SL-SAM is on, and with which settings.
+
     Args:
         args: As in `deepspeed.initialize`; its `deepspeed_config` names the JSON where `config` is not given.
         model: The module to train.
@@ -257,9 +259,6 @@ def initialize(
         mesh_param=mesh_param,
         total_steps=total_steps,
     )
-    return (
-        SLSAMEngine(engine, assemble(engine, None, knobs, layer_map, total_steps=total_steps)),
-        zero,
-        loader,
-        scheduler,
-    )
+    slsam_engine = SLSAMEngine(engine, assemble(engine, None, knobs, layer_map, total_steps=total_steps))
+    announce(knobs, "DeepSpeedEngine", rank=engine.global_rank)
+    return slsam_engine, zero, loader, scheduler

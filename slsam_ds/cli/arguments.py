@@ -1,7 +1,6 @@
 """The command line's flags that are ours, and its help; `slsam_ds.cli.parser` adds all of transformers' own."""
 
 import argparse
-import difflib
 import os
 import re
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from transformers import HfArgumentParser
 
 from slsam_ds.cli.refusal import UsageError
 from slsam_ds.integrations.compatibility import checkpointing_flag
+from slsam_ds.sentences import did_you_mean
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/run",
@@ -274,8 +274,8 @@ def describe_unknown(parser: argparse.ArgumentParser, text: str) -> str:
         return f"{text}: belongs to no flag; flags look like --learning_rate 1e-5"
     flag = text.split("=")[0]
     known = [option for action in parser._actions for option in action.option_strings if "-" not in option[2:]]
-    near = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
-    return f"{flag}: unknown flag; " + (f"did you mean {near[0]}?" if near else "see --help")
+    hint = did_you_mean(flag.replace("-", "_").replace("__", "--", 1), known, "see --help")
+    return f"{flag}: unknown flag; {hint}"
 
 
 class Parser(HfArgumentParser):

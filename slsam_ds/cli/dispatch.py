@@ -3,13 +3,14 @@
 Imports nothing but the command that is asked for: `slsam --help` answers at once.
 """
 
-import difflib
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import slsam_ds
+from slsam_ds.sentences import did_you_mean, refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"slsam-ds {slsam_ds.__version__}")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
-        print(f"error: {' '.join(name.split())}: no such command; {hint}", file=sys.stderr)
-        return 2
+        hint = did_you_mean(name, COMMANDS, f"choose one of {', '.join(COMMANDS)}")
+        return refuse(f"{name}: no such command; {hint}")
     try:
         home = importlib.import_module(COMMANDS[name].home)
     except ImportError as error:
         print(f"error: slsam {name}: {error}; run `slsam doctor` to see what is missing", file=sys.stderr)
         return 1
-    return home.main(arguments) or 0
+    try:
+        code = home.main(arguments) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has seen enough of it, like `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush, and fail, once more
+        return 0
+    return code

@@ -3,15 +3,14 @@
 import argparse
 import ast
 import dataclasses
-import difflib
 import inspect
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slsam_ds.config import SLSAMConfig
+from slsam_ds.sentences import did_you_mean, refuse
 
 _WIDTH = 100
 
@@ -65,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     knobs = {knob.name: knob for knob in all_knobs()}
     if given.name is not None and given.name not in knobs:
-        near = difflib.get_close_matches(given.name, knobs, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(knobs)}"
-        print(f"error: {' '.join(given.name.split())}: no such setting; {hint}", file=sys.stderr)
-        return 2
+        hint = did_you_mean(given.name, knobs, f"choose one of {', '.join(knobs)}")
+        return refuse(f"{given.name}: no such setting; {hint}")
     for knob in knobs.values() if given.name is None else [knobs[given.name]]:
         print(f"{knob.name}={knob.default}")
         print(textwrap.fill(knob.text, _WIDTH, initial_indent="    ", subsequent_indent="    "))

@@ -7,6 +7,7 @@ from typing import Any
 
 from slsam_ds.cli.estimate import main as estimate
 from slsam_ds.recipes import RECIPES, Recipe
+from slsam_ds.sentences import did_you_mean, refuse
 
 _READ = {
     "code": "its code was read",
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns:
-        The exit code.
+        The exit code: 2, after one sentence on stderr, where there is no such preset.
     """
     parser = argparse.ArgumentParser(
         prog="slsam recipes",
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="To use a preset, give --slsam preset=NAME or the JSON that is printed. Measured costs are in "
         "docs/recipes.md.",
     )
-    parser.add_argument("name", nargs="?", choices=sorted(RECIPES), metavar="NAME", help="Show this preset in full.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="Show this preset in full.")
     parser.add_argument(
         "--model",
         metavar="FOLDER",
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--model needs NAME: name the preset to estimate")
         print(_table(), _LEGEND, sep="\n", end="")
         return 0
+    if given.name not in RECIPES:
+        return refuse(f"{given.name}: no such preset; {did_you_mean(given.name, RECIPES, 'slsam recipes lists them')}")
     print(_in_full(given.name, RECIPES[given.name]))
     if given.model is None:
         return 0

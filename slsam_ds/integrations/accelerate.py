@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, DummyOptim
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from slsam_ds.assembly import assemble, split_by_layer
+from slsam_ds.assembly import announce, assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.lean_start import without_initial_state
 from slsam_ds.integrations.replicas import broadcast_weights
@@ -30,6 +30,7 @@ def prepare(
 
     With the DeepSpeed plugin the model comes back as a DeepSpeedEngine, with the FSDP2 plugin sharded, and without
     either as it is, on its device: SL-SAM averages over ranks and wants no DistributedDataParallel around it.
+    Says on the first rank, on stderr, that SL-SAM is on, and with which settings.
     SL-SAM's state is saved and loaded by `accelerator.save_state` and `load_state`.
 
     Args:
@@ -64,6 +65,7 @@ def prepare(
         broadcast_weights(model)
         prepared = [accelerator.prepare(other) for other in (optimizer, *others)]
     stepper = assemble(model, prepared[0], config, layer_map, total_steps=total_steps, max_grad_norm=max_grad_norm)
+    announce(config, f"Accelerator ({accelerator.distributed_type.value})", rank=accelerator.process_index)
     # Nothing to do with DeepSpeed, which saves the state that there is.
     accelerator.register_save_state_pre_hook(lambda *_: stepper.complete_optimizer_state())
     accelerator.register_load_state_pre_hook(lambda *_: stepper.complete_optimizer_state())

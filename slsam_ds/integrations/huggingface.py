@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from slsam_ds.assembly import assemble, split_by_layer
+from slsam_ds.assembly import announce, assemble, split_by_layer
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.engines.deepspeed.checkpoint import accept_other_ranks
 from slsam_ds.engines.deepspeed.lean_start import without_initial_state
@@ -137,9 +136,7 @@ class SLSAMMixin(_TrainerMethods):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str):
             self.check_checkpoint(resume_from_checkpoint)
-        if self.is_world_process_zero():
-            name = type(self).__name__
-            print(f"SL-SAM is on in {name}: {self.slsam_config.summary()}", file=sys.stderr, flush=True)
+        announce(self.slsam_config, type(self).__name__, rank=self.args.process_index)
         with without_initial_state(), prepared_bare(self.accelerator):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -19,6 +19,7 @@ from slsam_ds.config import Granularity, OtherParameters, SLSAMConfig
 from slsam_ds.model.compiled import check_not_compiled
 from slsam_ds.model.forward_order import used_before
 from slsam_ds.protocol import ALWAYS
+from slsam_ds.sentences import did_you_mean
 from slsam_ds.shards import whole_shape
 
 NamedParameter = tuple[str, nn.Parameter]
@@ -249,7 +250,12 @@ def _arms_by_pattern(model: nn.Module, patterns: Sequence[str]) -> Arms:
             matched = {id(parameter) for name, parameter in aliases if re.fullmatch(pattern, name)}
         arm = [(name, parameter) for name, parameter in trainable if id(parameter) in matched]
         if not arm:
-            raise ValueError(f"slsam.layers: {pattern!r} matches no trainable parameter of {type(model).__name__}")
+            paths = [name.split(".") for name, _ in trainable]
+            names = dict.fromkeys(".".join(path[:depth]) for path in paths for depth in range(1, len(path) + 1))
+            hint = did_you_mean(pattern, names, "name modules, or write regular expressions of parameters' whole names")
+            raise ValueError(
+                f"slsam.layers: {pattern!r} matches no trainable parameter of {type(model).__name__}; {hint}"
+            )
         for name, parameter in arm:
             if id(parameter) in taken:
                 raise ValueError(f"slsam.layers: {name!r} is matched by {taken[id(parameter)]!r} and by {pattern!r}")

@@ -23,8 +23,8 @@ from slsam_ds.report.writing import (
     write_comparison,
     write_report,
 )
+from slsam_ds.sentences import refuse
 
-_EXIT_CODE = 2  # what argparse returns on a usage error
 _SECONDS = 10.0
 
 _DESCRIPTION = f"""
@@ -195,9 +195,3 @@ def _has_step(folder: Path) -> bool:
     """Whether the first line is there, which is written at once."""
     with (folder / STEPS_FILE).open("rb") as lines:
         return lines.readline().endswith(b"\n")
-
-
-def refuse(sentence: str) -> int:
-    """Print why the input cannot be used, on one line; returns the exit code."""
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
-    return _EXIT_CODE

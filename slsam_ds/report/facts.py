@@ -177,7 +177,7 @@ def _perturbation_facts(history: RunHistory) -> list[Fact]:
             Fact(
                 "Rise of the loss",
                 f"{100 * rise:+.2g}%",
-                "at the perturbed weights, in the median step; comparable if ascent_fraction is 1",
+                "at the perturbed weights, in the median step; not comparable where ascent_fraction is below 1",
             )
         )
     return facts

@@ -59,6 +59,7 @@ def test_a_deepspeed_script_trains(changed: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (first, last) = re.findall(r"steps 12, loss ([\d.]+) -> ([\d.]+)", done.stdout)[0]
     assert float(last) < 0.9 * float(first)
+    assert done.stderr.count("SL-SAM is on in DeepSpeedEngine: ") == int(not is_stock)
     assert len(list((tmp_path / "checkpoints").glob(f"*/{STATE_FILE}"))) == int(not is_stock)
 
 

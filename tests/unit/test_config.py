@@ -318,13 +318,14 @@ def test_masks_go_with_what_they_can_mask() -> None:
 
 @pytest.mark.parametrize(
     ("key", "suggestion"),
-    [("roh", "did you mean 'rho'? "), ("active_layer", "did you mean 'active_layers'? "), ("zzz", "")],
+    [
+        ("roh", r"did you mean rho\?"),
+        ("active_layer", r"did you mean active_layers\?"),
+        ("zzz", "known keys are preset, rho, active_layers, .*, seed"),
+    ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, suggestion: str) -> None:
-    message = (
-        rf"^slsam\.{key}: unknown key; {re.escape(suggestion)}known keys are preset, rho, active_layers, .*, seed$"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^slsam\.{key}: unknown key; {suggestion}$"):
         SLSAMConfig.from_dict({"rho": 0.1, key: 1})
 
 
@@ -371,7 +372,7 @@ def test_an_assignment_without_key_or_value_is_refused(assignment: str) -> None:
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("roh=0.1", r"slsam\.roh: unknown key; did you mean 'rho'"),
+        ("roh=0.1", r"slsam\.roh: unknown key; did you mean rho"),
         ("rho=", r'slsam\.rho="": expected a number'),
         ("rho=abc", r'slsam\.rho="abc": expected a number'),
         ("rho=-1", r"slsam\.rho=-1: choose a finite radius"),
@@ -453,9 +454,7 @@ def test_more_active_layers_than_arms_are_refused() -> None:
 
 
 def test_a_misspelt_preset_has_a_suggestion() -> None:
-    with pytest.raises(
-        ValueError, match=r'^slsam\.preset="adamw-price": did you mean \'adamw_price\'\? expected one of '
-    ):
+    with pytest.raises(ValueError, match=r'^slsam\.preset="adamw-price": did you mean adamw_price\?$'):
         SLSAMConfig.from_dict({"preset": "adamw-price"})
 
 
@@ -463,7 +462,7 @@ def test_a_misspelt_preset_has_a_suggestion() -> None:
     ("knobs", "sentence"),
     [
         ({"preset": "sam"}, r'takes no preset: use SLSAMConfig\.from_dict\(\{"preset": \.\.\.\}\)'),
-        ({"rhoo": 0.1}, "has no setting 'rhoo'; did you mean 'rho'"),
+        ({"rhoo": 0.1}, "has no setting 'rhoo'; did you mean rho"),
     ],
 )
 def test_an_unknown_keyword_gets_a_sentence(knobs: dict[str, Any], sentence: str) -> None:

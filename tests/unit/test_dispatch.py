@@ -39,6 +39,15 @@ def test_a_command_gets_its_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", "/nowhere"]) == 2
 
 
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = [sys.executable, "-m", "slsam_ds", "settings"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, errors = process.communicate()
+    assert (process.returncode, errors.decode()) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("docter", "did you mean doctor?"), ("x", "choose one of doctor, estimate"), ("a\nb", "a b: no such")],

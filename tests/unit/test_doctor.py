@@ -258,7 +258,7 @@ def test_a_run_that_works_has_a_price_and_fits(model: str) -> None:
     [
         ('{"hybrid_engine": {"enabled": true}}', [], "hybrid_engine.enabled=true: not supported"),
         ('{"zero_optimization": {"stage": 4}}', [], "zero_optimization.stage=4"),
-        ('{"slsam": {"rh": 1}}', [], "slsam.rh: unknown key; did you mean 'rho'?"),
+        ('{"slsam": {"rh": 1}}', [], "slsam.rh: unknown key; did you mean rho?"),
         ('{"fp16": {"enabled": true}}', [], "fp16.enabled=true: needs zero_optimization.stage 1, 2 or 3"),
         ("{}", ["--model", "MODEL", "--slsam", "active_layers=99"], "slsam.active_layers=99: choose a fraction"),
         ("{}", ["--model", "MODEL", "--sequence_length", "99999"], "--sequence_length 99999: choose from 2"),

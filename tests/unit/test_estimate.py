@@ -378,7 +378,7 @@ def test_models_that_take_something_else_are_refused_in_a_true_sentence() -> Non
     [
         (["--zero", "2"], "--model: give a folder"),
         (["--model", "/nowhere/model"], "--model /nowhere/model: no such folder or file"),
-        (["--model", "CONFIG", "--slsam", "rh=1"], "slsam.rh: unknown key; did you mean 'rho'?"),
+        (["--model", "CONFIG", "--slsam", "rh=1"], "slsam.rh: unknown key; did you mean rho?"),
         (["--model", "CONFIG", "--slsam", "active_layers=9"], "slsam.active_layers=9: choose a fraction"),
         (["--model", "CONFIG", "--slsam", "budget=9"], "slsam.budget=9: with these settings a step costs from"),
         (["--model", "CONFIG", "--zero", "4"], "--zero: invalid choice: 4"),

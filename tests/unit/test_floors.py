@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "slsam_ds"
 ENGINE_ROOM = {"deepspeed", "torch.distributed"}
 # Thin, like launch/: what they run is in cli.
-ENTRIES = {"__main__", "compare", "doctor", "estimate/__main__", "recipes/__main__", "run", "train"}
+ENTRIES = {"__main__", "compare", "doctor", "estimate/__main__", "recipes/__main__", "run", "settings", "train"}
 COMPOSITION = {"__init__", "assembly", "initialization", "public", "slsam", "state/checkpoint", "stock_loop"}
 CHOICES = {"combinations", "directions", "masks", "metrics", "recipes", "schedules", "selectors"}
 PURE_ROOMS = CHOICES | {"model", "pricing", "records", "state"}

@@ -505,13 +505,22 @@ def test_patterns_serve_a_model_that_is_ambiguous() -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["model.layers.7", "layers", "model.embed", r"q_proj\.weight", "model.layers.0.mlp"]
+    ("pattern", "hint"),
+    [
+        ("model.layers.7", "did you mean model.layers."),
+        ("layers", "did you mean model.layers?"),
+        ("model.embed", "did you mean model.embed_tokens?"),
+        (r"q_proj\.weight", "write regular expressions of parameters' whole names"),
+        ("model.layers.0.mlp", "did you mean model.layers."),  # it is there, but frozen
+    ],
 )
-def test_a_pattern_that_matches_nothing_trainable_is_refused(llama: nn.Module, pattern: str) -> None:
+def test_a_pattern_that_matches_nothing_trainable_is_refused(llama: nn.Module, pattern: str, hint: str) -> None:
     llama.get_submodule("model.layers.0.mlp").requires_grad_(False)
     with pytest.raises(ValueError, match="matches no trainable parameter") as refusal:
         find_layers(llama, patterns=["model.layers.1", pattern])
     assert repr(pattern) in str(refusal.value)
+    assert hint in str(refusal.value)
+    assert not str(refusal.value).endswith(f"did you mean {pattern}?")
 
 
 def test_a_parameter_matched_twice_is_refused(llama: nn.Module) -> None:

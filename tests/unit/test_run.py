@@ -65,7 +65,7 @@ def test_knobs_come_from_the_environment_else_the_json_and_flags_lie_over_them(t
         (["--slsam", "rho=1", "script.py"], {}, "put -- before the script, as in --slsam rho=0.02 -- script.py"),
         (["--slsam", "sam", "--", "script.py"], {}, "sam: expected KEY=VALUE, as in --slsam preset="),
         (["absent.py"], {}, "absent.py: no such script; to run a module, give -m before it"),
-        (["--slsam", "rh=1", "-m", "x"], {}, "did you mean 'rho'?"),
+        (["--slsam", "rh=1", "-m", "x"], {}, "did you mean rho?"),
         (["--learning_rate", "1", "-m", "x"], {}, "--learning_rate"),
         (["-m", "x"], {"SLSAM_CONFIG": "absent.json"}, "SLSAM_CONFIG=absent.json: expected a JSON object"),
         (["-m", "x"], {"SLSAM_CONFIG": "{"}, "SLSAM_CONFIG={: expected a JSON object"),

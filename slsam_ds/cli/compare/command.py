@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from slsam_ds.cli.compare.method import Method
-from slsam_ds.cli.compare.training import TrainingFailedError, train
-from slsam_ds.report.command import refuse
+from slsam_ds.cli.compare.training import LOG_FILE, TrainingFailedError, train
 from slsam_ds.report.comparison import BASIS, numbers_table, sentences
 from slsam_ds.report.history import RecordsError
 from slsam_ds.report.runs import read_run
 from slsam_ds.report.writing import COMPARISON_PAGE_FILE, COMPARISON_PICTURE_FILE, write_comparison
+from slsam_ds.sentences import refuse
 
 EVIDENCE = (
     "This is one run of each, from one seed. What was measured with several seeds on several tasks is in "
@@ -130,7 +130,8 @@ def _count(text: str) -> int:
 def _train(method: Method, given: Any) -> None:
     folder = given.output_dir / method.name
     knobs = f" with --slsam {shlex.join(method.assignments)}" if method.assignments else ""
-    print(f"Training {method.name}{knobs} ...", flush=True)
+    log = "" if given.verbose else f"; its log is {folder / LOG_FILE}"
+    print(f"Training {method.name}{knobs}{log}", flush=True)
     seconds = train(method, folder, given.flags, num_accelerators=given.num_accelerators, verbose=given.verbose)
     print(f"  done in {timedelta(seconds=round(seconds))}, loading and evaluation included", flush=True)
 

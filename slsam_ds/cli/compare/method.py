@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from slsam_ds.config import SLSAMConfig
 from slsam_ds.recipes import RECIPES
+from slsam_ds.sentences import did_you_mean
 
 ADAMW = "adamw"
 DEFAULTS = "defaults"
@@ -45,10 +46,9 @@ class Method:
         elif "=" in text:
             own = tuple(text.split(","))
         else:
-            raise ValueError(
-                f"{text}: no such method; give {ADAMW}, {DEFAULTS}, a preset that `slsam recipes` shows, or "
-                "KEY=VALUE[,KEY=VALUE ...]"
-            )
+            allowed = f"give {ADAMW}, {DEFAULTS}, a preset that `slsam recipes` shows, or KEY=VALUE[,KEY=VALUE ...]"
+            hint = did_you_mean(text, [ADAMW, DEFAULTS, *RECIPES], allowed)
+            raise ValueError(f"{text}: no such method; {hint}")
         SLSAMConfig.from_assignments([*shared, *own])
         words = [*([] if text == DEFAULTS and shared else [text]), *shared]
         return cls(re.sub(r"[^\w.=,+-]+", "_", ",".join(words)), (*shared, *own))

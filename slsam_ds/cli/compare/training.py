@@ -17,6 +17,7 @@ from slsam_ds.records.files import EVALUATIONS_FILE, LAYERS_FILE, SETTINGS_FILE,
 
 LOG_FILE = "train.log"
 _POLL = 0.5  # seconds
+_SECONDS_BETWEEN_LINES = 60
 _TAIL = 15  # lines of the log that a failure without a sentence shows
 
 
@@ -80,8 +81,10 @@ def _command(method: Method, folder: Path, flags: Sequence[str], num_accelerator
 
 
 def _watch(process: subprocess.Popen[bytes], name: str, folder: Path) -> int:
-    """Show how far the run has come until it ends, where a person looks at a terminal."""
-    with tqdm(desc=f"{name}: starting", unit="step", disable=None, dynamic_ncols=True, leave=False) as bar:
+    """Show how far the run has come until it ends: by a bar in a terminal, elsewhere by a line a minute."""
+    in_terminal = sys.stderr.isatty()
+    told = time.monotonic()
+    with tqdm(desc=f"{name}: starting", unit="step", disable=not in_terminal, dynamic_ncols=True, leave=False) as bar:
         while (code := process.poll()) is None:
             settings, done = read_settings(folder), _num_lines(folder / STEPS_FILE)
             total = settings.get("total_steps")
@@ -91,6 +94,9 @@ def _watch(process: subprocess.Popen[bytes], name: str, folder: Path) -> int:
                 bar.set_description(f"{name}: {doing}", refresh=False)
             bar.n = done
             bar.refresh()
+            if not in_terminal and time.monotonic() - told >= _SECONDS_BETWEEN_LINES:
+                told = time.monotonic()
+                print(f"  step {done} of {total or '?'}", flush=True)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_POLL)
     return code

@@ -1,6 +1,5 @@
 """DeepSpeed's configuration: the `slsam` block taken out of it, and what the engines do not support refused."""
 
-import difflib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from slsam_ds.engines.deepspeed.internals import check_version
 from slsam_ds.engines.deepspeed.settings import REFUSED, SECTIONS, VALUES, check_settings, without_auto
 from slsam_ds.engines.named_configs import find_config, named_configs
+from slsam_ds.sentences import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,9 @@ def _look_for_unknown(config: Mapping[str, Any]) -> None:
     for key in config:
         if key in _KNOWN or key in REFUSED:
             continue
-        near = difflib.get_close_matches(key, _KNOWN, n=1, cutoff=_SURELY)
-        if near:
-            raise ValueError(f"{key}: unknown key; did you mean {near[0]!r}?")
+        hint = did_you_mean(key, _KNOWN, cutoff=_SURELY)
+        if hint:
+            raise ValueError(f"{key}: unknown key; {hint}")
         logger.warning("%s: DeepSpeed has no such configuration key and ignores it", key)
 
 
@@ -130,8 +130,9 @@ def _parse_section(name: str, values: Mapping[str, Any]) -> DeepSpeedConfigModel
         reason = problem["msg"].removeprefix("Input ").removeprefix("Value error, ")
         reason = "expected a section, like {...}" if problem["type"] == "model_type" else reason
         raise ValueError(f"{where}={problem['input']!r}: {reason}")
-    near = difflib.get_close_matches(path[-1], _known_keys(_MODELS[name], path[:-1]), n=1)
-    raise ValueError(f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else "remove it"))
+    otherwise = "move it to the top level" if path[-1] in _KNOWN else "remove it"
+    hint = did_you_mean(path[-1], _known_keys(_MODELS[name], path[:-1]), otherwise)
+    raise ValueError(f"{where}: unknown key; {hint}")
 
 
 def _known_keys(section: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -4,13 +4,14 @@ DeepSpeed passes over what it does not know, fails on some values far from where
 Read in deepspeed/runtime/config.py of 0.18.6 to 0.19.8.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DtypeEnum
 from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+from slsam_ds.sentences import did_you_mean
 
 SECTIONS = (
     "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
@@ -144,8 +145,7 @@ def _check_type(
         torchs = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
         names = [each for each in (*torchs, *own) if not each.startswith(_UNSUPPORTED_OPTIMIZERS)]
         same = [each for each in names if each.lower() == asked.lower()]
-        near = same or difflib.get_close_matches(asked, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {module.__name__}"
+        hint = did_you_mean(same[0] if same else asked, names, f"choose one of {module.__name__}")
         raise ValueError(f"{name}.type={_shown(asked)}: not supported; {hint}")
 
 
