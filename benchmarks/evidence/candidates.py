@@ -189,6 +189,7 @@ CANDIDATES = {
         ),
         _own("lora", "LoRA of rank 4, AdamW", _ALL, _PLAIN, axes=("learning_rate", "dropout"), lora=4),
         _own("lora_sam", "LoRA of rank 4, dense SAM", _ALL, lora=4),
+        _own("lora_quarter", "LoRA of rank 4, ascent on a quarter", _ALL, _QUARTER, lora=4),
         _own(
             "lora_one_sample",
             "LoRA of rank 4, g + (h - g) of one sample",

@@ -38,7 +38,7 @@ best setting has a neighbour that was not tried. *tuned* is the number of trials
 SAM's, the radius in proportion.
 """
 
-_SUMMARY = f"""AdamW's test loss; and of each recipe with {SUMMARISED} seeds or more, its test loss less AdamW's, ± the
+_SUMMARY = f"""AdamW's test loss; and of each recipe with {SUMMARISED} seeds or more, its test loss minus AdamW's, ± the
 standard error. Below 0 is better."""
 
 
@@ -140,7 +140,7 @@ def _summary_table(trials: Trials, tasks: Sequence[str]) -> str:
 
 def _headroom_table(trials: Trials) -> str:
     """Whether dense SAM is below AdamW by more than two standard errors."""
-    lines = ["| task | seeds | AdamW | dense SAM | dense SAM less AdamW | decides |", "|---|---|---|---|---|---|"]
+    lines = ["| task | seeds | AdamW | dense SAM | dense SAM minus AdamW | decides |", "|---|---|---|---|---|---|"]
     for name, task in LONG_TASKS.items():
         adamw, dense = (losses_on_test(finals(trials, name, one)) for one in (REFERENCE, DENSE))
         gap = difference(dense, adamw)
@@ -162,8 +162,8 @@ def _table(trials: Trials, task: str, costs: Mapping[str, StepCost]) -> str:
         "seeds",
         "last",
         "chosen",
-        "less AdamW's",
-        "less dense SAM's",
+        "minus AdamW's",
+        "minus dense SAM's",
         "reaches it",
     ]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]

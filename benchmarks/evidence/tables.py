@@ -73,8 +73,8 @@ def methods_table(runs: Runs, task: str) -> str:
     """The methods on a task's test data."""
     adamw, dense = runs.of("final", task, REFERENCE), runs.of("final", task, DENSE)
     lines = [
-        "| method | learning rate | steps | FLOPs / AdamW | time / AdamW | test loss | less AdamW's | "
-        "less dense SAM's | accuracy | calibration error | rise along gradient | rise in random directions |",
+        "| method | learning rate | steps | FLOPs / AdamW | time / AdamW | test loss | minus AdamW's | "
+        "minus dense SAM's | accuracy | calibration error | rise along gradient | rise in random directions |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, some in _finals(runs, task):

@@ -38,7 +38,8 @@ def layer_table(counted: Counted) -> str:
 
 def mode_table(modes: Sequence[Mode]) -> str:
     """What a step of each mode takes on one rank; for the last mode, how far its samples are apart."""
-    rows = [["each rank, each step", *(mode.name for mode in modes), f"{modes[-1].name}, by sample"]]
+    ours = modes[-1].name
+    rows = [["each rank, each step", *(mode.name for mode in modes[:-1]), f"{ours}, mean", "least to most"]]
 
     def add(title: str, read: Callable[[Mode], Spread], show: Callable[[float], str]) -> None:
         spreads = [read(mode) for mode in modes]

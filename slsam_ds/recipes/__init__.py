@@ -86,7 +86,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "one_sample": Recipe(
         knobs={**_CORRECTED, "ascent_fraction": 0.01, "rho": 0.0125},
-        formula="U = all; g + h' - g': what SAM changes on one sample of each rank (1 %, if that is more)",
+        formula="U = all; g + h' - g': what SAM changes on one sample of each rank, or on 1 % of its samples",
         source="ours; its price is 1 + 2/n for n samples of a rank and step",
         read="own",
     ),
@@ -98,8 +98,8 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "corrected_rarely": Recipe(
         knobs={**_CORRECTED, "ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
-        formula="U = all; g, and in every fifth step g + 5 (h' - g') with h' and g' over a quarter of the window",
-        source="ours; its price is 1.05 where a quarter is whole micro-batches, else 1.1; compare LookSAM",
+        formula="U = all; g; in every fifth step g + 5 (h' - g'), five times what SAM changes on a quarter of the window",
+        source="ours, for few samples: elsewhere it can be worse than AdamW; its price is 1.05 where a quarter is whole micro-batches, else 1.1; compare LookSAM",
         read="own",
     ),
     "memory": Recipe(
