@@ -22,9 +22,9 @@ from slsam_ds.estimate.sharding import RunSetup
 from slsam_ds.estimate.tables import layer_table, mode_table
 from slsam_ds.model.layers import map_layers
 
-_NOTES = """Memory is what a step holds, each at its peak, with optimizer state of every layer. Whether a run fits is decided by
-the sample that takes most; leave a tenth more for buffers, libraries and fragmentation. Traffic is payload: on a ring
-of n ranks an all-reduce sends 2(n-1)/n of it, a gathering (n-1)/n. Samples without padding, fused attention."""
+_NOTES = """Memory is what a step holds, each at its peak, with optimizer state of every layer. The sample that takes
+most decides whether a run fits; leave a tenth more for buffers, libraries and fragmentation. Traffic is payload: on a
+ring of n ranks an all-reduce sends 2(n-1)/n of it, a gathering (n-1)/n. Samples without padding, fused attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -98,8 +98,9 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "corrected_rarely": Recipe(
         knobs={**_CORRECTED, "ascend_when": {"every": 5}, "descend_along": {"corrected": 5.0}},
-        formula="U = all; g; in every fifth step g + 5 (h' - g'), five times what SAM changes on a quarter of the window",
-        source="ours, for few samples: elsewhere it can be worse than AdamW; its price is 1.05 where a quarter is whole micro-batches, else 1.1; compare LookSAM",
+        formula="U = all; g; in every fifth step g + 5 (h' - g'): five times SAM's change, on a quarter of the window",
+        source="ours, for few samples: elsewhere it can be worse than AdamW; its price is 1.05 where a quarter is "
+        "whole micro-batches, else 1.1; compare LookSAM",
         read="own",
     ),
     "memory": Recipe(
