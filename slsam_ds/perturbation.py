@@ -85,16 +85,11 @@ def perturb_(
     scale = scale.to(weight.device, torch.float32)
     stays = scale == 0
     measured = torch.zeros(3, dtype=torch.float64, device=weight.device)
-    on_cpu = weight.device.type == "cpu"
-    if on_cpu and stays:  # of another device the host would have to wait
-        return measured
-    size = _CHUNK_NUMEL_ON_CPU if on_cpu else _CHUNK_NUMEL
+    size = _CHUNK_NUMEL_ON_CPU if weight.device.type == "cpu" else _CHUNK_NUMEL
     chunks = zip(*(torch.split(tensor, size) for tensor in (weight, master, gradient)), strict=True)
     for weight_chunk, master_chunk, gradient_chunk in chunks:
         # Moved first, then cast: torch would cast on the host, and move twice as much.
-        epsilon = gradient_chunk.to(weight.device).float() * scale
-        if not on_cpu:
-            epsilon.masked_fill_(stays, 0.0)
+        epsilon = (gradient_chunk.to(weight.device).float() * scale).masked_fill_(stays, 0.0)
         before = weight_chunk.to(read_dtype).to(torch.float32, copy=True)
         if read_dtype in _BITS_CUT and rounding == "stochastic":
             weight_chunk.copy_(stochastic_round(before + epsilon, generator, read_dtype))

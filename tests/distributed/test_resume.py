@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(engine: str, tmp_path:
         "layer 0 is before model.layers with 2,048 weights, this run's is before model.layers with 4,096": replace(
             setup, model={"hidden": 64}
         ),
-        "active_layers=1 (this run: 3)": replace(setup, slsam={"active_layers": 3}),
+        "active_layers=0.2 (this run: 3)": replace(setup, slsam={"active_layers": 3}),
     }
     if engine == "zero2":
         misfits["was saved with zero_optimization.stage=2, this run has 3"] = replace(setup, engine="zero3")
